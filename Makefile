@@ -1,0 +1,75 @@
+# Two commands are enough: `make fig7 VLM=phi4` and `make test`. Each prepares .venv first; Python 3.11 is all they need.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+VLM ?= phi4
+PART ?=
+MINUTES ?= 60
+DEVICE ?= auto
+PYTHON ?= $(shell for p in python3.11 python3 python; do "$$p" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo "$$p" && break; done)
+BIN := .venv/bin
+READY := .venv/.ready
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help setup fig7 quickstart train measure report test lint exported tidy notebooks pytest clean
+
+help: ## this list
+	@grep -E '^[a-z0-9]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(READY) ## the environment in .venv, at the versions of constraints.txt
+
+$(READY): settings.ini setup.py constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 was not found. Install it, or name it: make setup PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv \
+	  || { $(PYTHON) -m venv --without-pip --clear .venv && $(PYTHON) -m pip --python $(BIN)/python install pip; }
+	$(BIN)/python -m pip install -c constraints.txt torch setuptools wheel
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e ".[dev]"
+	@touch $@
+
+fig7: $(READY) ## figure 7 with the answers of one VLM: make fig7 VLM=phi4
+	papermill nbs/fig7.ipynb out.ipynb -p vlm $(VLM)
+
+quickstart: $(READY) ## the method in one short notebook
+	papermill nbs/quickstart.ipynb out.ipynb
+
+train: $(READY) ## rebuild shipped weights: make train PART=vae MINUTES=60 DEVICE=auto
+	@test -n "$(PART)" || { echo "Which part? make train PART=vae (or world, generator, vlm, coupling, concepts)"; exit 1; }
+	papermill nbs/train_mini.ipynb out.ipynb -p part $(PART) -p device $(DEVICE) -p minutes $(MINUTES)
+
+measure: $(READY) ## measure the shipped models again, then report
+	papermill nbs/mini_report.ipynb out.ipynb
+	@$(MAKE) --no-print-directory report
+
+report: $(READY) ## the measured numbers that fall short of their targets; also writes the card of the README
+	@python .ci/scorecard.py
+
+test: lint exported tidy notebooks pytest ## every check
+
+lint: $(READY) # which layer may import which
+	lint-imports
+
+# The package is what the notebooks say, and the notebooks are stored without machine metadata. Both tools rewrite in place; the
+# check compares with what was there before, so it means the same in a clean tree and in one with work in progress.
+exported: $(READY)
+	@before=$$(mktemp -d); cp -r transporter_nb "$$before"; nbdev_export; \
+	diff -r -x __pycache__ -x '*.safetensors' "$$before/transporter_nb" transporter_nb \
+	  || { echo "transporter_nb/ was not what nbs/ export. It is now: look at the difference and commit it."; exit 1; }; \
+	rm -rf "$$before"; echo "exported: transporter_nb/ is what the notebooks say"
+
+tidy: $(READY)
+	@before=$$(mktemp -d); cp -r nbs "$$before"; nbdev_clean; \
+	diff -rq -x .ipynb_checkpoints "$$before/nbs" nbs \
+	  || { echo "These notebooks held metadata. They are clean now: commit them."; exit 1; }; \
+	rm -rf "$$before"; echo "tidy: notebooks hold no machine metadata"
+
+notebooks: $(READY) # Run All in fresh kernels; cells marked gpu, weights or slow, and experiments, are skipped
+	OMP_NUM_THREADS=1 nbdev_test --n_workers 2
+
+pytest: $(READY)
+	OMP_NUM_THREADS=1 pytest -q tests/
+
+clean: ## remove the environment and every cache
+	rm -rf .venv out.ipynb build dist *.egg-info .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,124 @@
+"""What every notebook promises: its name, its opening, its size, its outputs, and the layers it may import from"""
+import ast
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = {path.stem: nbformat.read(path, as_version=4) for path in sorted((ROOT / "nbs").glob("*.ipynb"))}
+NUMBERED = [name for name in NOTEBOOKS if re.match(r"\d\d_", name)]
+EXPERIMENTS = [name for name in NOTEBOOKS if name not in NUMBERED]
+MODULES = {name.split("_", 1)[1]: int(name[0]) for name in NUMBERED}  # dotted module -> layer
+
+
+def code(name, export_only=False):
+    cells = [cell for cell in NOTEBOOKS[name].cells if cell.cell_type == "code"]
+    return [cell for cell in cells if re.search(r"^#\|\s*export", cell.source, re.M)] if export_only else cells
+
+
+def imports(source):
+    """Dotted names a cell imports; magics and lines for other tools are left out"""
+    lines = [line for line in source.split("\n") if not line.lstrip().startswith(("%", "!"))]
+    for node in ast.walk(ast.parse("\n".join(lines))):
+        if isinstance(node, ast.ImportFrom): yield from ((node.module or "", alias.name) for alias in node.names)
+        elif isinstance(node, ast.Import): yield from ((alias.name, None) for alias in node.names)
+
+
+def test_there_are_notebooks():
+    assert len(NUMBERED) >= 5 and len(set(MODULES)) == len(NUMBERED)
+
+
+@pytest.mark.parametrize("name", NUMBERED)
+def test_a_numbered_notebook_exports_the_module_of_its_name(name):
+    targets = [target for cell in code(name) for target in re.findall(r"^#\|\s*default_exp\s+(\S+)", cell.source, re.M)]
+    module = name.split("_", 1)[1]
+    assert targets == [module]
+    assert (ROOT / "transporter_nb" / (module.replace(".", "/") + ".py")).exists()
+
+
+def test_every_module_has_a_notebook():
+    package = ROOT / "transporter_nb"
+    modules = {".".join(path.relative_to(package).with_suffix("").parts) for path in package.rglob("*.py") if path.name not in ("__init__.py", "_modidx.py")}
+    assert modules == set(MODULES)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_it_opens_with_a_title_and_a_subtitle(name):
+    first = NOTEBOOKS[name].cells[0]
+    assert first.cell_type == "markdown" and re.match(r"# \S.*\n+> \S", first.source), first.source[:80]
+
+
+@pytest.mark.parametrize("name", NUMBERED)
+def test_export_cells_fit_a_screen(name):
+    long = {cell.id: lines for cell in code(name, export_only=True) if (lines := len(cell.source.strip().split("\n"))) > 45}
+    assert not long, f"lines by cell: {long}; split with @patch"
+
+
+@pytest.mark.parametrize("name", NUMBERED)
+def test_a_notebook_stays_readable_in_one_sitting(name):
+    assert len(NOTEBOOKS[name].cells) <= 60
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_imports_are_explicit(name):
+    for cell in code(name):
+        for module, what in imports(cell.source):
+            assert what != "*", f"star import from {module}"
+            assert module != "__future__", "annotations must stay live: jaxtyping reads them"
+
+
+@pytest.mark.parametrize("name", NUMBERED)
+def test_the_digit_agrees_with_the_imports(name):
+    layer, package = int(name[0]), name.split("_", 1)[1].rpartition(".")[0]
+    for cell in code(name):
+        for module, what in imports(cell.source):
+            if not module.startswith("transporter_nb"): continue
+            dotted = module.removeprefix("transporter_nb").lstrip(".")
+            imported = f"{dotted}.{what}".lstrip(".") if f"{dotted}.{what}".lstrip(".") in MODULES else dotted
+            assert imported in MODULES, f"{module} has no notebook"
+            assert MODULES[imported] <= layer, f"layer {layer} imports {imported} of layer {MODULES[imported]}"
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_exports_nothing(name):
+    assert not code(name, export_only=True)
+    assert not any("default_exp" in cell.source for cell in code(name))
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_outputs_are_kept_and_clean(name):
+    pictures, size = 0, 0
+    for cell in code(name):
+        for output in cell.outputs:
+            text = str(output)
+            size += len(text)
+            pictures += "image/" in text
+            assert output.output_type != "error", f"{cell.id} ended in {output.get('ename')}"
+            assert not re.search(r"/(home|root|Users|work|tmp)/\w", text), f"cell {cell.id} shows a path of one machine"
+    assert size < (200_000 if name in NUMBERED else 1_000_000), f"{size} bytes of output"
+    if any("plt.show()" in cell.source and not re.search(r"^#\|\s*(gpu|weights|slow|eval:\s*false)", cell.source, re.M) for cell in code(name)):
+        assert pictures, "a reader on the web sees no plot: run it and keep the outputs"
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_metadata_is_clean(name):
+    for cell in NOTEBOOKS[name].cells:
+        assert set(cell.metadata) <= {"tags"}, cell.metadata
+        assert cell.cell_type != "code" or cell.execution_count is None
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_export_says_what_it_is(module):
+    loaded = importlib.import_module(f"transporter_nb.{module}")  # under the shape checker: annotations must be ones it can read
+    assert loaded.__doc__, "the subtitle becomes the module's docstring"
+    for name in loaded.__all__:
+        thing = getattr(loaded, name)
+        if not (inspect.isfunction(thing) or inspect.isclass(thing)): continue
+        assert inspect.getdoc(thing), f"{name} has no docstring"
+        if inspect.isfunction(thing):
+            bare = [p.name for p in inspect.signature(thing).parameters.values() if p.annotation is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+            assert not bare, f"{name}: no type for {bare}"
