@@ -6,14 +6,14 @@
 __all__ = ['Placement', 'ChangedTokens', 'changed_tokens', 'token_slots', 'VelocityDifference', 'velocity_difference',
            'PartialSamples', 'partial_samples', 'pair_turns', 'pair_ids', 'word_answers', 'answer_divergence',
            'reencode', 'through_coupling', 'divergence_over_seeds', 'ConceptConfig', 'Direction', 'Concept', 'shift',
-           'mean_token_difference', 'flow_loss', 'fit_vectors', 'Gathered', 'gather', 'learn_concept', 'share_missing',
-           'ConceptBank']
+           'mean_token_difference', 'flow_loss', 'fit_vectors', 'Gathered', 'gather', 'learn_concept',
+           'check_divergence', 'share_missing', 'ConceptBank']
 
 # %% ../nbs/40_concepts.ipynb #b6b84066
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
 from fastcore.basics import patch
@@ -250,6 +250,7 @@ class ConceptConfig:
         return cls(**{**dict(placement="shared", strengths="answer", warm_start="zeros", steps=1000, lr=1e-4, batch_size=1, n_seeds=16, states_per_seed=4), **changes})
 
 # %% ../nbs/40_concepts.ipynb #a09cadf8
+@runtime_checkable
 class Direction(Protocol):
     "Anything that a generation can be steered by"
     pair: ContrastPair # What it changes
@@ -356,31 +357,42 @@ def fit_vectors(
 class Gathered(NamedTuple):
     "Everything that learning a concept needs, made once with frozen models"
     samples: PartialSamples # States of all clips
-    finished: Tensor # Source latents at the end
-    target: Tensor # Target latents at the end, from the same noise
-    captions: list[str] # Source caption of each clip
+    condition: PromptCondition # Source prompt of each clip
+    slots: Float[Tensor, "clips prompt_tokens slots"] # Where each clip's prompt receives the vectors
+    divergence: Float[Tensor, "clips"] # Answer divergence of each clip
     seeds: list[int] # Noise seed of each clip
 
+    def states(self, validation:bool) -> PartialSamples: # Those of the last quarter of the clips, or of the others
+        "States to learn from, or to judge by"
+        n = len(self.seeds)
+        return self.samples.take(((self.samples.clip >= n - max(n // 4, 1)) == validation).nonzero()[:, 0])
+
+# %% ../nbs/40_concepts.ipynb #b8e2ea9a
 @torch.no_grad()
 def gather(
     generator:VideoGenerator, # Frozen
+    vlm:VideoLanguageModel, # Frozen
+    coupling:nn.Module|None, # Phi, or None for decode and re-encode
     pair:ContrastPair, # What changes
     captions:Sequence[str], # Source captions, used in turn
-    config:ConceptConfig, # Seeds, steps, batch size
+    config:ConceptConfig, # Seeds, steps, batch size, distance
     progress:str|None=None, # Title of a progress bar; None shows none
-) -> Gathered: # Clip `k` shows caption `k` (in turn) from noise seed `1000 * seed + k`
-    "Sample source and target videos of a contrast and the velocity differences on the way"
-    seeds = [1000 * config.seed + k for k in range(config.n_seeds)]
-    texts, parts = [captions[k % len(captions)] for k in range(config.n_seeds)], []
+) -> Gathered: # One clip a seed
+    "Sample source and target videos of a contrast, the velocity differences on the way, and the VLM's answers"
+    seeds, texts = [1000 * config.seed + k for k in range(config.n_seeds)], [captions[k % len(captions)] for k in range(config.n_seeds)]
+    states, divergences = [], []
     for start in tqdm(range(0, config.n_seeds, config.batch_size), desc=progress, disable=progress is None, leave=False):
-        rows, own = slice(start, start + config.batch_size), texts[start:start + config.batch_size]
-        source, target = (generator.encode_prompt(list(prompts)) for prompts in (own, [pair.apply(text) for text in own]))
-        samples, finished = partial_samples(generator, source, target, seeds[rows], config.sample_steps, None, config.states_per_seed)
-        parts.append((samples._replace(clip=samples.clip + start), finished, generator.sample(target, seeds=seeds[rows], steps=config.sample_steps)))
-    samples, finished, target = zip(*parts)
-    return Gathered(PartialSamples(*(torch.cat(values) for values in zip(*samples))), torch.cat(finished), torch.cat(target), texts, seeds)
+        own_seeds, own = (values[start:start + config.batch_size] for values in (seeds, texts))
+        source, target = (generator.encode_prompt(prompts) for prompts in (own, [pair.apply(text) for text in own]))
+        samples, finished = partial_samples(generator, source, target, own_seeds, config.sample_steps, None, config.states_per_seed)
+        states.append(samples._replace(clip=samples.clip + start))
+        both = finished, generator.sample(target, seeds=own_seeds, steps=config.sample_steps)
+        divergences.append(divergence_over_seeds(generator, vlm, coupling, pair, own, both, config.distance, config.over))
+    slots = {text: token_slots(generator, text, pair.apply(text), config.placement) for text in set(texts)}
+    return Gathered(PartialSamples(*(torch.cat(values) for values in zip(*states))), generator.encode_prompt(texts),
+                    torch.stack([slots[text] for text in texts]), torch.cat(divergences), seeds)
 
-# %% ../nbs/40_concepts.ipynb #8a36cc5d
+# %% ../nbs/40_concepts.ipynb #c4685032
 def learn_concept(
     generator:VideoGenerator, # Frozen
     vlm:VideoLanguageModel, # Frozen; its answers give Delta omega
@@ -392,25 +404,29 @@ def learn_concept(
 ) -> Concept: # On the CPU, with a record of what was measured
     "Learn what to add to a prompt so that the video changes as the words do (paper §3.3, eqs 7 and 8)"
     pair, captions, config = parse_contrast(pair), [captions] if isinstance(captions, str) else list(captions), config or ConceptConfig.mini()
-    start = mean_token_difference(generator, pair, captions, config.placement) # refuses captions that do not fit, before any work
-    for caption in captions: pair_ids(vlm, pair, caption)
-    data = gather(generator, pair, captions, config, f"{pair.name}: videos" if progress else None)
-    divergences = torch.cat([divergence_over_seeds(generator, vlm, coupling, pair, data.captions[k:k + config.batch_size], (data.finished[k:k + config.batch_size],
-                             data.target[k:k + config.batch_size]), config.distance, config.over) for k in range(0, config.n_seeds, config.batch_size)])
-    divergence = divergences.mean().item()
-    if config.strengths == "answer" and not 1e-3 < divergence <= 1.5: # outside it eq. (8) has no gradient, or leaves the range of steering
-        raise ValueError(f"{vlm.name}'s answers to both sides of {pair.name!r} differ by {divergence:.3g}, which is no strength to learn at. Use strengths='uniform', or distance='hellinger'.")
-    condition, memo = generator.encode_prompt(data.captions), {text: token_slots(generator, text, pair.apply(text), config.placement) for text in captions}
-    slots, trained = torch.stack([memo[text] for text in data.captions]), data.samples.clip < config.n_seeds - max(config.n_seeds // 4, 1)
-    strength, title = divergence if config.strengths == "answer" else None, f"{pair.name}: concept" if progress else None
-    zero, first = torch.zeros_like(start), start if config.warm_start == "mean_difference" else torch.zeros_like(start)
-    vectors, losses = fit_vectors(generator, data.samples.take(trained.nonzero()[:, 0]), condition, slots, first, config, strength, title)
-    missing = [share_missing(generator, data.samples.take((~trained).nonzero()[:, 0]), condition, slots, q, config.batch_size) for q in (zero, start, vectors)]
-    meta = {"divergence": divergence, "divergence_sd": divergences.std().item(), "unexplained": missing[2], "unexplained_mean_difference": missing[1], "unexplained_nothing": missing[0],
-            "losses": [round(loss, 5) for loss in losses[::max(len(losses) // 50, 1)]], "captions": captions, "seeds": data.seeds, "vlm": vlm.name, "coupled": coupling is not None}
+    mean = mean_token_difference(generator, pair, captions, config.placement) # refuses captions that do not fit, before any work
+    for caption in captions: pair_ids(vlm, pair, caption) # refuses words the VLM does not know
+    data = gather(generator, vlm, coupling, pair, captions, config, f"{pair.name}: videos" if progress else None)
+    strength = None if config.strengths == "uniform" else check_divergence(data.divergence.mean().item(), pair, vlm)
+    start = mean if config.warm_start == "mean_difference" else torch.zeros_like(mean)
+    vectors, losses = fit_vectors(generator, data.states(validation=False), data.condition, data.slots, start, config, strength, f"{pair.name}: concept" if progress else None)
+    missing = {name: share_missing(generator, data.states(validation=True), data.condition, data.slots, q, config.batch_size)
+               for name, q in (("unexplained", vectors), ("unexplained_mean_difference", mean), ("unexplained_nothing", torch.zeros_like(mean)))}
+    meta = {"divergence": data.divergence.mean().item(), "divergence_sd": data.divergence.std().item(), **missing, "captions": captions, "seeds": data.seeds,
+            "losses": [round(loss, 5) for loss in losses[::max(len(losses) // 50, 1)]], "vlm": vlm.name, "coupled": coupling is not None}
     return Concept(pair, vectors.cpu(), config, meta)
 
-# %% ../nbs/40_concepts.ipynb #b8e2ea9a
+def check_divergence(
+    divergence:float, # Mean answer divergence
+    pair:ContrastPair, # For the message
+    vlm:VideoLanguageModel, # For the message
+) -> float: # The same, if a concept can be learned at this strength
+    "Refuse a strength at which eq. (8) has no gradient, or which steering would refuse"
+    if not 1e-3 < divergence <= 1.5: # 1.5: the largest strength of steering
+        raise ValueError(f"{vlm.name}'s answers to both sides of {pair.name!r} differ by {divergence:.3g}, which is no strength to learn at. Use strengths='uniform', or distance='hellinger'.")
+    return divergence
+
+# %% ../nbs/40_concepts.ipynb #0184c3a7
 @torch.no_grad()
 def share_missing(
     generator:VideoGenerator, # Frozen
@@ -429,7 +445,7 @@ def share_missing(
         wanted += weight
     return missing / max(wanted, 1e-12) # 1e-12: equal prompts
 
-# %% ../nbs/40_concepts.ipynb #7b4c8a65
+# %% ../nbs/40_concepts.ipynb #914235de
 class ConceptBank(MutableMapping):
     "Concepts by name: `bank['red -> blue']`"
     def __init__(self, concepts:Sequence[Concept]=(), **facts):
@@ -449,9 +465,16 @@ class ConceptBank(MutableMapping):
     def __delitem__(self, pair:str|ContrastPair): del self.concepts[self[pair].pair.name]
     def __iter__(self) -> Iterator[str]: return iter(self.concepts)
     def __len__(self) -> int: return len(self.concepts)
+    @classmethod
+    def from_pretrained(cls, path:str|Path) -> "ConceptBank": # The concepts that `save_pretrained` wrote to `path`
+        "Read concepts from one file"
+        tensors, config = load_checkpoint(path)
+        if "concepts" not in config: raise ValueError(f"{Path(path).name} holds no concepts but {sorted(config)}. Give a file that ConceptBank.save_pretrained wrote.")
+        return cls([Concept(parse_contrast(name), tensors[name], ConceptConfig(**entry["config"]), entry["meta"]) for name, entry in config["concepts"].items()], **config["facts"])
+
     def __repr__(self): return "\n".join([f"ConceptBank of {len(self)} concepts", *(f"  {concept!r}" for concept in self.concepts.values())])
 
-# %% ../nbs/40_concepts.ipynb #eb3b2b59
+# %% ../nbs/40_concepts.ipynb #be55f49b
 @patch
 def learn(
     self:ConceptBank,
@@ -476,13 +499,3 @@ def save_pretrained(
     "Write all concepts to one file"
     entries = {name: {"config": asdict(concept.config), "meta": dict(concept.meta)} for name, concept in self.concepts.items()}
     return save_checkpoint(path, {name: concept.vectors for name, concept in self.concepts.items()}, {"concepts": entries, "facts": self.facts})
-
-@patch(cls_method=True)
-def from_pretrained(
-    cls:ConceptBank,
-    path:str|Path, # Written by `save_pretrained`
-) -> ConceptBank: # The same concepts in the same order
-    "Read concepts from one file"
-    tensors, config = load_checkpoint(path)
-    if "concepts" not in config: raise ValueError(f"{Path(path).name} holds no concepts but {sorted(config)}. Give a file that ConceptBank.save_pretrained wrote.")
-    return cls([Concept(parse_contrast(name), tensors[name], ConceptConfig(**entry["config"]), entry["meta"]) for name, entry in config["concepts"].items()], **config["facts"])

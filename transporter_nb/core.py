@@ -73,7 +73,8 @@ def seeded_generator(
     "A random generator that depends on its seed alone"
     if isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, got {seed!r}.")
-    return torch.Generator(device=resolve_device(device)).manual_seed(int(seed))
+    short = int(seed) if seed < 2**32 else int.from_bytes(hashlib.sha256(str(int(seed)).encode()).digest()[:4], "little")
+    return torch.Generator(device=resolve_device(device)).manual_seed(short)
 
 # %% ../nbs/00_core.ipynb #6b559017
 def as_config(
@@ -121,6 +122,7 @@ def write_aside(
         yield aside
         with open(aside, "rb+") as file:
             os.fsync(file.fileno())
+        aside.chmod(0o644) # safetensors makes files that only their owner can read
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

@@ -40,7 +40,7 @@ class CouplingConfig:
     entropy_reg:float=0.05 # tau > 0 in units of the mean cost; not published
     n_iterations:int=3 # Rounds of Sinkhorn; not published
     average:str="plans" # `"plans"` as in the paper, or `"costs"`: see `32_coupling.transport`
-    position_gain:float=5. # Size of the place vectors at the start, in units of the tokens' spread; 0 leaves them out
+    position_gain:float=10. # Size of the place vectors at the start, in units of the tokens' spread; 0 leaves them out
     detach_branches:bool=False # True: eq. (6) trains only the transport, and the branches see eqs. (2) and (3) alone
 
     @classmethod

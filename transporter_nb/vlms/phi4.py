@@ -167,7 +167,7 @@ def new(cls:Phi4VLM,
 @patch
 def save(self:Phi4VLM,
     path=None, # `checkpoint_path("vlm_phi4")` by default
-    dtype:torch.dtype=torch.float16, # Of the weights on disk
+    dtype:torch.dtype=torch.float32, # Of the weights on disk
 ):
     "Save weights, sizes and words"
     n_special = len(SPECIAL_TOKENS) + self.settings.n_frames
@@ -191,7 +191,7 @@ def load(cls:Phi4VLM,
     vlm.model.load_state_dict({name: value.float() for name, value in tensors.items()} | {"lm_head.weight": tensors["model.embed_tokens.weight"].float()})
     return vlm.to(resolve_device(device)).freeze()
 
-# %% ../../nbs/25_vlms.phi4.ipynb #1a652a70
+# %% ../../nbs/25_vlms.phi4.ipynb #0129390a
 @patch(cls_method=True)
 def from_hub(cls:Phi4VLM,
     settings:Phi4Settings, # With `hub_id` and `revision`
