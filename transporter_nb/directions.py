@@ -19,7 +19,7 @@ from .contrasts import ContrastPair, parse_contrast
 from .core import seeded_generator
 from .generators.base import VideoGenerator
 
-# %% ../nbs/41_directions.ipynb #556bb57c
+# %% ../nbs/41_directions.ipynb #b036be80
 @dataclass(frozen=True)
 class TargetCaption:
     "Towards the encoded target caption: exact at strength 1, an interpolation below"
@@ -31,7 +31,7 @@ class TargetCaption:
         source, target = (generator.encode_prompt([text]).embeds[0] for text in (caption, self.target_caption or self.pair.apply(caption)))
         return (target - source).detach()
 
-# %% ../nbs/41_directions.ipynb #595f3ed2
+# %% ../nbs/41_directions.ipynb #86ad91b2
 def mean_text_difference(
     generator:VideoGenerator, # Whose text encoder is asked
     pair:str|ContrastPair, # What changes
@@ -43,7 +43,7 @@ def mean_text_difference(
     vectors = mean_token_difference(generator, pair, captions, placement)
     return Concept(pair, vectors.cpu(), ConceptConfig(placement=placement, steps=0), {"origin": "mean text difference", "captions": list(captions)})
 
-# %% ../nbs/41_directions.ipynb #e6389c0b
+# %% ../nbs/41_directions.ipynb #ea9b3bb4
 def random_direction(
     concept:Concept, # Gives pair, placement and the length of each vector
     seed:int=0, # Same seed, same direction
@@ -53,7 +53,7 @@ def random_direction(
     vectors = draws * (concept.vectors.norm(dim=1, keepdim=True) / draws.norm(dim=1, keepdim=True))
     return replace(concept, vectors=vectors, meta={"origin": "random", "seed": seed, "captions": concept.meta.get("captions", ["?"])})
 
-# %% ../nbs/41_directions.ipynb #353d6ac5
+# %% ../nbs/41_directions.ipynb #a8dc0885
 @dataclass(frozen=True)
 class NoChange:
     "Nothing is added: the control for changes that come from the noise alone"

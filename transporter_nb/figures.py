@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PALETTE', 'INK', 'FAINT', 'READ_ME', 'use_house_style', 'Answer', 'ClipRow', 'Panel', 'explanation_rows',
            'draw_answer', 'Layout', 'choose_frames', 'draw_row', 'draw_panel', 'page_size', 'draw_page', 'cut_texts',
-           'draw_moving', 'animate_panels', 'provenance', 'plain_values', 'save_figure', 'cached']
+           'draw_moving', 'shared_palette', 'animate_panels', 'provenance', 'plain_values', 'save_figure', 'cached']
 
 # %% ../nbs/70_figures.ipynb #348e5b43
 import json
@@ -24,6 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.patches import Rectangle
+from PIL import Image
 from torch import Tensor
 
 from .core import as_config, config_hash, repo_path, write_aside
@@ -39,7 +40,7 @@ def use_house_style():
     matplotlib.rcParams.update({
         "axes.prop_cycle": matplotlib.cycler(color=PALETTE), "image.cmap": "cividis", "lines.linewidth": 1.5,
         "font.family": "DejaVu Sans", "font.size": 8.5, "axes.titlesize": 9, "axes.labelsize": 8.5, "legend.fontsize": 7.5, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5,
-        "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.linewidth": .4, "grid.alpha": .5,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.linewidth": .4, "grid.alpha": .5,
         "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "legend.frameon": False,
         "figure.dpi": 110, "savefig.dpi": 200, "pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "none"})
 
@@ -57,6 +58,7 @@ class ClipRow(NamedTuple):
     label: str # What was set, such as the strength
     answers: Sequence[Answer] = () # At most three fit a row
     text: str = "" # Beside it, such as what the VLM says about it
+    divergence: float|None = None # Answer divergence to the unsteered clip, 0 to 1, below the label; None leaves it out
     window: tuple[int, int]|None = None # First frame modulated and one past the last; None marks none
 
 class Panel(NamedTuple):
@@ -79,7 +81,7 @@ def explanation_rows(
     made = []
     for k in chosen:
         answers = [Answer(*words, *((said.source[k, w].item(), said.target[k, w].item()) for said in (e.phi, e.reencoded))) for w, words in enumerate(e.pair.words)]
-        made.append(ClipRow(e.videos[k], labels[k], answers, f"“{e.phi.captions[k]}”" + f"\n{notes[k]}" * bool(notes[k]), tuple(window) if window else None))
+        made.append(ClipRow(e.videos[k], labels[k], answers, f"“{e.phi.captions[k]}”" + f"\n{notes[k]}" * bool(notes[k]), e.phi.divergence[k].item(), tuple(window) if window else None))
     return made
 
 # %% ../nbs/70_figures.ipynb #96b77335
@@ -93,7 +95,7 @@ def draw_answer(
     font_size:float=7.5, # Points
 ):
     "One tug-of-war between two words"
-    word = .35 * width # chosen: "bounces 0.99" in 7.5 pt takes 0.8 of 2.3 inches
+    word = .37 * width # chosen: "quickly 0.99" in bold 7.5 pt takes 0.75 of 2.1 inches
     start, length, thick, thin = left + word, width - 2 * word, .095, .035
     for (source, target), bottom, height in ((answer.phi, middle - thick / 2, thick), (answer.reencoded, middle - thick / 2 - thin - .02, thin)):
         ax.add_patch(Rectangle((start, bottom), source * length, height, color=FAINT, linewidth=0))
@@ -106,9 +108,9 @@ def draw_answer(
 class Layout(NamedTuple):
     "Inches of a page (chosen: the text width of a journal page, letters of 7 points and more)"
     width: float = 7.6 # Of the page
-    label: float = .78 # Column of labels
-    answers: float = 2.25 # Column of answers
-    text: float = 1.62 # Column of texts
+    label: float = .66 # Column of labels
+    answers: float = 2.12 # Column of answers
+    text: float = 1.58 # Column of texts
     gap: float = .05 # Between frames, and between rows
     head: float = .48 # Above the rows: title and names of columns
     foot: float = .12 # Below the rows
@@ -141,7 +143,9 @@ def draw_row(
     width, height, cell = figure.bbox.width / figure.dpi, figure.bbox.height / figure.dpi, layout.cell(len(frames))
     def box(left, low, wide, high): return (left / width, low / height, wide / width, high / height)
     images = frames_to_uint8(resize_video(row.clip[None, list(frames)], 192, mode)[0]) # chosen: 192 px, above 300 dots an inch
-    figure.text((layout.label - .1) / width, (bottom + cell / 2) / height, row.label, ha="right", va="center", fontsize=8)
+    middle, measured = (bottom + cell / 2) / height, row.divergence is not None
+    figure.text((layout.label - .1) / width, middle, row.label, ha="right", va="bottom" if measured else "center", fontsize=7.5, linespacing=1.1)
+    if measured: figure.text((layout.label - .1) / width, middle - .03 / height, f"Δω {row.divergence:.2f}", ha="right", va="top", fontsize=7, color="#666666")
     for k, (frame, image) in enumerate(zip(frames, images)):
         ax = figure.add_axes(box(layout.label + k * (cell + layout.gap), bottom, cell, cell))
         ax.imshow(image, interpolation="lanczos", aspect="auto"); ax.axis("off")
@@ -166,8 +170,8 @@ def draw_panel(
     frames = choose_frames(len(panel.rows[0].clip)) if frames is None else list(frames)
     width, height, cell = figure.bbox.width / figure.dpi, figure.bbox.height / figure.dpi, layout.cell(len(frames))
     left = layout.label + len(frames) * (cell + layout.gap)
-    title = figure.text(.08 / width, 1 - .04 / height, panel.title, weight="bold", fontsize=9, va="top")
-    figure.text(.08 / width, 1 - .19 / height, panel.note, fontsize=7.5, va="top")
+    figure.text(.08 / width, 1 - .04 / height, panel.title, weight="bold", fontsize=9, va="top")
+    figure.text(.08 / width, 1 - .19 / height, panel.note, fontsize=7, va="top")
     top = height - layout.head + .03
     for k, frame in enumerate(frames):
         figure.text((layout.label + k * (cell + layout.gap) + cell / 2) / width, top / height, f"frame {frame}" if k == 0 else str(frame), ha="center", va="bottom", fontsize=6.5, color="#666666")
@@ -178,7 +182,7 @@ def draw_panel(
 
 # %% ../nbs/70_figures.ipynb #6025dd83
 READ_ME = ("Bars: grey is the probability of the source word, colour that of the target word, white any other word; thick bar and numbers through $\\Phi$, thin bar through\n"
-           "decode and re-encode. Text: the VLM's own caption of the clip, through $\\Phi$.")
+           "decode and re-encode. Text: the VLM's own caption of the clip, through $\\Phi$. Δω: divergence of its answers from those to the unsteered clip, 0 to 1.")
 
 def page_size(
     panels:Sequence[Panel], # From the top
@@ -218,18 +222,19 @@ def cut_texts(
 # %% ../nbs/70_figures.ipynb #7fb002ba
 def draw_moving(
     panels:Sequence[Panel], # One line of clips each
-    cell:float=1.15, # Inches a clip
-    width:float=7.6, # Inches, at least
+    width:float=7.6, # Inches
+    largest:float=1.4, # Inches, side of a clip where there are few
 ) -> tuple[Figure, list, list]: # A figure, its images row by row, and the lines (or None) that light up
     "The still part of a page of moving clips"
     columns = max(len(panel.rows) for panel in panels)
-    width, each = max(width, columns * (cell + .1) + .1), cell + .62 + .13 * max(len(row.answers) for panel in panels for row in panel.rows)
+    cell = min((width - .1) / columns - .1, largest)
+    each = cell + .62 + .13 * max(len(row.answers) for panel in panels for row in panel.rows)
     figure, images, lights = Figure((width, len(panels) * each), dpi=100), [], []
     for p, panel in enumerate(panels):
         top = (len(panels) - p) * each
         figure.text(.1 / width, (top - .06) / figure.get_figheight(), panel.title, fontsize=9, weight="bold", va="top")
         for k, row in enumerate(panel.rows):
-            left = .1 + k * (cell + .1)
+            left = .1 + k * (cell + .1) # inches
             ax = figure.add_axes((left / width, (top - .45 - cell) / figure.get_figheight(), cell / width, cell / figure.get_figheight())); ax.axis("off")
             ax.text(.5, 1.03, row.label.replace("\n", " "), transform=ax.transAxes, ha="center", va="bottom", fontsize=7.5)
             for w, answer in enumerate(row.answers):
@@ -237,6 +242,18 @@ def draw_moving(
             images.append(ax.imshow(frames_to_uint8(row.clip[0]), interpolation="bicubic"))
             lights.append(ax.plot((0, 1), (-.02, -.02), color=PALETTE[4], linewidth=3, transform=ax.transAxes, clip_on=False)[0] if row.window else None)
     return figure, images, lights
+
+# %% ../nbs/70_figures.ipynb #5c36c00e
+def shared_palette(
+    shot:Image.Image, # One of the frames
+    shades:int=4, # Of each colour of letters, towards white
+) -> Image.Image: # Carries 256 colours
+    "Colours for a GIF: those of a frame, and for certain those of our letters"
+    palette = shot.quantize(256 - shades * len(PALETTE)).getpalette()
+    letters = [255 - (255 - round(255 * part)) * (k + 1) // shades for colour in PALETTE for k in range(shades) for part in matplotlib.colors.to_rgb(colour)]
+    image = Image.new("P", (1, 1))
+    image.putpalette([*palette[:3 * (256 - shades * len(PALETTE))], *letters])
+    return image
 
 def animate_panels(
     panels:Sequence[Panel], # One line of clips each, all of the same number of frames
@@ -249,10 +266,11 @@ def animate_panels(
             image.set_data(frames_to_uint8(row.clip[frame]))
             if light is not None: light.set_visible(row.window[0] <= frame < row.window[1])
         canvas.draw()
-        shots.append(torch.from_numpy(np.asarray(canvas.buffer_rgba())[..., :3].copy()))
-    return torch.stack(shots).movedim(-1, 1) / 255
+        shots.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]))
+    colours = shared_palette(shots[len(shots) // 2])
+    return torch.stack([torch.from_numpy(np.array(shot.quantize(palette=colours, dither=Image.Dither.NONE).convert("RGB"))) for shot in shots]).movedim(-1, 1) / 255
 
-# %% ../nbs/70_figures.ipynb #a99f485e
+# %% ../nbs/70_figures.ipynb #e68c178e
 def provenance() -> dict: # Commit, whether the sources differ from it, and versions
     "What a result depends on besides its parameters"
     facts = run_facts()
@@ -262,7 +280,7 @@ def provenance() -> dict: # Commit, whether the sources differ from it, and vers
         changed = bool(done.stdout.strip()) if done.returncode == 0 else None
     return {**facts, "changed_since_commit": changed, "numpy": version("numpy"), "matplotlib": version("matplotlib")}
 
-# %% ../nbs/70_figures.ipynb #30881023
+# %% ../nbs/70_figures.ipynb #5a03cad2
 def plain_values(
     facts:Any, # Numbers, words, lists and dicts of them, dataclasses
 ) -> Any: # The same, with None in the place of numbers that are none
@@ -271,6 +289,7 @@ def plain_values(
     if isinstance(facts, dict): return {key: plain_values(value) for key, value in facts.items()}
     return [plain_values(value) for value in facts] if isinstance(facts, list) else facts
 
+# %% ../nbs/70_figures.ipynb #33d31d9d
 def save_figure(
     figure:Figure, # Drawn
     stem:str|Path, # File name without ending, below `figures/`; an absolute path is taken as it is
@@ -291,7 +310,7 @@ def save_figure(
             with write_aside(place) as aside: figure.savefig(aside, format=place.suffix[1:], metadata={"CreationDate": None} if pdf and place.suffix == ".pdf" else None)
     return paths
 
-# %% ../nbs/70_figures.ipynb #33d31d9d
+# %% ../nbs/70_figures.ipynb #cf53cc65
 def cached(
     name:str, # What is computed, such as `"readers"`
     config:Any, # Everything it depends on, as a dataclass or plain values: models (their digests), seeds, numbers of clips

@@ -35,7 +35,7 @@ from .steering import check_run, check_strengths, steer
 from .video import frames_to_uint8, save_gif, save_mp4, show_gif
 from .vlms.base import VideoLanguageModel
 
-# %% ../nbs/51_l2v.ipynb #9e2f9ac6
+# %% ../nbs/51_l2v.ipynb #25505b63
 def pair_between(
     caption:str, # What the video is
     target_caption:str, # What it shall become
@@ -52,7 +52,7 @@ def pair_between(
             if pair.apply(caption) == target_caption: return pair
     raise ValueError(f"no contrast of whole words turns {caption!r} into {target_caption!r}; the words that differ are {words}. Does one of them stand there twice?")
 
-# %% ../nbs/51_l2v.ipynb #8260fd53
+# %% ../nbs/51_l2v.ipynb #aa496c19
 class Answers(NamedTuple):
     "What a VLM said about the clips of a sweep, seen in one way"
     source: Float[Tensor, "strengths words"] # Probability of each source word, out of the vocabulary
@@ -78,7 +78,7 @@ def read_answers(
     source, target = log_probs.exp().gather(-1, ids.expand(n, -1, -1)).unbind(-1)
     return Answers(source, target, divergence, vlm.caption(vlm_embeddings))
 
-# %% ../nbs/51_l2v.ipynb #e36f8ee0
+# %% ../nbs/51_l2v.ipynb #fd20e99a
 class AnswerTable(list):
     "Rows with equal keys, shown as a table"
     def cells(self, width:int=60) -> list[list[str]]: # Header first; long texts are cut at `width`
@@ -96,7 +96,7 @@ class AnswerTable(list):
         def line(texts, tag): return "<tr>" + "".join(f"<{tag}>{text.replace('&', '&amp;').replace('<', '&lt;')}</{tag}>" for text in texts) + "</tr>"
         return "<table>" + line(head, "th") + "".join(line(row, "td") for row in rows) + "</table>"
 
-# %% ../nbs/51_l2v.ipynb #c2efd1e6
+# %% ../nbs/51_l2v.ipynb #9d8466e6
 WORD_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7") # Okabe and Ito: blue, vermilion, green, purple
 
 class Curve(NamedTuple):
@@ -113,15 +113,17 @@ def draw_answers(
 ):
     "Probabilities under the columns of a filmstrip, as curves and as numbers"
     for k, (curve, colour) in enumerate(zip(curves, WORD_COLOURS)):
-        ax.plot(curve.phi, "o-", color=colour, markersize=4, linewidth=1.2, label=f"p({curve.word}) through $\\Phi$")
-        ax.plot(curve.reencoded, "s--", color=colour, markerfacecolor="white", markersize=4, linewidth=.8, label=f"p({curve.word}) re-encoded")
+        ax.plot(curve.phi, "o-", color=colour, markersize=4, linewidth=1.2)
+        ax.plot(curve.reencoded, "s--", color=colour, markerfacecolor="white", markersize=4, linewidth=.8)
         for column, value in enumerate(curve.phi):
             ax.annotate(f"{curve.word} {value:.2f}", (column, 0), (0, -6 - (font_size + 3) * k), color=colour, fontsize=font_size, ha="center", va="top",
                         xycoords=("data", "axes fraction"), textcoords="offset points")
+    ax.annotate("probability of the target word: filled, and written, through $\\Phi$; open, re-encoded", (0, 0), (0, -6 - (font_size + 3) * len(curves)), fontsize=font_size,
+                va="top", xycoords="axes fraction", textcoords="offset points")
     ax.set(ylim=(-.06, 1.06), yticks=(0, .5, 1), xticks=range(len(labels))); ax.tick_params(labelsize=font_size, labelbottom=False)
     ax.grid(axis="y", linewidth=.4, alpha=.6); ax.spines[["top", "right"]].set_visible(False)
 
-# %% ../nbs/51_l2v.ipynb #c6877eae
+# %% ../nbs/51_l2v.ipynb #c2efd1e6
 def draw_filmstrip(
     figure:FigureBase, # A figure, or a part of one
     videos:Float[Tensor, "columns frames 3 height width"], # Clips in [0, 1]
@@ -134,7 +136,7 @@ def draw_filmstrip(
     "Draw clips side by side, time downward, with the VLM's answers below"
     frames, n, size = list(frames or sorted({0, videos.shape[1] // 2, videos.shape[1] - 1})), len(videos), 7.5
     width, height = figure.bbox.width / figure.dpi, figure.bbox.height / figure.dpi # inches
-    below = .12 + .15 * len(notes) + (.06 + .147 * len(curves))
+    below = .12 + .15 * len(notes) + (.06 + .147 * (len(curves) + 1) if curves else 0)
     grid = figure.add_gridspec(len(frames) + bool(curves), n, height_ratios=[1.] * len(frames) + [.8] * bool(curves), wspace=.05, hspace=.08,
                                left=.62 / width, right=1 - .08 / width, top=1 - .5 / height, bottom=below / height)
     for column in range(n):
@@ -148,11 +150,12 @@ def draw_filmstrip(
         ax = figure.add_subplot(grid[-1, :])
         draw_answers(ax, curves, labels, size)
         edge = .5 / 1.05 # half a column, without half a gap
-        ax.set_xlim(-edge, n - 1 + edge); ax.legend(fontsize=size - 1, loc="center right" if curves[0].phi[-1] > .5 > curves[0].phi[0] else "best", framealpha=.8, borderpad=.3, labelspacing=.2)
+        ax.set_xlim(-edge, n - 1 + edge)
     figure.text(.08 / width, 1 - .06 / height, title, fontsize=size + 1.5, va="top", weight="bold")
     for k, note in enumerate(notes): figure.text(.62 / width, (.06 + .15 * (len(notes) - 1 - k)) / height, note, fontsize=size, va="bottom")
     return figure
 
+# %% ../nbs/51_l2v.ipynb #c6877eae
 def filmstrip_size(
     n_columns:int, # Clips
     n_frames:int=3, # Frames shown of each
@@ -161,7 +164,7 @@ def filmstrip_size(
     cell:float=.95, # Inches a frame
 ) -> tuple[float, float]: # Width and height in inches at which frames are square
     "The size of a figure that holds a filmstrip"
-    below = .12 + .15 * n_notes + (.06 + .147 * n_curves)
+    below = .12 + .15 * n_notes + (.06 + .147 * (n_curves + 1) if n_curves else 0)
     return .7 + cell * (1.05 * n_columns - .05), .5 + below + cell * (1.08 * n_frames - .08 + (.88 if n_curves else 0))
 
 # %% ../nbs/51_l2v.ipynb #bfb115f7

@@ -18,7 +18,7 @@ from torch import Tensor
 from .concepts import Direction, shift
 from .generators.base import PromptCondition, VideoGenerator, integrate
 
-# %% ../nbs/50_steering.ipynb #bfd3fde0
+# %% ../nbs/50_steering.ipynb #cf368c09
 MAX_STRENGTH = 1.5 # chosen: half as far again as training went
 
 def check_strengths(
@@ -34,7 +34,7 @@ def check_strengths(
         raise ValueError(f"strengths must be from 0 (source) over 1 (target) to {MAX_STRENGTH}, got {table.unique().tolist()}. For the other way, reverse the contrast.")
     return table.contiguous()
 
-# %% ../nbs/50_steering.ipynb #a47690fe
+# %% ../nbs/50_steering.ipynb #4e6e1c0d
 def window_weights(
     frame_window:tuple[int, int], # First frame modulated, and one past the last
     n_frames:int, # Frames of the video
@@ -50,7 +50,7 @@ def window_weights(
     inside[first:end] = 1.
     return torch.cat([inside[:1], inside[1:].view(n_latent_frames - 1, -1).mean(1)]) if n_frames > 1 else inside
 
-# %% ../nbs/50_steering.ipynb #1177ddc0
+# %% ../nbs/50_steering.ipynb #492aa6dc
 def steered_velocity(
     generator:VideoGenerator, # Frozen
     states:Float[Tensor, "states channels latent_frames latent_height latent_width"], # One a clip, or one a clip and strength
@@ -72,7 +72,7 @@ def steered_velocity(
     velocity = wide[0] if weights is None else torch.lerp(wide[-1], wide[0], weights.to(wide[0])[:, None, None])
     return velocity if scale == 1 else wide[1] + scale * (velocity - wide[1])
 
-# %% ../nbs/50_steering.ipynb #bc431e11
+# %% ../nbs/50_steering.ipynb #51a25a84
 class Steered(NamedTuple):
     "What came out of a sweep"
     latents: Float[Tensor, "clips strengths channels latent_frames latent_height latent_width"] # Finished latents
@@ -96,7 +96,7 @@ def check_run(
         raise ValueError(f"noise must be finite, of shape (clips, {', '.join(map(str, generator.latent_shape(1)[1:]))}), got {tuple(noise.shape)}. Use generator.noise.")
     return steps
 
-# %% ../nbs/50_steering.ipynb #6188f993
+# %% ../nbs/50_steering.ipynb #bc431e11
 @torch.no_grad()
 def steer(
     generator:VideoGenerator, # Frozen

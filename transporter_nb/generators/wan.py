@@ -77,7 +77,7 @@ class WanTextConfig:
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>") # ids 0, 1, 2; the first two as in T5
 
 def size_errors(
-    config, # A `WanConfig`
+    config:"WanConfig", # Defined below
 ) -> list[str]: # One sentence a broken rule
     "What is wrong with the sizes of a configuration"
     vae, transformer, text = config.vae, config.transformer, config.text
@@ -172,7 +172,7 @@ def run_expert(
 
 # %% ../../nbs/21_generators.wan.ipynb #54a310a0
 def flow_times(
-    scheduler, # A `FlowMatchEulerDiscreteScheduler`
+    scheduler:FlowMatchEulerDiscreteScheduler, # Its shift is applied
     steps:int, # Euler steps, >= 1
 ) -> Float[Tensor, "steps_and_one"]: # Flow times from 0 to 1, on the CPU
     "Our flow times for a sampling run under Wan's scheduler"

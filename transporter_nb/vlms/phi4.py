@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPECIAL_TOKENS', 'Phi4Settings', 'mini_config', 'take_frames', 'image_tokens', 'additive_mask', 'Phi4VLM']
 
-# %% ../../nbs/25_vlms.phi4.ipynb #2d556fd9
+# %% ../../nbs/25_vlms.phi4.ipynb #c02e14f4
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, Phi4MultimodalConfig, Phi4MultimodalForC
 from ..core import check_scale, checkpoint_path, load_checkpoint, resolve_device, save_checkpoint
 from .base import PackedTurns, VideoLanguageModel, word_tokenizer, world_words
 
-# %% ../../nbs/25_vlms.phi4.ipynb #2b15c67c
+# %% ../../nbs/25_vlms.phi4.ipynb #404994b4
 @dataclass(frozen=True)
 class Phi4Settings:
     "How Phi-4-multimodal is built and how it is shown a video"
@@ -45,7 +45,7 @@ class Phi4Settings:
         n = self.image_size // self.patch_size // 2
         return 2 * n * (n + 1) + 1
 
-# %% ../../nbs/25_vlms.phi4.ipynb #e66f680d
+# %% ../../nbs/25_vlms.phi4.ipynb #a5d88a98
 SPECIAL_TOKENS = ("<|pad|>", "<|unknown|>", "<|user|>", "<|assistant|>", "<|end|>", "<|image|>", "<|audio|>")
 
 def mini_config(
@@ -66,7 +66,7 @@ def mini_config(
         eos_token_id=[ids["<|end|>"]], rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
         vision_config=vision, audio_config=audio)
 
-# %% ../../nbs/25_vlms.phi4.ipynb #5e776a54
+# %% ../../nbs/25_vlms.phi4.ipynb #9b6a7e4c
 def take_frames(
     video:Float[Tensor, "batch frames 3 height width"], # Colours in [0, 1], any number of frames and pixels
     n_frames:int, # How many to show; first and last are always among them
@@ -83,7 +83,7 @@ def take_frames(
         shown = nn.functional.interpolate(shown.flatten(0, 1), (size, size), mode="bilinear", antialias=True).unflatten(0, shown.shape[:2])
     return shown * 2 - 1
 
-# %% ../../nbs/25_vlms.phi4.ipynb #70d2a287
+# %% ../../nbs/25_vlms.phi4.ipynb #f7e2df66
 def image_tokens(
     part:nn.Module, # The class's `Phi4MultimodalImageEmbedding`
     images:Float[Tensor, "images 3 size size"], # In [-1, 1], of one crop
@@ -98,7 +98,7 @@ def image_tokens(
     tokens = torch.cat([view, part.global_img_feature_extensor.expand(len(grid), 1, -1), view], 1)
     return part.img_projection_down(nn.functional.gelu(part.img_projection_up(tokens)))
 
-# %% ../../nbs/25_vlms.phi4.ipynb #d71717ad
+# %% ../../nbs/25_vlms.phi4.ipynb #277d3baa
 def additive_mask(
     visible:Bool[Tensor, "batch text_tokens text_tokens"], # Which text token (column) each text token (row) sees
     n_before:int, # Tokens of the preamble
@@ -110,7 +110,7 @@ def additive_mask(
     seen[:, n_before:, n_before:] = visible
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
 
-# %% ../../nbs/25_vlms.phi4.ipynb #4e333141
+# %% ../../nbs/25_vlms.phi4.ipynb #ffea1d95
 class Phi4VLM(VideoLanguageModel):
     "`Phi4MultimodalForCausalLM` behind the common interface"
     name = "phi4"
@@ -145,7 +145,7 @@ class Phi4VLM(VideoLanguageModel):
         return self.model(inputs_embeds=inputs, attention_mask=additive_mask(text.visible, n_before, inputs.dtype),
                           position_ids=positions, use_cache=False, logits_to_keep=width).logits.float()
 
-# %% ../../nbs/25_vlms.phi4.ipynb #f32f72be
+# %% ../../nbs/25_vlms.phi4.ipynb #1bf516a3
 @patch(cls_method=True)
 def new(cls:Phi4VLM,
     settings:Phi4Settings|None=None, # Sizes; `Phi4Settings.mini()` by default
@@ -163,7 +163,7 @@ def new(cls:Phi4VLM,
             if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)): nn.init.normal_(module.weight, std=module.weight[0].numel()**-0.5)
     return cls(settings, model.float(), tokenizer, marks)
 
-# %% ../../nbs/25_vlms.phi4.ipynb #2ffa2631
+# %% ../../nbs/25_vlms.phi4.ipynb #0d5bc0a7
 @patch
 def save(self:Phi4VLM,
     path=None, # `checkpoint_path("vlm_phi4")` by default
@@ -191,7 +191,7 @@ def load(cls:Phi4VLM,
     vlm.model.load_state_dict({name: value.float() for name, value in tensors.items()} | {"lm_head.weight": tensors["model.embed_tokens.weight"].float()})
     return vlm.to(resolve_device(device)).freeze()
 
-# %% ../../nbs/25_vlms.phi4.ipynb #0129390a
+# %% ../../nbs/25_vlms.phi4.ipynb #a591efa2
 @patch(cls_method=True)
 def from_hub(cls:Phi4VLM,
     settings:Phi4Settings, # With `hub_id` and `revision`

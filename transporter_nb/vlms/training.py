@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SLOT_PLACES', 'LOCATED', 'slot_prefix', 'slot_word', 'contrary_caption', 'scene_turns', 'roughen', 'WorldBatch',
-           'world_batch', 'frame_truth', 'FrameLocator', 'VLMTraining', 'matmul_precision', 'JointOptimizer',
-           'vlm_optimizer', 'update_average', 'training_step', 'train_vlm', 'reading_turns', 'reading_accuracy']
+           'world_batch', 'frame_truth', 'FrameLocator', 'VLMTraining', 'matmul_precision', 'vlm_optimizer',
+           'training_step', 'train_vlm', 'reading_turns', 'reading_accuracy']
 
 # %% ../../nbs/28_vlms.training.ipynb #cfec8729
 import math
@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..core import load_training, save_training, seeded_generator
+from ..optimisers import MuonAdamW, update_average
 from .base import DESCRIBE, SLOT_QUESTIONS, Turn, VideoLanguageModel
 from ..world import SIZE, SLOTS, Scene, caption, do, render, sample_scenes, sprite_centres
 
@@ -171,73 +172,29 @@ def matmul_precision(
     finally: settings.fp32_precision = before
 
 # %% ../../nbs/28_vlms.training.ipynb #607841d1
-class JointOptimizer:
-    "Several optimizers that step, save and load together"
-    def __init__(self, *parts:torch.optim.Optimizer): self.parts = parts
-
-    @property
-    def param_groups(self) -> list[dict]: return [group for part in self.parts for group in part.param_groups]
-
-    def zero_grad(self): [part.zero_grad(set_to_none=True) for part in self.parts]
-
-    def step(self): [part.step() for part in self.parts]
-
-    def state_dict(self) -> dict: # As one optimizer would give it: parameters are counted through
-        merged, first = {"state": {}, "param_groups": []}, 0
-        for part in self.parts:
-            state = part.state_dict()
-            merged["state"] |= {first + k: slots for k, slots in state["state"].items()}
-            merged["param_groups"] += [group | {"params": [first + k for k in group["params"]]} for group in state["param_groups"]]
-            first += sum(len(group["params"]) for group in state["param_groups"])
-        return merged
-
-    def load_state_dict(self, merged:dict):
-        groups = iter(merged["param_groups"])
-        for part in self.parts:
-            own = [next(groups) for _ in part.param_groups]
-            first = min(k for group in own for k in group["params"])
-            state = {k - first: slots for k, slots in merged["state"].items() if any(k in group["params"] for group in own)}
-            part.load_state_dict({"state": state, "param_groups": [group | {"params": [k - first for k in group["params"]]} for group in own]})
-
 def vlm_optimizer(
     student:nn.Module, # All that is trained
     settings:VLMTraining, # For the rates
-) -> JointOptimizer: # AdamW first
+) -> MuonAdamW: # At rate 0 until `set_share`
     "Muon for the matrices, AdamW for everything else"
-    tables = {id(module.weight) for module in student.modules() if isinstance(module, nn.Embedding)}
-    # narrow matrices (fewer than 32 rows or columns) are heads and gates: an orthogonal step is too large for them
-    is_matrix = lambda p: p.ndim == 2 and min(p.shape) >= 32 and id(p) not in tables
-    others, matrices = ([p for p in student.parameters() if is_matrix(p) == wanted] for wanted in (False, True))
-    return JointOptimizer(torch.optim.AdamW(others, lr=settings.adam_rate, betas=(0.9, 0.98), weight_decay=0.0),
-                          torch.optim.Muon(matrices, lr=settings.muon_rate, momentum=0.95, weight_decay=0.0, adjust_lr_fn="original"))
+    return MuonAdamW(student, settings.adam_rate, settings.muon_rate, betas=(0.9, 0.98))
 
 # %% ../../nbs/28_vlms.training.ipynb #38d0d7b2
-@torch.no_grad()
-def update_average(
-    average:dict[str, Tensor], # Changed in place
-    module:nn.Module, # Whose weights enter
-    step:int, # Counted from 0; early steps are forgotten faster
-    decay:float, # Share that stays, in the long run
-):
-    "One step of the running average of the weights"
-    share = 1 - min(decay, (1 + step) / (10 + step))
-    for name, value in module.named_parameters(): average[name].lerp_(value, share)
-
 def training_step(
     student:nn.ModuleDict, # "vlm" and "locator"
-    optimizer:JointOptimizer, # Over both
+    optimizer:MuonAdamW, # Over both
     batch:WorldBatch, # What to learn
     settings:VLMTraining, # How
     step:int, # Counted from 0
 ) -> float: # The loss of this step, in nats an answer token once words are learned
     "One step of training"
-    for group in optimizer.param_groups: group["lr"] = group.setdefault("peak", group["lr"]) * settings.rate(step)
+    optimizer.set_share(settings.rate(step))
     embeddings = student["vlm"].embed(batch.video.to(next(student.parameters()).device))
     located = student["locator"](embeddings, batch.scenes)
     loss = located if step < settings.locate_steps else student["vlm"].answer_loss(embeddings, batch.turns) + settings.locate_weight * located
     optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(optimizer.parts[0].param_groups[0]["params"], settings.clip_norm)
+    nn.utils.clip_grad_norm_(optimizer.parameters_of("adamw"), settings.clip_norm)
     optimizer.step()
     return loss.item()
 
