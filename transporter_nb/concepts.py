@@ -11,6 +11,7 @@ __all__ = ['Placement', 'ChangedTokens', 'changed_tokens', 'token_slots', 'Veloc
 
 # %% ../nbs/40_concepts.ipynb #b6b84066
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
@@ -19,6 +20,7 @@ import torch
 from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from .contrasts import ContrastPair, changed_words, parse_contrast
@@ -365,7 +367,8 @@ def fit_vectors(
     optimizer = torch.optim.AdamW([vectors], lr=config.lr, weight_decay=0.)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(config.steps, 1))
     bar = tqdm(range(config.steps), desc=progress, disable=progress is None, leave=False)
-    with torch.enable_grad():
+    plain_attention = sdpa_kernel(SDPBackend.MATH) if samples.latents.device.type == "cpu" else nullcontext() # measured: halves the time on a CPU
+    with torch.enable_grad(), plain_attention:
         for _ in bar:
             batch = samples.take(torch.randint(len(samples.t), (config.batch_size,), generator=draws))
             drawn = 1 - torch.rand(config.batch_size, generator=draws) if strength is None else torch.full((config.batch_size,), strength)
@@ -434,7 +437,9 @@ def learn_concept(
     vectors, losses = fit_vectors(generator, data.states(validation=False), data.condition, data.slots, start, config, strength, f"{pair.name}: concept" if progress else None)
     missing = {name: share_missing(generator, data.states(validation=True), data.condition, data.slots, q, config.batch_size)
                for name, q in (("unexplained", vectors), ("unexplained_mean_difference", mean), ("unexplained_nothing", torch.zeros_like(mean)))}
-    meta = {"divergence": data.divergence.mean().item(), "divergence_sd": data.divergence.std().item(), **missing, "captions": captions, "seeds": data.seeds,
+    better = missing["unexplained"] <= missing["unexplained_mean_difference"] or config.warm_start == "zeros"
+    if not better: vectors, missing["unexplained"] = mean, missing["unexplained_mean_difference"]
+    meta = {"divergence": data.divergence.mean().item(), "divergence_sd": data.divergence.std().item(), **missing, "kept": "learned" if better else "start", "captions": captions, "seeds": data.seeds,
             "losses": [round(loss, 5) for loss in losses[::max(len(losses) // 50, 1)]], "vlm": vlm.name, "coupled": coupling is not None}
     return Concept(pair, vectors.cpu(), config, meta)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORD_COLOURS', 'pair_between', 'Answers', 'read_answers', 'AnswerTable', 'Curve', 'draw_answers', 'draw_filmstrip',
-           'filmstrip_size', 'Explanation', 'run_facts', 'Transporter']
+           'filmstrip_size', 'Explanation', 'run_facts', 'Transporter', 'plain_pair', 'makes']
 
 # %% ../nbs/51_l2v.ipynb #3b79996d
 import io
@@ -31,7 +31,7 @@ from .core import as_config, checkpoint_path, repo_path, resolve_device, tensor_
 from .coupling.network import CouplingNetwork
 from .generators.base import VideoGenerator
 from .registry import GENERATORS, VLMS, find_adapter, load_generator, load_vlm
-from .steering import check_run, check_strengths, steer
+from .steering import check_run, check_strengths, steer, window_weights
 from .video import frames_to_uint8, save_gif, save_mp4, show_gif
 from .vlms.base import VideoLanguageModel
 
@@ -114,11 +114,11 @@ def draw_answers(
     "Probabilities under the columns of a filmstrip, as curves and as numbers"
     for k, (curve, colour) in enumerate(zip(curves, WORD_COLOURS)):
         ax.plot(curve.phi, "o-", color=colour, markersize=4, linewidth=1.2)
-        ax.plot(curve.reencoded, "s--", color=colour, markerfacecolor="white", markersize=4, linewidth=.8)
+        ax.plot(curve.reencoded, "s--", color=colour, markerfacecolor="none", markersize=7, linewidth=.8)
         for column, value in enumerate(curve.phi):
             ax.annotate(f"{curve.word} {value:.2f}", (column, 0), (0, -6 - (font_size + 3) * k), color=colour, fontsize=font_size, ha="center", va="top",
                         xycoords=("data", "axes fraction"), textcoords="offset points")
-    ax.annotate("probability of the target word: filled, and written, through $\\Phi$; open, re-encoded", (0, 0), (0, -6 - (font_size + 3) * len(curves)), fontsize=font_size,
+    ax.annotate("probability of the target word: filled, and written, through $\\Phi$; open, re-encoded", (0, 0), (0, -9 - (font_size + 3) * len(curves)), fontsize=font_size,
                 va="top", xycoords="axes fraction", textcoords="offset points")
     ax.set(ylim=(-.06, 1.06), yticks=(0, .5, 1), xticks=range(len(labels))); ax.tick_params(labelsize=font_size, labelbottom=False)
     ax.grid(axis="y", linewidth=.4, alpha=.6); ax.spines[["top", "right"]].set_visible(False)
@@ -136,9 +136,10 @@ def draw_filmstrip(
     "Draw clips side by side, time downward, with the VLM's answers below"
     frames, n, size = list(frames or sorted({0, videos.shape[1] // 2, videos.shape[1] - 1})), len(videos), 7.5
     width, height = figure.bbox.width / figure.dpi, figure.bbox.height / figure.dpi # inches
-    below = .12 + .15 * len(notes) + (.06 + .147 * (len(curves) + 1) if curves else 0)
+    below = .12 + .15 * len(notes) + (.06 + .05 + .147 * (len(curves) + 1) if curves else 0)
+    cell = (height - .5 - below) / (1.08 * len(frames) - .08 + (.88 if curves else 0)) # inches; few clips leave room on the right, for the texts
     grid = figure.add_gridspec(len(frames) + bool(curves), n, height_ratios=[1.] * len(frames) + [.8] * bool(curves), wspace=.05, hspace=.08,
-                               left=.62 / width, right=1 - .08 / width, top=1 - .5 / height, bottom=below / height)
+                               left=.62 / width, right=min(1 - .08 / width, (.62 + cell * (1.05 * n - .05)) / width), top=1 - .5 / height, bottom=below / height)
     for column in range(n):
         for row, frame in enumerate(frames):
             ax = figure.add_subplot(grid[row, column])
@@ -163,9 +164,9 @@ def filmstrip_size(
     n_notes:int=0, # Lines below
     cell:float=.95, # Inches a frame
 ) -> tuple[float, float]: # Width and height in inches at which frames are square
-    "The size of a figure that holds a filmstrip"
-    below = .12 + .15 * n_notes + (.06 + .147 * (n_curves + 1) if n_curves else 0)
-    return .7 + cell * (1.05 * n_columns - .05), .5 + below + cell * (1.08 * n_frames - .08 + (.88 if n_curves else 0))
+    "The size of a figure that holds a filmstrip, at least as wide as a caption"
+    below = .12 + .15 * n_notes + (.06 + .05 + .147 * (n_curves + 1) if n_curves else 0)
+    return max(.7 + cell * (1.05 * n_columns - .05), 6.4), .5 + below + cell * (1.08 * n_frames - .08 + (.88 if n_curves else 0))
 
 # %% ../nbs/51_l2v.ipynb #bfb115f7
 @dataclass(frozen=True, eq=False)
@@ -247,9 +248,11 @@ def save(
     stem:str|Path, # Path without ending; `.png`, `.gif`, `.mp4` and `.json` are added
 ) -> list[Path]: # The files written
     "Write the explanation and everything needed to make it again, each file whole or not at all"
+    if stem is None or not str(stem) or str(stem).endswith(("/", ".")): raise ValueError(f"save needs a path with a file name, such as 'red_to_blue', got {stem!r}.")
     paths = {ending: Path(f"{stem}.{ending}") for ending in ("png", "gif", "mp4", "json")}
     record = as_config({"caption": self.caption, "target_caption": self.target_caption, "change": self.pair.name, "strengths": self.strengths.tolist(),
                         "settings": self.settings, "answers": list(self.answers)})
+    paths["json"].unlink(missing_ok=True) # the record is written last: where it is, everything else is of the same run
     with write_aside(paths["png"]) as aside: self.filmstrip(dpi=150).savefig(aside, format="png")
     save_gif(paths["gif"], self.side_by_side())
     save_mp4(paths["mp4"], self.side_by_side())
@@ -315,6 +318,23 @@ def directions(
     return found
 
 # %% ../nbs/51_l2v.ipynb #36362b7c
+def plain_pair(
+    pair:ContrastPair, # As a reader wrote it
+) -> ContrastPair: # In small letters and in the singular, as banks keep it
+    "The form of a pair under which it is looked up"
+    lower = [[word.lower() for word in words] for words in zip(*pair.words)]
+    return ContrastPair(*("+".join(SINGULARS.get(word, word) for word in words) for words in lower))
+
+def makes(
+    pair:ContrastPair, # A contrast
+    caption:str, # What the video is
+    target_caption:str, # What it shall become
+) -> bool: # Whether the pair turns one into the other
+    "Whether a contrast is what lies between two captions"
+    try: return pair.apply(caption).lower() == target_caption.lower()
+    except ValueError: return False # the caption does not hold its words
+
+# %% ../nbs/51_l2v.ipynb #d12aef2d
 @patch
 def changes(
     self:Transporter,
@@ -326,16 +346,16 @@ def changes(
     if (change is None) == (target_caption is None):
         raise ValueError(f"say what changes in one way: change='red -> blue', or target_caption='...'; got change={change!r} and target_caption={target_caption!r}.")
     if change is None:
-        known = [concept.pair for concept in self.bank.values() if all(word in caption for word, _ in concept.pair.words)]
-        pairs = [pair for pair in known if pair.apply(caption) == target_caption][:1] or [pair_between(caption, target_caption)]
+        pairs = [concept.pair for concept in self.bank.values() if makes(concept.pair, caption, target_caption)][:1] or [pair_between(caption, target_caption)]
     else: pairs = [parse_contrast(pair) for pair in listify(change)]
+    pairs = [plain_pair(pair) if plain_pair(pair) in self.bank else pair for pair in pairs]
     if not pairs: raise ValueError("change is empty; name at least one contrast, such as 'red -> blue'.")
     merged = ContrastPair(*("+".join(getattr(pair, side) for pair in pairs) for side in ("source", "target")))
     self.generator.encode_prompt([caption, merged.apply(caption)])
     pair_ids(self.vlm, merged, caption)
     return pairs, merged
 
-# %% ../nbs/51_l2v.ipynb #d12aef2d
+# %% ../nbs/51_l2v.ipynb #65a03222
 @patch
 @torch.no_grad()
 def explain(
@@ -352,10 +372,13 @@ def explain(
     progress:bool=True, # Show what is learned where a concept is missing
 ) -> Explanation: # Videos, answers, captions, distances
     "Make the videos in which only what the VLM associates with a change of its answer changes (paper §3.4)"
-    strengths = torch.linspace(0, 1, strengths) if isinstance(strengths, int) and strengths > 1 else strengths
+    if not isinstance(caption, str) or not isinstance(seed, int): raise ValueError(f"caption must be a text and seed a whole number, got {caption!r} and {seed!r}.")
+    if isinstance(strengths, int) and strengths < 2: raise ValueError(f"a number of strengths must be at least 2, got {strengths}. For one clip write [1.0].")
+    strengths = torch.linspace(0, 1, strengths) if isinstance(strengths, int) else strengths
     pairs, merged = self.changes(caption, change, target_caption)
     noise, window = self.generator.noise([seed]), None if frame_window is None else tuple(frame_window)
-    check_run(self.generator, noise, 1, start_step, steps)
+    check_run(self.generator, noise, 1, start_step, steps); check_strengths(strengths) # before anything is learned
+    if window is not None: window_weights(window, self.generator.config.frames, noise.shape[2])
     directions = self.directions(caption, pairs, progress=progress)
     table = check_strengths(strengths, len(directions))
     asked = torch.cat([torch.zeros(1, len(directions)), table]) # row 0: the unsteered clip
@@ -369,7 +392,7 @@ def explain(
     return Explanation(caption, merged.apply(caption), merged, table, latents[1:].cpu(), videos[1:].cpu(), phi, reencoded,
                        (videos[1:] - videos[:1]).square().mean((1, 2, 3, 4)).sqrt().cpu(), settings)
 
-# %% ../nbs/51_l2v.ipynb #ffcef88c
+# %% ../nbs/51_l2v.ipynb #cfd3fb62
 @patch
 def record(
     self:Transporter,

@@ -23,10 +23,12 @@ MAX_STRENGTH = 1.5 # chosen: half as far again as training went
 
 def check_strengths(
     strengths:float|int|Sequence|Float[Tensor, "rows *directions"], # A number, numbers, or rows of numbers
-    n_directions:int, # Directions that are driven
+    n_directions:int|None=None, # Directions that are driven; None takes as many as a row has
 ) -> Float[Tensor, "rows directions"]: # One row a clip to generate
     "Strengths as a table, refusing what no concept was trained for"
-    table = torch.as_tensor(strengths, dtype=torch.float32)
+    try: table = torch.as_tensor(strengths, dtype=torch.float32)
+    except (TypeError, ValueError) as error: raise ValueError(f"strengths must be numbers, or rows of equal length, got {strengths!r}.") from error
+    if n_directions is None: n_directions = table.shape[1] if table.ndim == 2 else 1
     table = table.reshape(-1, 1).expand(-1, n_directions) if table.ndim < 2 else table
     if table.ndim != 2 or table.shape[1] != n_directions or not len(table):
         raise ValueError(f"strengths must be numbers, or rows of {n_directions} (one a direction), got shape {tuple(torch.as_tensor(strengths).shape)}.")
@@ -41,7 +43,7 @@ def window_weights(
     n_latent_frames:int, # Frames of its latents
 ) -> Float[Tensor, "latent_frames"]: # Share of each latent frame's frames that lie in the window, 0 to 1
     "How much each latent frame is modulated"
-    first, end = frame_window
+    first, end = frame_window if len(frame_window) == 2 else (None, None)
     if not (isinstance(first, int) and isinstance(end, int) and 0 <= first < end <= n_frames):
         raise ValueError(f"frame_window is (first, one past the last) with 0 <= first < end <= {n_frames}, got {tuple(frame_window)}.")
     per_latent, rest = divmod(n_frames - 1, max(n_latent_frames - 1, 1))

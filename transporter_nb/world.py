@@ -212,7 +212,6 @@ def fit_sprites(
     background:Float[Tensor, "batch 3 height width"], # From `fit_floor`
 ) -> tuple: # coverage "batch frames height width" in [0, 1], colour "batch 3" of the sprites
     "How much of each pixel a sprite covers, and its colour"
-    palette = torch.tensor(list(COLOURS.values()))
     away = video - background[:, None]
     distance = away.norm(dim=2)
     core = distance > 0.6 * distance.flatten(1).topk(40).values[:, -1].clamp_min(0.3)[:, None, None, None]
@@ -340,7 +339,8 @@ def read_video(
     if video.ndim != 5 or tuple(video.shape[1:]) != (FRAMES, 3, SIZE, SIZE):
         raise ValueError(f"the readers take clips of shape (batch, {FRAMES}, 3, {SIZE}, {SIZE}), got {tuple(video.shape)}")
     video = video.detach().float().cpu()
-    if not video.isfinite().all(): raise ValueError("the readers take finite pixels in [0, 1], got NaN or infinity")
+    if not len(video) or not (-0.01 <= video.min() and video.max() <= 1.01): # NaN fails both comparisons
+        raise ValueError(f"the readers take at least one clip with finite colours in [0, 1], got {len(video)} clips" + (f" from {video.min():.3g} to {video.max():.3g}" if len(video) else ""))
     mixture, background = fit_floor(video)
     coverage, colour = fit_sprites(video, background)
     return [read_clip(*parts) for parts in zip(coverage, colour, mixture)]
@@ -351,5 +351,5 @@ def agreement(
     scenes:list, # What the clips should show, one a reading
 ) -> dict: # Slot name to (share that agree with the scene, share unreadable)
     "How often readings agree with scenes, slot by slot"
-    return {slot: (float(np.mean([r[slot] == getattr(s, slot) for r, s in zip(readings, scenes)])),
+    return {slot: (float(np.mean([r[slot] == getattr(s, slot) for r, s in zip(readings, scenes, strict=True)])),
                    float(np.mean([r[slot] == UNREADABLE for r in readings]))) for slot in SLOTS}
