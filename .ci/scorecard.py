@@ -27,6 +27,22 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def group(row: dict) -> str:
+    """What a row is one of: the same measurement in other slots, or for other contrasts"""
+    what = re.sub(r" \([^)]*\)$", "", row["what"])
+    contrast = re.fullmatch(r".+ -> .+?, (.*)", what)
+    return contrast.group(1) if contrast else what.split(": ")[0]
+
+
+def worst_of(rows: list[dict]) -> list[dict]:
+    """One row a group: the one nearest to its target, or farthest on the wrong side"""
+    groups = {}
+    for row in rows: groups.setdefault((group(row), row.get("vlm")), []).append(row)
+    def margin(row): return (row["value"] - row["target"]) * (-1 if row.get("better") == "lower" else 1) if row.get("value") is not None else float("-inf")
+    return [min(members, key=margin) | {"what": members[0]["what"] if len(members) == 1 else f"{name}, worst of {len(members)} ({sum(map(falls_short, members))} short)"}
+            for (name, _), members in groups.items()]
+
+
 reports = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted((root / "figures").glob("*.json"))}
 reports = {path: report for path, report in reports.items() if isinstance(report, dict) and report.get("rows")}
 if not reports:
@@ -41,7 +57,7 @@ for path, report in reports.items():
         sign = ">" if row.get("better") == "lower" else "<"
         print(f"  short  {row['what']}{' (' + row['vlm'] + ')' if row.get('vlm') else ''}: {show(row['value']) or 'not measured'} {sign} {show(row['target'])}, n = {row.get('n')}")
     met = f"**{path.stem}**: {len(rows) - len(short)} of {len(rows)} targets met. Facts, controls and rivals without a target are in `figures/{path.name}`."
-    card.append(f"{met}\n\n{table(rows)}")
+    card.append(f"{met}\n\n{table(worst_of(rows))}")
 
 readme = root / "README.md"
 text = readme.read_text(encoding="utf-8")
