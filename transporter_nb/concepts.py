@@ -499,6 +499,32 @@ def learn(
     self[concept.pair] = concept
     return concept
 
+# %% ../nbs/40_concepts.ipynb #8aa2286d
+@patch
+@torch.no_grad()
+def adopt(
+    self:ConceptBank,
+    concept:Concept, # Learned with any VLM, at uniform strengths
+    generator:VideoGenerator, # The one it was learned on
+    vlm:VideoLanguageModel, # Whose answers are measured
+    coupling:nn.Module|None=None, # Phi of that VLM, or None for decode and re-encode
+) -> Concept: # Kept in the bank
+    "Take over a concept whose vectors hold nothing of its VLM, and measure the answer divergence anew"
+    pair, config, captions, divergences = concept.pair, concept.config, concept.meta["captions"], []
+    if config.strengths != "uniform":
+        raise ValueError(f"{pair.name!r} was learned at strengths={config.strengths!r}, so its vectors belong to the VLM {concept.meta.get('vlm')!r}. Learn it anew with bank.learn(...).")
+    seeds, texts = concept.meta["seeds"], [captions[k % len(captions)] for k in range(len(concept.meta["seeds"]))]
+    for start in range(0, len(seeds), config.batch_size):
+        own_seeds, own = (values[start:start + config.batch_size] for values in (seeds, texts))
+        conditions = [generator.encode_prompt(prompts) for prompts in (own, [pair.apply(text) for text in own])]
+        finished = tuple(partial_samples(generator, *conditions, own_seeds, config.sample_steps, None, 1, lead)[1] for lead in ("source", "target"))
+        divergences.append(divergence_over_seeds(generator, vlm, coupling, pair, own, finished, config.distance, config.over))
+    divergence = torch.cat(divergences)
+    measured = {"divergence": divergence.mean().item(), "divergence_sd": divergence.std().item(), "vlm": vlm.name, "coupled": coupling is not None}
+    self[pair] = replace(concept, meta={**concept.meta, **measured})
+    return self[pair]
+
+# %% ../nbs/40_concepts.ipynb #914235de
 @patch
 def save_pretrained(
     self:ConceptBank,
