@@ -61,7 +61,7 @@ class Qwen25VLM(HubVLM):
                                 vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"])
 
     def embed(self, video:Float[Tensor, "batch frames 3 height width"]) -> Float[Tensor, "batch vlm_tokens vlm_dim"]:
-        frames = take_frames(video, 2 * self.settings.n_frames - 1, self.settings.image_size)
+        frames = take_frames(video, 2 * self.settings.n_frames - 1, self.settings.image_size, "bicubic")
         frames = normalise(torch.cat([frames, frames[:, -1:]], 1), (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)) # of the class's processor
         patches = paired_patches(frames, self.settings.patch_size).to(self.model.dtype)
         return torch.stack(self.model.model.get_video_features(patches, self.grid(len(video)).to(patches.device)).pooler_output)
