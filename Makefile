@@ -5,6 +5,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 VLM ?= phi4
+VLMS ?= phi4 gemma3 videollama3
+FIGURES ?= fig1 fig3 fig4 fig6 fig7 fig8 gallery explain_clip
 PART ?=
 MINUTES ?= 60
 DEVICE ?= auto
@@ -13,7 +15,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup fig7 quickstart train measure report test lint exported tidy notebooks pytest clean
+.PHONY: help setup fig7 figures quickstart train measure report test lint exported tidy notebooks pytest clean
 
 help: ## this list
 	@grep -E '^[a-z0-9]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,12 +33,19 @@ $(READY): settings.ini setup.py constraints.txt
 fig7: $(READY) ## figure 7 with the answers of one VLM: make fig7 VLM=phi4
 	papermill nbs/fig7.ipynb out.ipynb -p vlm $(VLM)
 
+figures: $(READY) ## every figure for every VLM: make figures, or make figures FIGURES="fig1 fig3" VLMS=gemma3
+	@log=$$(mktemp -d); failed=; \
+	for figure in $(FIGURES); do for vlm in $(VLMS); do \
+	  if papermill --no-progress-bar nbs/$$figure.ipynb $$log/$$figure-$$vlm.ipynb -p vlm $$vlm >$$log/log 2>&1; then echo "ok      $$figure $$vlm  $$SECONDS s"; \
+	  else echo "FAILED  $$figure $$vlm"; tail -n 20 $$log/log; failed=1; fi; done; done; \
+	rm -rf "$$log"; test -z "$$failed"
+
 quickstart: $(READY) ## the method in one short notebook
 	papermill nbs/quickstart.ipynb out.ipynb
 
-train: $(READY) ## rebuild shipped weights: make train PART=vae MINUTES=60 DEVICE=auto
+train: $(READY) ## rebuild shipped weights: make train PART=vae MINUTES=60, make train PART=vlm VLM=gemma3
 	@test -n "$(PART)" || { echo "Which part? make train PART=vae (or world, generator, vlm, coupling, concepts)"; exit 1; }
-	papermill nbs/train_mini.ipynb out.ipynb -p part $(PART) -p device $(DEVICE) -p minutes $(MINUTES)
+	papermill nbs/train_mini.ipynb out.ipynb -p part $(PART) -p vlm $(VLM) -p device $(DEVICE) -p minutes $(MINUTES)
 
 measure: $(READY) ## measure the shipped models again, then report
 	papermill nbs/mini_report.ipynb out.ipynb

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PALETTE', 'INK', 'FAINT', 'READ_ME', 'use_house_style', 'Answer', 'ClipRow', 'Panel', 'explanation_rows',
            'draw_answer', 'Layout', 'choose_frames', 'draw_row', 'draw_panel', 'page_size', 'draw_page', 'cut_texts',
-           'draw_moving', 'shared_palette', 'animate_panels', 'provenance', 'plain_values', 'save_figure', 'cached']
+           'inch_axes', 'inch_text', 'draw_picture', 'draw_marked', 'Choice', 'draw_choices', 'draw_moving',
+           'shared_palette', 'animate_panels', 'provenance', 'plain_values', 'save_figure', 'cached']
 
 # %% ../nbs/70_figures.ipynb #348e5b43
 import json
@@ -23,7 +24,9 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, FigureBase
+from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
+from matplotlib.textpath import text_to_path
 from PIL import Image
 from torch import Tensor
 
@@ -174,9 +177,9 @@ def draw_panel(
     figure.text(.08 / width, 1 - .19 / height, panel.note, fontsize=7, va="top")
     top = height - layout.head + .03
     for k, frame in enumerate(frames):
-        figure.text((layout.label + k * (cell + layout.gap) + cell / 2) / width, top / height, f"frame {frame}" if k == 0 else str(frame), ha="center", va="bottom", fontsize=6.5, color="#666666")
-    if any(row.answers for row in panel.rows): figure.text((left + layout.answers / 2) / width, top / height, "probability of each answer", ha="center", va="bottom", fontsize=6.5, color="#666666")
-    if any(row.text for row in panel.rows): figure.text((left + layout.answers + .15) / width, top / height, "what the VLM says", va="bottom", fontsize=6.5, color="#666666")
+        figure.text((layout.label + k * (cell + layout.gap) + cell / 2) / width, top / height, f"frame {frame}" if k == 0 else str(frame), ha="center", va="bottom", fontsize=7, color="#666666")
+    if any(row.answers for row in panel.rows): figure.text((left + layout.answers / 2) / width, top / height, "probability of each answer", ha="center", va="bottom", fontsize=7, color="#666666")
+    if any(row.text for row in panel.rows): figure.text((left + layout.answers + .15) / width, top / height, "what the VLM says", va="bottom", fontsize=7, color="#666666")
     for k, row in enumerate(panel.rows):
         draw_row(figure, row, height - layout.head - (k + 1) * (cell + layout.gap) + layout.gap, frames, layout, mode)
 
@@ -207,7 +210,7 @@ def draw_page(
     heights = [layout.height(len(panel.rows), shown) for panel in panels]
     parts = figure.subfigures(len(panels) + 1, 1, height_ratios=[*heights, total - sum(heights)], hspace=0)
     for part, panel in zip(parts, panels): draw_panel(part, panel, layout, frames, mode)
-    figure.text(.08 / layout.width, .04 / total, footer, fontsize=6.5, va="bottom", color="#555555")
+    figure.text(.08 / layout.width, .04 / total, footer, fontsize=7, va="bottom", color="#555555")
     return figure
 
 # %% ../nbs/70_figures.ipynb #38e925fd
@@ -220,10 +223,91 @@ def cut_texts(
     return [text for text, box in boxes if box.x0 < edge.x0 - 1 or box.x1 > edge.x1 + 1 or box.y0 < edge.y0 - 1 or box.y1 > edge.y1 + 1]
 
 # %% ../nbs/70_figures.ipynb #7fb002ba
+def inch_axes(
+    figure:FigureBase, # A figure, or a part of one
+    left:float, # Inches from its left edge
+    bottom:float, # Inches from its lower edge
+    width:float, # Inches
+    height:float, # Inches
+    bare:bool=False, # Without lines, ticks and labels, for pictures
+) -> Axes: # There
+    "Axes at a place measured in inches"
+    wide, high = figure.bbox.width / figure.dpi, figure.bbox.height / figure.dpi
+    ax = figure.add_axes((left / wide, bottom / high, width / wide, height / high))
+    if bare: ax.axis("off")
+    return ax
+
+def inch_text(
+    figure:FigureBase, # A figure, or a part of one
+    left:float, # Inches from its left edge
+    bottom:float, # Inches from its lower edge
+    text:str, # What stands there
+    font_size:float=7., # Points
+    **style, # As for `Figure.text`
+):
+    "Text at a place measured in inches"
+    return figure.text(left * figure.dpi / figure.bbox.width, bottom * figure.dpi / figure.bbox.height, text, fontsize=font_size, **style)
+
+def draw_picture(
+    ax:Axes, # Filled by the picture
+    picture:Float[Tensor, "3 height width"], # Values in [0, 1]
+    mode:str="bicubic", # How it is enlarged: `"bicubic"`, or `"nearest"` to see the pixels
+):
+    "One frame, enlarged"
+    ax.imshow(frames_to_uint8(resize_video(picture[None, None], 192, mode)[0, 0]), interpolation="lanczos" if mode == "bicubic" else "nearest", aspect="auto"); ax.axis("off")
+
+# %% ../nbs/70_figures.ipynb #a99f485e
+def draw_marked(
+    figure:FigureBase, # A figure, or a part of one
+    left:float, # Inches from its left edge
+    bottom:float, # Inches from its lower edge to the line the letters stand on
+    text:str, # A caption
+    marks:Mapping[str, str], # Words to mark, with the colour of each
+    font_size:float=8., # Points
+) -> float: # Inches from the left edge at which the line ends
+    "One line of text with some of its words marked"
+    pen = left
+    for word in text.split():
+        bare = word.strip("“”.,;:")
+        colour = marks.get(bare)
+        shown, weight = (word, "normal") if colour is None else (word.replace(bare, f"[{bare}]"), "bold")
+        inch_text(figure, pen, bottom, shown, font_size, va="baseline", color=colour or INK, weight=weight)
+        long = text_to_path.get_text_width_height_descent(shown, FontProperties(size=font_size, weight=weight), False)[0] # points, of the outlines: the same on paper as on a screen
+        pen += (long + .33 * font_size) / 72 # a space is about a third of the letters' size
+    return pen
+
+# %% ../nbs/70_figures.ipynb #30881023
+class Choice(NamedTuple):
+    "One word that a VLM may say at a place of its answer"
+    word: str # As the answer would write it
+    before: float # Its probability for the unsteered clip, through Phi
+    after: float|None = None # For the clip at hand; None where that is the unsteered one
+    reencoded: float|None = None # For the clip at hand, through decode and re-encode; None draws no tick
+
+def draw_choices(
+    ax:Axes, # Wide enough for the words
+    choices:Sequence[Choice], # From the left
+    colours:Mapping[str, str]|None=None, # Of the bars after, by word; others are dark grey
+    font_size:float=7., # Points
+):
+    "Bars over the words of a slot, before and after"
+    for k, choice in enumerate(choices):
+        alone, colour = choice.after is None, (colours or {}).get(choice.word, "#666666")
+        ax.bar(k if alone else k - .19, choice.before, .36, color=FAINT)
+        if not alone: ax.bar(k + .19, choice.after, .36, color=colour)
+        if choice.reencoded is not None:
+            middle = k + .19 * (not alone)
+            ax.plot((middle - .24, middle + .24), (choice.reencoded,) * 2, color=INK, linewidth=1.2, solid_capstyle="butt", clip_on=False)
+    ax.set_xticks(range(len(choices)), [choice.word for choice in choices], fontsize=font_size)
+    for label, choice in zip(ax.get_xticklabels(), choices): label.set(color=(colours or {}).get(choice.word, INK), weight="bold" if choice.word in (colours or {}) else "normal")
+    ax.set(ylim=(0, 1), xlim=(-.55, len(choices) - .45), yticks=(0, 1)); ax.tick_params(axis="x", length=0, pad=2); ax.tick_params(axis="y", labelsize=font_size, length=2, pad=1); ax.grid(False)
+
+# %% ../nbs/70_figures.ipynb #33d31d9d
 def draw_moving(
     panels:Sequence[Panel], # One line of clips each
     width:float=7.6, # Inches
     largest:float=1.4, # Inches, side of a clip where there are few
+    colours:Sequence[str]=WORD_COLOURS, # Of the target words
 ) -> tuple[Figure, list, list]: # A figure, its images row by row, and the lines (or None) that light up
     "The still part of a page of moving clips"
     columns = max(len(panel.rows) for panel in panels)
@@ -238,12 +322,12 @@ def draw_moving(
             ax = figure.add_axes((left / width, (top - .45 - cell) / figure.get_figheight(), cell / width, cell / figure.get_figheight())); ax.axis("off")
             ax.text(.5, 1.03, row.label.replace("\n", " "), transform=ax.transAxes, ha="center", va="bottom", fontsize=7.5)
             for w, answer in enumerate(row.answers):
-                ax.text(.5, -.06 - .12 * w, f"p({answer.target}) {answer.phi[1]:.2f}", transform=ax.transAxes, ha="center", va="top", fontsize=7.5, color=WORD_COLOURS[w % 4])
+                ax.text(.5, -.06 - .12 * w, f"p({answer.target}) {answer.phi[1]:.2f}", transform=ax.transAxes, ha="center", va="top", fontsize=7.5, color=colours[w % len(colours)])
             images.append(ax.imshow(frames_to_uint8(row.clip[0]), interpolation="bicubic"))
             lights.append(ax.plot((0, 1), (-.02, -.02), color=PALETTE[4], linewidth=3, transform=ax.transAxes, clip_on=False)[0] if row.window else None)
     return figure, images, lights
 
-# %% ../nbs/70_figures.ipynb #5c36c00e
+# %% ../nbs/70_figures.ipynb #eb9c273c
 def shared_palette(
     shot:Image.Image, # One of the frames
     shades:int=4, # Of each colour of letters, towards white
@@ -257,9 +341,10 @@ def shared_palette(
 
 def animate_panels(
     panels:Sequence[Panel], # One line of clips each, all of the same number of frames
+    colours:Sequence[str]=WORD_COLOURS, # Of the target words
 ) -> Float[Tensor, "frames 3 height width"]: # One clip, to be saved with `save_gif(path, clip, enlarge=1)`
     "All clips of a page, moving"
-    figure, images, lights = draw_moving(panels)
+    figure, images, lights = draw_moving(panels, colours=colours)
     canvas, rows, shots = FigureCanvasAgg(figure), [row for panel in panels for row in panel.rows], []
     for frame in range(len(rows[0].clip)):
         for row, image, light in zip(rows, images, lights):
@@ -270,7 +355,7 @@ def animate_panels(
     colours = shared_palette(shots[len(shots) // 2])
     return torch.stack([torch.from_numpy(np.array(shot.quantize(palette=colours, dither=Image.Dither.NONE).convert("RGB"))) for shot in shots]).movedim(-1, 1) / 255
 
-# %% ../nbs/70_figures.ipynb #e68c178e
+# %% ../nbs/70_figures.ipynb #f7899c24
 def provenance() -> dict: # Commit, whether the sources differ from it, and versions
     "What a result depends on besides its parameters"
     facts = run_facts()
@@ -280,7 +365,7 @@ def provenance() -> dict: # Commit, whether the sources differ from it, and vers
         changed = bool(done.stdout.strip()) if done.returncode == 0 else None
     return {**facts, "changed_since_commit": changed, "numpy": version("numpy"), "matplotlib": version("matplotlib")}
 
-# %% ../nbs/70_figures.ipynb #5a03cad2
+# %% ../nbs/70_figures.ipynb #bc4acb76
 def plain_values(
     facts:Any, # Numbers, words, lists and dicts of them, dataclasses
 ) -> Any: # The same, with None in the place of numbers that are none
@@ -289,7 +374,7 @@ def plain_values(
     if isinstance(facts, dict): return {key: plain_values(value) for key, value in facts.items()}
     return [plain_values(value) for value in facts] if isinstance(facts, list) else facts
 
-# %% ../nbs/70_figures.ipynb #33d31d9d
+# %% ../nbs/70_figures.ipynb #a78ddf6f
 def save_figure(
     figure:Figure, # Drawn
     stem:str|Path, # File name without ending, below `figures/`; an absolute path is taken as it is
@@ -310,7 +395,7 @@ def save_figure(
             with write_aside(place) as aside: figure.savefig(aside, format=place.suffix[1:], metadata={"CreationDate": None} if pdf and place.suffix == ".pdf" else None)
     return paths
 
-# %% ../nbs/70_figures.ipynb #cf53cc65
+# %% ../nbs/70_figures.ipynb #b3429c87
 def cached(
     name:str, # What is computed, such as `"readers"`
     config:Any, # Everything it depends on, as a dataclass or plain values: models (their digests), seeds, numbers of clips
