@@ -2,6 +2,7 @@
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -9,7 +10,6 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
-FIG7 = ROOT / "nbs" / "fig7.ipynb"
 BIN = Path(sys.executable).parent
 
 
@@ -42,8 +42,27 @@ def test_experiments_that_take_parameters_have_one_tagged_cell():
         assert len(parameter_cells(notebook)) == 1, f"{path.name} needs one cell tagged `parameters`"
 
 
-@pytest.mark.skipif(not FIG7.exists(), reason="nbs/fig7.ipynb is not written yet")
-def test_figure_7_names_the_vlms_that_exist(tmp_path):
-    done = run(BIN / "papermill", FIG7, tmp_path / "out.ipynb", "-p", "vlm", "phi5")
-    assert done.returncode != 0
-    assert re.search(r"named 'phi5'; choose one of: .*\bphi4\b", done.stderr), done.stderr[-2000:]
+# What each experiment is passed, and what it must then say. Every one of these stops before anything is computed, so each takes seconds.
+FIGURES = ["fig1", "fig3", "fig4", "fig6", "fig7", "fig8", "gallery", "explain_clip"]
+WRONG = {(figure, "vlm", "phi5"): r"(?=.*phi5).*\bphi4\b.*\bgemma3\b.*\bvideollama3\b" for figure in FIGURES}
+WRONG |= {(figure, "source", "purple"): r"purple" for figure in FIGURES if figure != "explain_clip"}
+WRONG |= {("explain_clip", "clip", "nowhere.mp4"): r"nowhere\.mp4"}
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("refused")
+    def attempt(key):
+        figure, parameter, value = key
+        return key, run(BIN / "papermill", "--no-progress-bar", ROOT / "nbs" / f"{figure}.ipynb", folder / f"{figure}_{parameter}.ipynb", "-p", parameter, value, timeout=300)
+    before = {path: path.stat().st_mtime_ns for path in (ROOT / "figures").iterdir()}
+    with ThreadPoolExecutor(2) as pool: done = dict(pool.map(attempt, WRONG))
+    assert before == {path: path.stat().st_mtime_ns for path in (ROOT / "figures").iterdir()}, "a refused run wrote a figure"
+    return done
+
+
+@pytest.mark.parametrize("key", WRONG, ids="-".join)
+def test_a_passed_parameter_takes_effect_and_a_wrong_one_is_refused(refused, key):
+    assert refused[key].returncode != 0
+    last = refused[key].stderr.strip().split("\n")[-1]
+    assert re.search(WRONG[key], last, re.S), refused[key].stderr[-1500:]

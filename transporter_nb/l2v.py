@@ -30,6 +30,7 @@ from .contrasts import PLURALS, SINGULARS, ContrastPair, changed_words, parse_co
 from .core import as_config, checkpoint_path, repo_path, resolve_device, tensor_digest, write_aside
 from .coupling.network import CouplingNetwork
 from .generators.base import VideoGenerator
+from .hub import LoadOptions
 from .registry import GENERATORS, VLMS, find_adapter, load_generator, load_vlm
 from .steering import check_run, check_strengths, steer, window_weights
 from .video import frames_to_uint8, save_gif, save_mp4, show_gif
@@ -287,12 +288,13 @@ class Transporter:
         generator:str="wan", # Registry name of the generator
         scale:str="mini", # `"mini"` (shipped) or `"paper"` (hub weights, and a coupling trained for them)
         device:str="auto", # `"auto"`, `"cpu"` or `"cuda"`
+        options:LoadOptions|None=None, # At paper scale: types and places of the weights, see `02_hub`
     ) -> "Transporter": # Ready to explain
         "Load all parts by name"
         find_adapter("vlm", vlm, VLMS), find_adapter("generator", generator, GENERATORS) # a wrong name fails before anything is loaded
         device, bank = resolve_device(device), checkpoint_path(f"concepts_{vlm}", scale)
         coupling = CouplingNetwork.from_pretrained(checkpoint_path(f"coupling_{vlm}", scale), device)
-        return cls(load_generator(generator, scale, str(device)), load_vlm(vlm, scale, str(device)), coupling,
+        return cls(load_generator(generator, scale, str(device), options), load_vlm(vlm, scale, str(device), options), coupling,
                    ConceptBank.from_pretrained(bank) if bank.exists() else ConceptBank(), {"vlm": vlm, "generator": generator, "scale": scale})
 
     def __repr__(self): return f"Transporter({', '.join(f'{key}={value!r}' for key, value in self.names.items())}, {len(self.bank)} concepts)"

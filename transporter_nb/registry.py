@@ -11,6 +11,7 @@ from importlib import import_module
 
 from .core import check_scale, checkpoint_path
 from .generators.base import VideoGenerator
+from .hub import LoadOptions
 from .vlms.base import VideoLanguageModel
 
 # %% ../nbs/29_registry.ipynb #2950f90c
@@ -48,19 +49,21 @@ def load_generator(
     name:str="wan", # One of `generator_names()`
     scale:str="mini", # "mini": the shipped weights; "paper": the hub's, if they are on this machine
     device:str="auto", # "auto", "cpu" or "cuda"
+    options:LoadOptions|None=None, # At paper scale: types and places of the weights
 ) -> VideoGenerator: # Frozen, in evaluation mode
     "Load a video generator by name"
     adapter = find_adapter("generator", name, GENERATORS)
-    return adapter.load(scale=check_scale(scale), device=device)
+    return adapter.load(scale=check_scale(scale), device=device, **({"options": options} if options else {}))
 
 def load_vlm(
     name:str="phi4", # One of `vlm_names()`
     scale:str="mini", # "mini": the shipped weights; "paper": the hub's, if they are on this machine
     device:str="auto", # "auto", "cpu" or "cuda"
+    options:LoadOptions|None=None, # At paper scale: types and places of the weights
 ) -> VideoLanguageModel: # Frozen, in evaluation mode
     "Load a video-language model by name"
     adapter = find_adapter("vlm", name, VLMS)
-    return adapter.load(scale=check_scale(scale), device=device)
+    return adapter.load(scale=check_scale(scale), device=device, **({"options": options} if options else {}))
 
 # %% ../nbs/29_registry.ipynb #e460a53e
 PACKAGE_VLMS = tuple(VLMS) # names that no registration may take

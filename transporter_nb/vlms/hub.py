@@ -196,9 +196,10 @@ def load(cls:type[HubVLM],
     device:str="auto", # As for `resolve_device`
     path:str|Path|None=None, # Another weight file of the miniature
     settings:VLMSettings|None=None, # Of the paper scale, to show other frames or sizes; the miniature's are in its file
+    options:LoadOptions|None=None, # Of the paper scale: types and places of the weights
 ) -> HubVLM: # Frozen
     "A trained VLM"
-    if check_scale(scale) == "paper": return cls.from_hub(settings or cls.paper, device)
+    if check_scale(scale) == "paper": return cls.from_hub(settings or cls.paper, device, options)
     if path is None and not checkpoint_path(f"vlm_{cls.name}").exists():
         raise FileNotFoundError(f"no miniature of {cls.name!r} is in the package: there is no vlm_{cls.name}.safetensors. Train one with `papermill nbs/train_mini.ipynb out.ipynb -p part vlm -p vlm {cls.name}`, then put it "
                                 "there with the same line and `-p install True`, or give its path. (One that was shipped comes back with `git checkout`.)")
