@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from .concepts import ConceptConfig, PartialSamples, flow_loss
+from .contrasts import PAPER_CONTRASTS
 from .core import check_scale, count_parameters
 from .coupling.network import CouplingConfig, CouplingNetwork
 from .coupling.training import CouplingTraining, coupling_losses
@@ -354,10 +355,11 @@ def device_named(
 # %% ../nbs/55_plan.ipynb #34547dac
 class Work(NamedTuple):
     "Size of a figure"
-    clips: int # Generated
+    clips: int # Generated; evaluations of single velocities are counted as parts of a clip
     concepts: int # Learned for it
 
-FIGURES = {"fig1": Work(4, 2), "fig3": Work(14, 1), "fig4": Work(2, 1), "fig6": Work(27, 3), "fig7": Work(16, 2), "fig8": Work(10, 1)} # as the notebooks of these names make them
+FIGURES = {"fig1": Work(5, 2), "fig3": Work(33, 1), "fig4": Work(38, 1), "fig6": Work(30, 3), "fig7": Work(25, 2), "fig8": Work(76, 1), "gallery": Work(72, 18),
+           "explain_clip": Work(13, 1)} # counted while the notebooks ran at the mini scale, for one VLM: evaluations of the velocity by those of one clip
 CAPTION_WORDS = 24 # `caption` stops there
 COUPLING_CLIPS = 100_000 # of the training set (chosen)
 
@@ -367,7 +369,7 @@ def stage_calls(
 ) -> dict[str, dict[str, int]]: # For clips, concepts and training: how often each stage runs
     "How often each stage runs"
     if figure not in FIGURES: raise ValueError(f"figure must be one of {list(FIGURES)}, got {figure!r}.")
-    work, steps = FIGURES[figure], blank_generator(scale, [], "meta", LoadOptions()).default_steps
+    work, steps = Work(4 * len(PAPER_CONTRASTS), len(PAPER_CONTRASTS)) if (figure, scale) == ("gallery", "paper") else FIGURES[figure], blank_generator(scale, [], "meta", LoadOptions()).default_steps
     concept, training = getattr(ConceptConfig, scale)(), getattr(CouplingTraining, scale)()
     clips = {"text": work.clips + 2, "velocity": work.clips * steps, "decode": work.clips, "look": work.clips, "coupling": work.clips, "answer": work.clips * (2 + 2 * CAPTION_WORDS)}
     seeds = concept.n_seeds
