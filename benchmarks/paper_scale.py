@@ -107,7 +107,10 @@ def main() -> int:
     for stage, changes in VARIANTS:
         for vlm in names if stage in ("look", "answer", "coupling", "coupling_step") else names[:1]:
             row = in_a_process(given.timeout, given.device, stage, changes, vlm, given.scale, given.device, given.cap_gib)
-            rows.append(row)
+            # the house's scorecard: how far the plan is off, as a share of what was measured
+            card = {"what": f"plan, peak memory at scale {given.scale}, predicted against measured: {stage}" + f" with {', '.join(changes)}" * bool(changes), "value": abs(row["ratio_peak"] - 1) if "ratio_peak" in row else None,
+                    "target": 0.1, "better": "lower", "n": 1}
+            rows.append(card | row)
             print(row["stage"], row["options"] or "", row["vlm"], row.get("failed") or f"{row['measured']['seconds']:.3f} s, peak {row['measured']['peak'] / 2**30:.3f} GiB, predicted / measured {row['ratio_peak']:.3f}", flush=True)
     label = "mini_cpu" if (given.scale, given.device) == ("mini", "cpu") else f"{given.scale}_{device_name(given.device).replace(' ', '_')}"
     path = repo_path("figures") / (given.out or f"paper_scale_{label}.json")

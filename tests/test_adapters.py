@@ -150,3 +150,16 @@ def test_a_vlm_of_ones_own(monkeypatch):
     register_vlm("mine", Mine)
     assert load_vlm("mine").name == "mine" and "mine" in vlm_names() and "mine" not in shipped_vlm_names()
     with pytest.raises(ValueError, match="is a VLM of the package"): register_vlm("qwen25vl", Mine)
+    for name in ("a,b", "Mine", "my vlm", ""):
+        with pytest.raises(ValueError, match="small letters, digits and underscores"): register_vlm(name, Mine)
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_colours_out_of_range_are_refused(name):
+    vlm = tiny(name)
+    for wrong, message in ((2 * CLIPS - 1, r"got -.* use \(video \+ 1\) / 2"), (CLIPS / 0, "NaN"), (CLIPS * 255, "got .* to 2")):
+        with pytest.raises(ValueError, match=message): vlm.embed(wrong)
+    with pytest.raises((TypeError, ValueError)): vlm.embed((CLIPS * 255).byte())  # jaxtyping sees it first, where it is on
+    assert vlm.embed(CLIPS + 5e-4).isfinite().all()  # rounding is let in
+    (gradient,) = torch.autograd.grad(vlm.embed(clips := CLIPS.clone().requires_grad_()).square().sum(), clips)
+    assert gradient.isfinite().all() and gradient.abs().sum() > 0

@@ -132,6 +132,33 @@ def huge_png(path):
     content[29:33] = struct.pack(">I", zlib.crc32(content[12:29])); path.write_bytes(content)
 
 
+def photograph(kind, orientation=1):
+    "A picture with an EXIF record, as cameras and PIL write it"
+    exif = Image.Exif(); exif[0x0112], exif[0x010e] = orientation, "a note"
+    return lambda path: Image.fromarray(picture(N - 1)).save(path, format=kind, exif=exif, **{"quality": 95} if kind in ("JPEG", "WEBP") else {})
+
+
+def photographs(path):
+    "Motion JPEG of which each frame has an EXIF record"
+    stills = []
+    for k in range(N):
+        exif = Image.Exif(); exif[0x010e] = "a note"; buffer = io.BytesIO()
+        Image.fromarray(picture(k)).save(buffer, format="JPEG", exif=exif, quality=95); stills.append(buffer.getvalue())
+    with av.open(str(path), "w") as container:
+        track = container.add_stream("mjpeg", rate=10); track.height, track.width, track.pix_fmt = 48, 64, "yuvj420p"
+        container.start_encoding()
+        for k, content in enumerate(stills):
+            packet = av.Packet(content); packet.pts = packet.dts = k; packet.time_base, packet.stream, packet.is_keyframe = Fraction(1, 10), track, True
+            container.mux(packet)
+
+
+def wide_open(path, side=9000):
+    "A black and white picture of ten kilobytes and 81 million pixels"
+    import zlib
+    def chunk(name, content): return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(bytes((1 + (side + 7) // 8) * side))) + chunk(b"IEND", b""))
+
+
 def quiet_wave(path):
     with wave.open(str(path), "wb") as file: file.setparams((1, 2, 8000, 0, "NONE", "")); file.writeframes(bytes(8000))
 
@@ -199,7 +226,7 @@ def cases():
     yield "clear.mov", lambda p: write(p, alpha, codec="qtrle", pix_fmt="argb"), EIGHT, Right((8, 48, 64), ALL, "top left+white bottom left")
     yield "clear_on_black.mov", lambda p: write(p, alpha, codec="qtrle", pix_fmt="argb"), dict(n_frames=8, background=0.), Right((8, 48, 64), ALL, "top left+black bottom left")
     yield "one_frame.mp4", lambda p: write(p, [picture(0)]), dict(n_frames=1), Right((1, 48, 64), (0,), "top left", (0,))
-    yield "one_frame_of_two.mp4", lambda p: write(p, [picture(0)]), dict(n_frames=2), Wrong("ValueError", ("has 1 frames and 2 were asked for", "Ask for 1 to 1"))
+    yield "one_frame_of_two.mp4", lambda p: write(p, [picture(0)]), dict(n_frames=2), Wrong("ValueError", ("has 1 frame and 2 were asked for", "Ask for 1."))
     yield "one_frame_by_rate.gif", lambda p: still(p, "GIF"), dict(frames_per_second=25), Right((1, 48, 64), (7,))
     yield "two_frames.mp4", lambda p: write(p, [picture(0), picture(7)]), dict(n_frames=2), Right((2, 48, 64), (0, 7))
     yield "no_frames.mkv", lambda p: remux(write(p.with_name("given.mkv")), p, keep=lambda k: False), EIGHT, Wrong("ValueError", ("no_frames.mkv", "complete?"))
@@ -212,6 +239,12 @@ def cases():
     yield "long_and_thin.mkv", lambda p: write(p, [picture(k, 2, 2000) for k in range(N)], codec="ffv1"), dict(n_frames=2, size=16, fit="pad"), Right((2, 16, 16))
     yield "huge.png", lambda p: still(p, "PNG", (4000, 6000)), dict(n_frames=1, size=32), Right((1, 32, 32), (7,), "top left")
     yield "beyond_measure.png", huge_png, dict(n_frames=1, size=32), Wrong("ValueError", ("beyond_measure.png",))
+    yield "too_large.png", wide_open, dict(n_frames=1, size=32), Wrong("ValueError", ("at most 67108864 pixels", "too_large.png have 9000 x 9000", "Make it smaller"))
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF"):
+        yield f"photograph.{kind.lower()}", photograph(kind), dict(n_frames=1), Right((1, 48, 64), (7,), "top left")
+    yield "photograph_turned.jpg", photograph("JPEG", 6), dict(n_frames=1), Right((1, 64, 48), (7,), "top right")
+    yield "photograph_mirrored.png", photograph("PNG", 2), dict(n_frames=1), Right((1, 48, 64), (7,), "top right")
+    yield "photographs.avi", photographs, EIGHT, Right((8, 48, 64), ALL, "top left")
     yield "grey.mkv", lambda p: write(p, codec="ffv1", pix_fmt="gray"), EIGHT, Right((8, 48, 64), ALL)
     yield "ten_bits.mkv", lambda p: write(p, codec="ffv1", pix_fmt="yuv420p10le"), EIGHT, PLAIN
     yield "full_colour.mp4", lambda p: write(p, pix_fmt="yuv444p"), EIGHT, PLAIN

@@ -46,6 +46,38 @@ def test_odd_sizes_are_saved(tmp_path, height, width, enlarge):
     assert (gif[0] - clip.repeat_interleave(enlarge, -1).repeat_interleave(enlarge, -2)).abs().mean() < .02
 
 
+@pytest.mark.parametrize("fps", [.5, 2.5, 24000 / 1001, 60])
+def test_any_rate_is_saved(tmp_path, fps):
+    times = v.scan_video(v.save_mp4(tmp_path / "clip.mp4", v.demo_video()[0], fps=fps)).times
+    assert times == pytest.approx([k / fps for k in range(5)], rel=1e-3)
+
+
+@pytest.mark.parametrize("fps", [0, -3, 2000, float("nan")])
+def test_a_rate_that_is_none(tmp_path, fps):
+    with pytest.raises(ValueError, match="fps must be from 0.1 to 1000"): v.save_mp4(tmp_path / "clip.mp4", v.demo_video()[0], fps=fps)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes_of_numpy(tmp_path):
+    path, clip = v.save_mp4(tmp_path / "clip.mp4", v.demo_video()[0]), v.demo_video()
+    assert v.load_video(path, 2, np.int64(8)).equal(v.load_video(path, 2, 8))
+    assert v.resize_video(clip, (np.int32(5), 7)).shape[-2:] == (5, 7)
+    for wrong in (8.5, (3, 4, 5), "8"):
+        with pytest.raises((TypeCheckError, ValueError)): v.load_video(path, 2, wrong)
+
+
+def test_a_still_too_large_is_never_decoded(tmp_path, monkeypatch):
+    v.Image.new("1", (96, 80)).save(tmp_path / "still.png")
+    monkeypatch.setattr(v, "MAX_PIXELS", 96 * 80 - 1)
+    monkeypatch.setattr(v, "frame_picture", lambda *_: pytest.fail("it was converted"))
+    with pytest.raises(ValueError, match="at most 7679 pixels, those of still.png have 96 x 80. Make it smaller"): v.load_video(tmp_path / "still.png", 1)
+
+
+def test_a_missing_file_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"there is no video holiday.mp4 in the current folder, {tmp_path}. Check its name"): v.load_video("holiday.mp4", 1)
+
+
 def test_too_small_for_h264(tmp_path):
     with pytest.raises(ValueError, match="at least 2 x 2 pixels, got 1 x 5 with enlarge=1"):
         v.save_mp4(tmp_path / "clip.mp4", torch.rand(2, 3, 1, 5), enlarge=1)

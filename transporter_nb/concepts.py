@@ -103,7 +103,6 @@ class PartialSamples(NamedTuple):
         "Choose states"
         return PartialSamples(*(value[rows.to(value.device)] for value in self))
 
-# %% ../nbs/40_concepts.ipynb #036d7bce
 @torch.no_grad()
 def partial_samples(
     generator:VideoGenerator, # Frozen
@@ -133,7 +132,7 @@ def partial_samples(
     finished = integrate(velocity_fn, generator.noise(seeds), times)
     return PartialSamples(*(torch.cat(parts) for parts in zip(*kept))), finished
 
-# %% ../nbs/40_concepts.ipynb #8a2a173c
+# %% ../nbs/40_concepts.ipynb #d86cb7a0
 def pair_turns(
     pair:ContrastPair, # Source and target words
     caption:str, # The source caption
@@ -151,7 +150,6 @@ def pair_ids(
     rows = zip(pair.prefixes(caption), pair.words_in(caption))
     return torch.tensor([[vlm.token_id(word, prefix) for word in words] for prefix, words in rows])
 
-# %% ../nbs/40_concepts.ipynb #1c68fe07
 def word_answers(
     vlm:VideoLanguageModel, # Frozen
     vlm_embeddings:Float[Tensor, "batch vlm_tokens vlm_dim"], # Of source, target or steered videos
@@ -163,7 +161,7 @@ def word_answers(
     captions = [captions] * len(vlm_embeddings) if isinstance(captions, str) else captions
     return vlm.turn_log_probs(vlm_embeddings, [pair_turns(pair, caption, question) for caption in captions])
 
-# %% ../nbs/40_concepts.ipynb #2e792a43
+# %% ../nbs/40_concepts.ipynb #e0049949
 def answer_divergence(
     source_log_probs:Float[Tensor, "batch words vocab"], # Answers about the source videos, over the vocabulary
     target_log_probs:Float[Tensor, "batch words vocab"], # Answers about the target videos, after the same beginnings
@@ -180,7 +178,7 @@ def answer_divergence(
         both = [log_probs.gather(-1, ids.to(log_probs.device)).log_softmax(-1) for log_probs in both]
     return measure(*both).mean(-1)
 
-# %% ../nbs/40_concepts.ipynb #f29bf55f
+# %% ../nbs/40_concepts.ipynb #d156b263
 @torch.no_grad()
 def reencode(
     generator:VideoGenerator, # Decodes
@@ -202,7 +200,7 @@ def through_coupling(
     condition = condition.expand_to(len(latents))
     return coupling(latents, condition.embeds, condition.mask, reencoded).transported
 
-# %% ../nbs/40_concepts.ipynb #0a438841
+# %% ../nbs/40_concepts.ipynb #70a2a252
 @torch.no_grad()
 def divergence_over_seeds(
     generator:VideoGenerator, # Frozen
@@ -222,7 +220,7 @@ def divergence_over_seeds(
     ids = torch.stack([pair_ids(vlm, pair, caption) for caption in captions])
     return answer_divergence(*answers, ids, distance, over)
 
-# %% ../nbs/40_concepts.ipynb #39f2f700
+# %% ../nbs/40_concepts.ipynb #957bc532
 @dataclass(frozen=True)
 class ConceptConfig:
     "How a concept is learned"
@@ -255,7 +253,7 @@ class ConceptConfig:
     def paper(cls, **changes) -> "ConceptConfig": # steps, lr: paper §4.1; seeds and states: chosen, they fit beside the generator
         return cls(**{**dict(placement="shared", strengths="answer", walks="source", warm_start="zeros", steps=1000, lr=1e-4, batch_size=1, n_seeds=16, states_per_seed=4), **changes})
 
-# %% ../nbs/40_concepts.ipynb #89d9932b
+# %% ../nbs/40_concepts.ipynb #2675bf65
 @runtime_checkable
 class Direction(Protocol):
     "Anything that a generation can be steered by"
@@ -284,7 +282,6 @@ class Concept:
         facts = [f"{key} {self.meta[key]:.2f}" for key in ("divergence", "unexplained") if key in self.meta]
         return f"Concept({self.pair.name!r}, {len(self.vectors)} x {self.vectors.shape[1]}, {', '.join([self.config.placement, *facts])})"
 
-# %% ../nbs/40_concepts.ipynb #a65b7a65
 def shift(
     condition:PromptCondition, # The encoded source caption, one row
     offsets:Float[Tensor, "directions prompt_tokens text_dim"], # From `offset` of each direction
@@ -296,7 +293,7 @@ def shift(
     mask = condition.mask | (offsets != 0).any(-1).any(0) # a longer target prompt uses tokens that were padding
     return PromptCondition(condition.embeds + added.to(condition.embeds), mask.expand(len(strengths), -1).clone())
 
-# %% ../nbs/40_concepts.ipynb #5d435931
+# %% ../nbs/40_concepts.ipynb #a65b7a65
 @torch.no_grad()
 def mean_token_difference(
     generator:VideoGenerator, # Whose text encoder is asked
@@ -317,7 +314,7 @@ def mean_token_difference(
     mean = torch.stack(rows).mean(0)
     return mean.mean(0, keepdim=True) if placement == "shared" else mean
 
-# %% ../nbs/40_concepts.ipynb #639c8dfe
+# %% ../nbs/40_concepts.ipynb #5d435931
 def flow_loss(
     generator:VideoGenerator, # Frozen
     samples:PartialSamples, # States of a batch
@@ -351,7 +348,7 @@ def share_missing(
         wanted += weight
     return missing / max(wanted, 1e-12) # 1e-12: equal prompts
 
-# %% ../nbs/40_concepts.ipynb #480cbe35
+# %% ../nbs/40_concepts.ipynb #639c8dfe
 def fit_vectors(
     generator:VideoGenerator, # Frozen
     samples:PartialSamples, # All states
@@ -378,7 +375,7 @@ def fit_vectors(
             bar.set_postfix(missing=f"{losses[-1]:.3f}")
     return vectors.detach(), losses
 
-# %% ../nbs/40_concepts.ipynb #57ac788a
+# %% ../nbs/40_concepts.ipynb #480cbe35
 class Gathered(NamedTuple):
     "Everything that learning a concept needs, made once with frozen models"
     samples: PartialSamples # States of all clips
@@ -392,7 +389,6 @@ class Gathered(NamedTuple):
         n = len(self.seeds)
         return self.samples.take(((self.samples.clip >= n - max(n // 4, 1)) == validation).nonzero()[:, 0])
 
-# %% ../nbs/40_concepts.ipynb #6e8b2e95
 @torch.no_grad()
 def gather(
     generator:VideoGenerator, # Frozen
@@ -417,7 +413,7 @@ def gather(
     return Gathered(PartialSamples(*(torch.cat(values) for values in zip(*states))), generator.encode_prompt(texts),
                     torch.stack([slots[text] for text in texts]), torch.cat(divergences), seeds)
 
-# %% ../nbs/40_concepts.ipynb #9f92d466
+# %% ../nbs/40_concepts.ipynb #64797fe7
 def learn_concept(
     generator:VideoGenerator, # Frozen
     vlm:VideoLanguageModel, # Frozen; its answers give Delta omega
@@ -453,7 +449,7 @@ def check_divergence(
         raise ValueError(f"{vlm.name}'s answers to both sides of {pair.name!r} differ by {divergence:.3g}, which is no strength to learn at. Use strengths='uniform', or distance='hellinger'.")
     return divergence
 
-# %% ../nbs/40_concepts.ipynb #0184c3a7
+# %% ../nbs/40_concepts.ipynb #9f92d466
 class ConceptBank(MutableMapping):
     "Concepts by name: `bank['red -> blue']`"
     def __init__(self, concepts:Sequence[Concept]=(), **facts):
@@ -482,7 +478,7 @@ class ConceptBank(MutableMapping):
 
     def __repr__(self): return "\n".join([f"ConceptBank of {len(self)} concepts", *(f"  {concept!r}" for concept in self.concepts.values())])
 
-# %% ../nbs/40_concepts.ipynb #682b13a0
+# %% ../nbs/40_concepts.ipynb #8a36cc5d
 @patch
 def learn(
     self:ConceptBank,
@@ -499,7 +495,7 @@ def learn(
     self[concept.pair] = concept
     return concept
 
-# %% ../nbs/40_concepts.ipynb #8aa2286d
+# %% ../nbs/40_concepts.ipynb #c4685032
 @patch
 @torch.no_grad()
 def adopt(
@@ -524,7 +520,7 @@ def adopt(
     self[pair] = replace(concept, meta={**concept.meta, **measured})
     return self[pair]
 
-# %% ../nbs/40_concepts.ipynb #914235de
+# %% ../nbs/40_concepts.ipynb #682b13a0
 @patch
 def save_pretrained(
     self:ConceptBank,

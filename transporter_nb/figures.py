@@ -6,7 +6,7 @@
 __all__ = ['PALETTE', 'INK', 'FAINT', 'READ_ME', 'use_house_style', 'Answer', 'ClipRow', 'Panel', 'explanation_rows',
            'draw_answer', 'Layout', 'choose_frames', 'draw_row', 'draw_panel', 'page_size', 'draw_page', 'cut_texts',
            'inch_axes', 'inch_text', 'draw_picture', 'draw_marked', 'Choice', 'draw_choices', 'draw_moving',
-           'shared_palette', 'animate_panels', 'provenance', 'plain_values', 'save_figure', 'cached']
+           'shared_palette', 'animate_panels', 'provenance', 'plain_values', 'save_figure', 'figure_stem', 'cached']
 
 # %% ../nbs/70_figures.ipynb #348e5b43
 import json
@@ -396,6 +396,17 @@ def save_figure(
     return paths
 
 # %% ../nbs/70_figures.ipynb #b3429c87
+def figure_stem(
+    name:str, # With the parameters of the repository, such as `"fig3_phi4"`
+    given:Mapping[str, Any], # Parameters of this run
+    ours:Mapping[str, Any], # Those that tell whose figure it is, as the repository has them
+) -> str: # `name`, or `name` followed by `_own`
+    "Name of a figure's files, which is another where its parameters are the reader's own"
+    own = [f"{key}={given[key]!r}" for key, value in ours.items() if given[key] != value]
+    if own: print(f"{', '.join(own)}: saved as {name}_own, so that {name} stays as it is.")
+    return name + "_own" * bool(own)
+
+# %% ../nbs/70_figures.ipynb #0fbb6a28
 def cached(
     name:str, # What is computed, such as `"readers"`
     config:Any, # Everything it depends on, as a dataclass or plain values: models (their digests), seeds, numbers of clips

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORD_COLOURS', 'pair_between', 'Answers', 'read_answers', 'AnswerTable', 'Curve', 'draw_answers', 'draw_filmstrip',
-           'filmstrip_size', 'Explanation', 'run_facts', 'Transporter', 'plain_pair', 'makes']
+           'filmstrip_size', 'Explanation', 'run_facts', 'check_coupled', 'Transporter', 'plain_pair', 'makes']
 
 # %% ../nbs/51_l2v.ipynb #3b79996d
 import io
@@ -27,11 +27,11 @@ from torch import Tensor, nn
 
 from .concepts import ConceptBank, ConceptConfig, Direction, answer_divergence, pair_ids, through_coupling, word_answers
 from .contrasts import PLURALS, SINGULARS, ContrastPair, changed_words, parse_contrast
-from .core import as_config, checkpoint_path, repo_path, resolve_device, tensor_digest, write_aside
+from .core import as_config, check_scale, checkpoint_path, repo_path, resolve_device, tensor_digest, write_aside
 from .coupling.network import CouplingNetwork
 from .generators.base import VideoGenerator
-from .hub import LoadOptions
-from .registry import GENERATORS, VLMS, find_adapter, load_generator, load_vlm
+from .hub import SOURCES, LoadOptions
+from .registry import GENERATORS, VLMS, find_adapter, load_generator, load_vlm, shipped_vlm_names
 from .steering import check_run, check_strengths, steer, window_weights
 from .video import frames_to_uint8, save_gif, save_mp4, show_gif
 from .vlms.base import VideoLanguageModel
@@ -271,6 +271,20 @@ def run_facts() -> dict: # Versions of what computes, and the commit of the clon
     return {"commit": commit, "python": platform.python_version(), **{name: of(name) for name in ("transporter_nb", "torch", "diffusers", "transformers")}}
 
 # %% ../nbs/51_l2v.ipynb #f16d9c99
+def check_coupled(
+    vlm:str, # Registry name of the VLM
+    generator:str, # Registry name of the generator
+    scale:str, # `"mini"` or `"paper"`
+):
+    "Say what is missing before anything is loaded: without a coupling nothing can be explained"
+    if checkpoint_path(f"coupling_{vlm}", scale).exists(): return
+    if check_scale(scale) == "mini":
+        raise FileNotFoundError(f"no coupling was trained for {vlm!r} at scale 'mini'. Those that come with one: {', '.join(shipped_vlm_names())}. Train one with `make train PART=coupling VLM={vlm}`.")
+    commands = [SOURCES[name].command for name in (generator, vlm) if name in SOURCES]
+    raise FileNotFoundError(f"no coupling for {vlm!r} at scale 'paper' exists; none is shipped. It has to be trained on a GPU (34_coupling.training), on weights that these commands fetch: {';  '.join(commands)}. "
+                            f"transporter_nb.plan.plan('fig7', {vlm!r}) says what that costs. Or use scale='mini'.")
+
+# %% ../nbs/51_l2v.ipynb #6f2e7432
 class Transporter:
     "Logits to video: a generator, a VLM, the coupling between them and a bank of concepts"
     def __init__(self,
@@ -293,13 +307,14 @@ class Transporter:
         "Load all parts by name"
         find_adapter("vlm", vlm, VLMS), find_adapter("generator", generator, GENERATORS) # a wrong name fails before anything is loaded
         device, bank = resolve_device(device), checkpoint_path(f"concepts_{vlm}", scale)
+        check_coupled(vlm, generator, scale)
         coupling = CouplingNetwork.from_pretrained(checkpoint_path(f"coupling_{vlm}", scale), device)
         return cls(load_generator(generator, scale, str(device), options), load_vlm(vlm, scale, str(device), options), coupling,
                    ConceptBank.from_pretrained(bank) if bank.exists() else ConceptBank(), {"vlm": vlm, "generator": generator, "scale": scale})
 
     def __repr__(self): return f"Transporter({', '.join(f'{key}={value!r}' for key, value in self.names.items())}, {len(self.bank)} concepts)"
 
-# %% ../nbs/51_l2v.ipynb #2bf347e0
+# %% ../nbs/51_l2v.ipynb #1e4d3dc8
 @patch
 def directions(
     self:Transporter,
@@ -319,7 +334,7 @@ def directions(
             found.append(self.bank.learn(self.generator, self.vlm, self.coupling, pair, caption, config, progress))
     return found
 
-# %% ../nbs/51_l2v.ipynb #36362b7c
+# %% ../nbs/51_l2v.ipynb #3de8136c
 def plain_pair(
     pair:ContrastPair, # As a reader wrote it
 ) -> ContrastPair: # In small letters and in the singular, as banks keep it
@@ -336,7 +351,7 @@ def makes(
     try: return pair.apply(caption).lower() == target_caption.lower()
     except ValueError: return False # the caption does not hold its words
 
-# %% ../nbs/51_l2v.ipynb #d12aef2d
+# %% ../nbs/51_l2v.ipynb #ffcef88c
 @patch
 def changes(
     self:Transporter,
@@ -357,7 +372,7 @@ def changes(
     pair_ids(self.vlm, merged, caption)
     return pairs, merged
 
-# %% ../nbs/51_l2v.ipynb #65a03222
+# %% ../nbs/51_l2v.ipynb #cfd3fb62
 @patch
 @torch.no_grad()
 def explain(
@@ -394,7 +409,7 @@ def explain(
     return Explanation(caption, merged.apply(caption), merged, table, latents[1:].cpu(), videos[1:].cpu(), phi, reencoded,
                        (videos[1:] - videos[:1]).square().mean((1, 2, 3, 4)).sqrt().cpu(), settings)
 
-# %% ../nbs/51_l2v.ipynb #cfd3fb62
+# %% ../nbs/51_l2v.ipynb #f3b003e3
 @patch
 def record(
     self:Transporter,

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FUSED', 'FUSED_BACKWARD', 'STAGES', 'LINES', 'DEVICES', 'REACHED', 'LINK', 'FIGURES', 'CAPTION_WORDS',
-           'COUPLING_CLIPS', 'OPTIONS', 'MetaRun', 'attention_flops', 'Account', 'Prepared', 'blank_generator',
-           'condition_of', 'generator_stage', 'vlm_stage', 'coupling_stage', 'concept_stage', 'prepare', 'Cost',
-           'nbytes', 'run_on_meta', 'stage_cost', 'tiled_cost', 'measured_workspace', 'Device', 'device_named', 'Work',
-           'stage_calls', 'Plan', 'spoken', 'in_gib', 'plan']
+           'COUPLING_CLIPS', 'NOT_COUNTED', 'OPTIONS', 'MetaRun', 'attention_flops', 'Account', 'Prepared',
+           'blank_generator', 'condition_of', 'generator_stage', 'vlm_stage', 'coupling_stage', 'concept_stage',
+           'prepare', 'Cost', 'nbytes', 'run_on_meta', 'stage_cost', 'tiled_cost', 'measured_workspace', 'Device',
+           'device_named', 'Work', 'stage_calls', 'Plan', 'spoken', 'in_gib', 'plan']
 
 # %% ../nbs/55_plan.ipynb #721306a1
 import os, time, weakref
@@ -252,7 +252,11 @@ class Cost(NamedTuple):
     @property
     def peak(self) -> int: return self.weights + self.inputs + self.workspace
 
-def nbytes(tensors:Iterable[Tensor]) -> int: return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+def nbytes(
+    tensors:Iterable[Tensor], # Some may share their memory
+) -> int: # Bytes of their memory, shared memory counted once
+    "Memory that tensors occupy"
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 def run_on_meta(
     prepared:Prepared, # On the meta device
@@ -362,6 +366,7 @@ FIGURES = {"fig1": Work(5, 2), "fig3": Work(33, 1), "fig4": Work(38, 1), "fig6":
            "explain_clip": Work(13, 1)} # counted while the notebooks ran at the mini scale, for one VLM: evaluations of the velocity by those of one clip
 CAPTION_WORDS = 24 # `caption` stops there
 COUPLING_CLIPS = 100_000 # of the training set (chosen)
+NOT_COUNTED = {"fig8": "the gradients through autoencoder and VLM of panel (c): leave the panel out where the peak is close, it needs a backward pass of both"}
 
 def stage_calls(
     figure:str, # One of `FIGURES`
@@ -425,9 +430,17 @@ class Plan:
 # %% ../nbs/55_plan.ipynb #83d4efdd
 OPTIONS = {"all on device": (False, False), "all, saving": (False, True), "offload parts": (True, False), "offload, saving": (True, True)}
 
-def spoken(hours:float) -> str: return duration(hours * 3600)
+def spoken(
+    hours:float, # Any number of them
+) -> str: # In days, hours, minutes or seconds
+    "Hours in words"
+    return duration(hours * 3600)
 
-def in_gib(size:float) -> str: return f"{size / 2**30:.1f}" if size >= 2**30 / 10 else f"{size / 2**30:.4f}"
+def in_gib(
+    size:float, # Bytes
+) -> str: # More digits below a tenth
+    "Bytes in GiB, without the unit"
+    return f"{size / 2**30:.1f}" if size >= 2**30 / 10 else f"{size / 2**30:.4f}"
 
 @patch
 def stage_table(self:Plan) -> list[list[str]]: # Header first
@@ -445,7 +458,7 @@ def notes(self:Plan) -> list[str]: # One sentence each
     return [f"parameters: {', '.join(f'{name} {n / 1e9:.3g} B' for name, n in self.parameters.items())}; all weights in {self.options.dtype} (autoencoder {self.options.vae_dtype}, coupling float32): {in_gib(self.resident)} GiB",
             f"to download: {download}",
             f"needed for the figure: {', '.join(f'{name} {in_gib(self.need(*choice))} GiB' for name, choice in OPTIONS.items())}; {self.device.name} has {self.device.memory:.0f} GiB, so what fits: {', '.join(fitting) or 'nothing'}",
-            *(f"{kind}: {spoken(self.hours(kind))}" for kind in self.calls),
+            *(f"{kind}: {spoken(self.hours(kind))}" for kind in self.calls), *([f"not counted: {NOT_COUNTED[self.figure]}"] if self.figure in NOT_COUNTED else []),
             f"assumed: {self.device.name} does {self.device.bf16:.3g} TFLOP/s in bfloat16 and {self.device.tf32:.3g} in TF32 or float32 ({self.device.source}), of which the stages reach {', '.join(f'{stage} {share:.0%}' for stage, share in REACHED.items())}; "
             f"saving means VAE tiling and gradient checkpointing (which computes a step's forward pass twice; counted in the hours where the step does not fit without); parts that come and go add {duration(self.resident / LINK)} a round at {LINK / 1e9:.0f} GB/s; computed on the meta device, not measured"]
 
@@ -474,6 +487,7 @@ def plan(
     scale, machine, calls = check_scale(scale), device_named(device), stage_calls(figure, scale)
     options, target = LoadOptions(dtype=dtype or ("float32" if scale == "mini" else "bfloat16")), "cpu" if device == "cpu" else "cuda"
     find_adapter("vlm", vlm, VLMS)
+    if scale == "paper" and vlm not in SOURCES: raise ValueError(f"at scale 'paper' the sizes of {', '.join(name for name in VLMS if name in SOURCES)} are known, got {vlm!r}: its adapter has no `paper_config` yet. Choose one of them, or scale='mini'.")
     saving = {"decode": replace(options, vae_tiling=True), "encode": replace(options, vae_tiling=True), "concept": replace(options, checkpointing=True)}
     stages = {stage: (stage_cost(stage, vlm, scale, options, target), stage_cost(stage, vlm, scale, saving[stage], target) if stage in saving else None) for stage in STAGES}
     experts = 1 if blank_generator(scale, [], "meta", options).default_guidance.__class__ is float else 2

@@ -7,6 +7,7 @@ __all__ = ['GENERATORS', 'VLMS', 'PACKAGE_VLMS', 'generator_names', 'vlm_names',
            'load_generator', 'load_vlm', 'register_vlm']
 
 # %% ../nbs/29_registry.ipynb #e0b302ae
+import re
 from importlib import import_module
 
 from .core import check_scale, checkpoint_path
@@ -73,10 +74,13 @@ def register_vlm(
     adapter:str|type, # The class, or its address "module:Class", imported when first asked for
 ):
     "Add an adapter under a name"
+    if not isinstance(name, str) or not re.fullmatch("[a-z0-9_]+", name):
+        raise ValueError(f"the name of a VLM is of small letters, digits and underscores, got {name!r}. It stands in file names and in lists with commas.")
     if name in PACKAGE_VLMS: raise ValueError(f"{name!r} is a VLM of the package. Choose another name.")
     if isinstance(adapter, str):
         module, found, cls = adapter.partition(":")
         if not (module and found and cls): raise ValueError(f"the address of an adapter is 'module:Class', got {adapter!r}.")
-    elif not issubclass(adapter, VideoLanguageModel): raise ValueError(f"an adapter is a subclass of VideoLanguageModel, got {adapter.__name__}. Derive it from vlms.hub.HubVLM or vlms.base.VideoLanguageModel.")
+    elif not (isinstance(adapter, type) and issubclass(adapter, VideoLanguageModel)):
+        raise ValueError(f"an adapter is a subclass of VideoLanguageModel, got {getattr(adapter, '__name__', repr(adapter))}. Derive it from vlms.hub.HubVLM or vlms.base.VideoLanguageModel.")
     elif getattr(adapter, "name", None) != name: raise ValueError(f"the adapter's own name must be {name!r}, got {getattr(adapter, 'name', None)!r}. Its weight files are called by it.")
     VLMS[name] = adapter

@@ -48,7 +48,6 @@ class WanVAEConfig:
     latents_mean:tuple=(0.,) * 96 # Mean of each channel, subtracted from the latents
     latents_std:tuple=(1.,) * 96 # Divides them; one common number keeps the natural decay of their variances
 
-# %% ../../nbs/21_generators.wan.ipynb #f36b5f4b
 @dataclass(frozen=True)
 class WanTransformerConfig:
     "Arguments of `WanTransformer3DModel`"
@@ -76,7 +75,7 @@ class WanTextConfig:
     relative_attention_max_distance:int=128
     dropout_rate:float=0.0 # Off in the miniature: captions are few and exact
 
-# %% ../../nbs/21_generators.wan.ipynb #d219dd22
+# %% ../../nbs/21_generators.wan.ipynb #8c80691c
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>") # ids 0, 1, 2; the first two as in T5
 
 def size_errors(
@@ -97,7 +96,7 @@ def size_errors(
     if text.vocab_size < n_vocabulary: errors.append(f"text.vocab_size must be at least {n_vocabulary} for {len(config.words)} words, got {text.vocab_size}")
     return errors
 
-# %% ../../nbs/21_generators.wan.ipynb #39c52180
+# %% ../../nbs/21_generators.wan.ipynb #d219dd22
 @dataclass(frozen=True)
 class WanConfig:
     "Everything needed to build a Wan generator and to run it the usual way"
@@ -126,7 +125,7 @@ class WanConfig:
     @classmethod
     def paper(cls) -> "WanConfig": return cls(**PAPER_FIELDS)
 
-# %% ../../nbs/21_generators.wan.ipynb #928bdf2d
+# %% ../../nbs/21_generators.wan.ipynb #cac21893
 def world_words() -> tuple[str, ...]: # Every word a caption of the world may have, in a fixed order
     "Vocabulary of the miniature's captions"
     in_plural = [shape + "s" for shape in SLOTS["shape"]] + [motion.removesuffix("s") for motion in SLOTS["motion"]]
@@ -144,7 +143,7 @@ PAPER_FIELDS = dict( # Wan2.2-T2V-A14B, its published defaults
     frames=61, height=720, width=720, prompt_tokens=512, flow_shift=12.0, steps=40, guidance=(4.0, 3.0), boundary_ratio=0.875,
     hub=SOURCES["wan"].repo, revision=SOURCES["wan"].revision)
 
-# %% ../../nbs/21_generators.wan.ipynb #47efc863
+# %% ../../nbs/21_generators.wan.ipynb #1612ae64
 def config_from_dict(
     values:Mapping, # What `as_config` made of a `WanConfig`, as a checkpoint keeps it
 ) -> WanConfig: # Equal to the one saved
@@ -155,7 +154,7 @@ def config_from_dict(
     def revive(value): return tuple(value) if isinstance(value, list) else value
     return WanConfig(**{name: parts[name](**{k: revive(v) for k, v in value.items()}) if name in parts else revive(value) for name, value in values.items()})
 
-# %% ../../nbs/21_generators.wan.ipynb #7faee2cc
+# %% ../../nbs/21_generators.wan.ipynb #3a93c74e
 def to_timestep(
     t:Float[Tensor, "batch"], # Flow time in [0, 1], 0 is noise
     num_train_timesteps:int=1000, # The scheduler's count
@@ -173,7 +172,7 @@ def run_expert(
     dtype = next(transformer.parameters()).dtype
     return -transformer(latents.to(dtype), timestep, embeds.to(dtype), return_dict=False)[0].to(latents.dtype)
 
-# %% ../../nbs/21_generators.wan.ipynb #54a310a0
+# %% ../../nbs/21_generators.wan.ipynb #684c2e8d
 def flow_times(
     scheduler:FlowMatchEulerDiscreteScheduler, # Its shift is applied
     steps:int, # Euler steps, >= 1
@@ -182,7 +181,7 @@ def flow_times(
     scheduler.set_timesteps(sigmas=[1 - step / steps for step in range(steps)])
     return 1 - scheduler.sigmas.cpu()
 
-# %% ../../nbs/21_generators.wan.ipynb #17721bd4
+# %% ../../nbs/21_generators.wan.ipynb #b91aa497
 def word_tokenizer(
     words:Sequence[str], # Vocabulary, lower case, each once; ids follow the special tokens in this order
 ) -> PreTrainedTokenizerFast: # One token a word and an end token
@@ -211,7 +210,7 @@ def tokenize(
     padded = tokenizer.pad({"input_ids": rows["input_ids"]}, padding="max_length", max_length=prompt_tokens, return_tensors="pt")
     return padded["input_ids"], padded["attention_mask"].bool()
 
-# %% ../../nbs/21_generators.wan.ipynb #c33a8ef0
+# %% ../../nbs/21_generators.wan.ipynb #ad403fce
 def tokens_covering(
     tokenizer:PreTrainedTokenizerBase, # A fast tokenizer: it must report offsets
     prompt:str, # As it is encoded
@@ -228,7 +227,7 @@ def tokens_covering(
     if not found: raise ValueError(f"no token covers {stretch!r} in {prompt!r}: the tokenizer drops it")
     return found
 
-# %% ../../nbs/21_generators.wan.ipynb #38b58e8b
+# %% ../../nbs/21_generators.wan.ipynb #ad876c0c
 ENCODER_CHUNK = 4 # frames; written into `AutoencoderKLWan._encode` whatever the temporal factor
 
 def check_clip(
@@ -244,7 +243,6 @@ def check_clip(
     if shape[3] % cells[0] or shape[4] % cells[1]: raise ValueError(
         f"height and width must be multiples of {cells[0]} and {cells[1]}, got {shape[3]} and {shape[4]}. Resize the video first.")
 
-# %% ../../nbs/21_generators.wan.ipynb #833e022a
 def build_vae(
     config:WanConfig, # Sizes
 ) -> AutoencoderKLWan: # Random weights
@@ -263,7 +261,7 @@ def build_text_encoder(
     "The umT5 encoder in the sizes of a configuration"
     return UMT5EncoderModel(UMT5Config(**asdict(config.text)))
 
-# %% ../../nbs/21_generators.wan.ipynb #da0a1e13
+# %% ../../nbs/21_generators.wan.ipynb #757bfd4e
 class WanGenerator(VideoGenerator):
     "Wan behind the generator interface: t = 0 is noise, t = 1 is data, velocity = data - noise"
     def __init__(self, config:WanConfig, vae:nn.Module, transformer:nn.Module, text_encoder:nn.Module,
@@ -306,7 +304,7 @@ class WanGenerator(VideoGenerator):
     def times(self, steps): return flow_times(self.scheduler, steps)
     def latent_shape(self, n): return (n, *latent_size(self.config))
 
-# %% ../../nbs/21_generators.wan.ipynb #fea38ce5
+# %% ../../nbs/21_generators.wan.ipynb #c77cc8a9
 def latent_size(
     config:WanConfig, # Sizes
 ) -> tuple[int, int, int, int]: # channels, latent frames, latent height, latent width
@@ -341,7 +339,7 @@ def wan_velocity(
         out = out.index_put((rows.nonzero().view(-1),), run_expert(expert, latents[rows], embeds[rows], timestep[rows]))
     return out
 
-# %% ../../nbs/21_generators.wan.ipynb #392de786
+# %% ../../nbs/21_generators.wan.ipynb #da0a1e13
 def latent_scale(
     generator:WanGenerator, # Its autoencoder's configuration is read
     like:Float[Tensor, "batch channels latent_frames latent_height latent_width"], # Latents to broadcast over
@@ -370,7 +368,7 @@ def decode_latents(
     video = generator.vae.decode((latents * std + mean).to(next(generator.vae.parameters()).dtype)).sample.float()
     return ((video + 1) / 2).transpose(1, 2)
 
-# %% ../../nbs/21_generators.wan.ipynb #0a914930
+# %% ../../nbs/21_generators.wan.ipynb #89372ef1
 TIED = "text_encoder.encoder.embed_tokens.weight" # the same tensor as text_encoder.shared.weight
 
 def part_tensors(
@@ -393,7 +391,7 @@ def save(
     paths = {part: checkpoint_path(part) if folder is None else Path(folder) / f"{part}.safetensors" for part in parts}
     return [save_checkpoint(path, part_tensors(self, part), config) for part, path in paths.items()]
 
-# %% ../../nbs/21_generators.wan.ipynb #61ea9233
+# %% ../../nbs/21_generators.wan.ipynb #5854684e
 def fit_tensors(
     generator:WanGenerator, # Built in the sizes of the file
     tensors:Mapping[str, Tensor], # Named as in `part_tensors`
@@ -421,7 +419,7 @@ def load_files(
     fit_tensors(generator, vae.tensors, "vae"); fit_tensors(generator, rest.tensors, "generator")
     return generator.freeze().to(resolve_device(device))
 
-# %% ../../nbs/21_generators.wan.ipynb #207a8402
+# %% ../../nbs/21_generators.wan.ipynb #61ea9233
 class OneAtATime(ModelHook):
     "Moves a network to a device when it is called, and the one that was there back to main memory"
     def __init__(self, device:torch.device, resident:list): self.device, self.resident = device, resident # `resident` is shared by all parts
@@ -434,7 +432,6 @@ class OneAtATime(ModelHook):
             self.resident.append(module.to(self.device))
         return args, kwargs
 
-# %% ../../nbs/21_generators.wan.ipynb #3128fa53
 def place(
     generator:WanGenerator, # Its weights in main memory
     options:LoadOptions, # Tiling, checkpointing, offloading
@@ -453,7 +450,7 @@ def place(
         else: add_hook_to_module(part, OneAtATime(device, resident))
     return generator
 
-# %% ../../nbs/21_generators.wan.ipynb #34066fa5
+# %% ../../nbs/21_generators.wan.ipynb #207a8402
 def load_hub(
     config:WanConfig|None=None, # With `hub` and `revision`; None is the paper's
     device:str|torch.device="auto", # Where the generator computes
@@ -471,7 +468,7 @@ def load_hub(
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     return place(WanGenerator(config, vae, experts[0], text_encoder, tokenizer, *experts[1:]).freeze(), options, device)
 
-# %% ../../nbs/21_generators.wan.ipynb #a372fdbc
+# %% ../../nbs/21_generators.wan.ipynb #d8e054bc
 PARTS = ("text_encoder", "transformer", "transformer_2", "vae")
 
 def blank_generator(
