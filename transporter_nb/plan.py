@@ -462,6 +462,7 @@ def notes(self:Plan) -> list[str]: # One sentence each
             f"assumed: {self.device.name} does {self.device.bf16:.3g} TFLOP/s in bfloat16 and {self.device.tf32:.3g} in TF32 or float32 ({self.device.source}), of which the stages reach {', '.join(f'{stage} {share:.0%}' for stage, share in REACHED.items())}; "
             f"saving means VAE tiling and gradient checkpointing (which computes a step's forward pass twice; counted in the hours where the step does not fit without); parts that come and go add {duration(self.resident / LINK)} a round at {LINK / 1e9:.0f} GB/s; computed on the meta device, not measured"]
 
+# %% ../nbs/55_plan.ipynb #6bad30a8
 @patch
 def __repr__(self:Plan) -> str: # For a terminal
     rows = self.stage_table()
@@ -475,7 +476,7 @@ def _repr_html_(self:Plan) -> str: # For a notebook
     head, *rows = self.stage_table()
     return f"<b>Plan of {self.figure} with {self.vlm}, scale {self.scale}, on {self.device.name}</b><table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table><ul>{''.join(f'<li>{note}</li>' for note in self.notes())}</ul>"
 
-# %% ../nbs/55_plan.ipynb #6bad30a8
+# %% ../nbs/55_plan.ipynb #4fdce8d4
 def plan(
     figure:str="fig7", # One of `FIGURES`
     vlm:str="gemma3", # One of `vlm_names()`

@@ -11,7 +11,7 @@ __all__ = ['Size', 'EARLY', 'MAX_FRAMES', 'MAX_PIXELS', 'CONTAINERS', 'MAX_BYTES
            'track_facts', 'scan_video', 'SampledVideo', 'collect_pictures', 'warn_of_damage', 'sample_video',
            'load_video']
 
-# %% ../nbs/11_video.ipynb #19aa2aa3
+# %% ../nbs/11_video.ipynb #383b9c68
 import io
 import os
 import warnings
@@ -38,7 +38,7 @@ from torch import Tensor
 
 from .core import write_aside
 
-# %% ../nbs/11_video.ipynb #6096a064
+# %% ../nbs/11_video.ipynb #562f0b9e
 def check_video(
     video:Tensor, # Should be `batch frames 3 height width` with values in [0, 1]
     atol:float=1e-3, # How far a value may be outside [0, 1], for models that clamp in low precision
@@ -55,7 +55,7 @@ def check_video(
         raise ValueError(f"a video holds values in [0, 1], got {low:.3g} to {high:.3g}. From [-1, 1], use (video + 1) / 2; NaN comes from the model before.")
     return video
 
-# %% ../nbs/11_video.ipynb #3bebf8bb
+# %% ../nbs/11_video.ipynb #62dd28c7
 def demo_video(
     n_frames:int=5, # Frames of each clip
     height:int=24, # Pixels
@@ -71,7 +71,7 @@ def demo_video(
         clips.append(torch.where(disc, torch.tensor(colour)[:, None, None], ground))
     return torch.stack(clips)
 
-# %% ../nbs/11_video.ipynb #4899dc88
+# %% ../nbs/11_video.ipynb #9c34d546
 Size = int|np.integer|tuple[int|np.integer, int|np.integer]
 
 def both_sides(
@@ -83,7 +83,6 @@ def both_sides(
     if len(sides) != 2 or min(sides) < 1: raise ValueError(f"a size is positive: whole pixels, one number or (height, width), got {size!r}. Round it, or give two numbers.")
     return sides
 
-# %% ../nbs/11_video.ipynb #2c84a621
 def resize_video(
     video:Float[Tensor, "batch frames 3 height width"], # Values in [0, 1]
     size:Size, # New height and width in pixels; one number for both
@@ -97,14 +96,14 @@ def resize_video(
     options = {"align_corners": False, "antialias": True} if mode == "bicubic" else {}
     return F.interpolate(images, (height, width), mode=mode, **options).clamp(0, 1).unflatten(0, (batch, frames))
 
-# %% ../nbs/11_video.ipynb #0f288d75
+# %% ../nbs/11_video.ipynb #2c84a621
 def frames_to_uint8(
     frames:Float[Tensor, "*batch 3 height width"], # Values in [0, 1]
 ) -> UInt8[np.ndarray, "*batch height width 3"]: # Channels last
     "Floats in [0, 1] to bytes"
     return (frames.detach().float().cpu().clamp(0, 1) * 255).round().byte().movedim(-3, -1).numpy()
 
-# %% ../nbs/11_video.ipynb #03caee76
+# %% ../nbs/11_video.ipynb #0f288d75
 def contact_sheet(
     video:Float[Tensor, "batch frames 3 height width"], # One row for each clip
     enlarge:int=3, # Each pixel becomes a square of this many pixels
@@ -122,7 +121,7 @@ def contact_sheet(
     sheet = shown.permute(2, 0, 3, 1, 4).reshape(3, batch * height, frames * width)
     return frames_to_uint8(F.pad(sheet, (gap, 0, gap, 0), value=background))
 
-# %% ../nbs/11_video.ipynb #17d74907
+# %% ../nbs/11_video.ipynb #03caee76
 def save_png(
     path:str|Path, # Ends in `.png`
     image:UInt8[np.ndarray, "height width 3"], # For example a contact sheet
@@ -145,7 +144,7 @@ def encode_gif(
     images[0].save(buffer, format="GIF", save_all=True, append_images=images[1:], duration=round(100 / fps) * 10, loop=0)
     return buffer.getvalue()
 
-# %% ../nbs/11_video.ipynb #50e070d8
+# %% ../nbs/11_video.ipynb #b6a7e773
 def save_gif(
     path:str|Path, # Ends in `.gif`
     clip:Float[Tensor, "frames 3 height width"], # One clip
@@ -177,7 +176,7 @@ def save_mp4(
         container.mux(stream.encode())
     return Path(path)
 
-# %% ../nbs/11_video.ipynb #55b79d3a
+# %% ../nbs/11_video.ipynb #50e070d8
 def show_gif(
     video:Float[Tensor, "*batch frames 3 height width"], # One clip, or a batch shown side by side
     fps:float=6.0, # Frames a second
@@ -189,7 +188,7 @@ def show_gif(
     side_by_side = torch.cat([part for clip in clips for part in (clip, gap)][:-1], dim=-1)
     return NotebookImage(data=encode_gif(side_by_side, fps, enlarge), format="gif")
 
-# %% ../nbs/11_video.ipynb #48f0b6f0
+# %% ../nbs/11_video.ipynb #55b79d3a
 EARLY = .45 # of a gap (chosen: below a half, so that a tie goes to the frame on screen)
 MAX_FRAMES = 250_000 # frames read of one file (chosen: 2 h 45 min at 25 a second)
 MAX_PIXELS = 2**26 # of one frame (chosen: 8192 x 8192, twice as many as in 8K video)
@@ -210,7 +209,7 @@ def frame_at(
     while k > 0 and times[k] > moment + EARLY * (times[k] - times[k - 1]): k -= 1
     return k
 
-# %% ../nbs/11_video.ipynb #d006868a
+# %% ../nbs/11_video.ipynb #3579a240
 def choose_times(
     times:Sequence[int|float], # Seconds at which frames appear, rising, the first is 0
     n_frames:int|None=None, # That many moments, evenly from the first frame of the part to its last; or
@@ -239,7 +238,7 @@ def choose_times(
         raise ValueError(f"frames_per_second must be above 0 and give at most {max_frames} frames in {stop - start:.4g} s, got {frames_per_second}.")
     return (start + np.arange(int(frames_per_second * (stop - start + early)) + 1) / frames_per_second).tolist()
 
-# %% ../nbs/11_video.ipynb #a952b483
+# %% ../nbs/11_video.ipynb #d006868a
 def pick_frames(
     frames:Iterable[tuple[float, Any]], # Times in seconds, rising, with what is shown from then on
     moments:Sequence[int|float], # Seconds, rising
@@ -255,7 +254,7 @@ def pick_frames(
         shown = arriving
     if shown is not None: yield from [shown] * len(waiting)
 
-# %% ../nbs/11_video.ipynb #9eb65a84
+# %% ../nbs/11_video.ipynb #a952b483
 def put_upright(
     picture:Float[Tensor, "channels height width"], # As stored
     matrix:Sequence[int|float], # The first six of nine entries of a display matrix are a, b, 0, c, d, 0
@@ -266,7 +265,7 @@ def put_upright(
     else: across, down = a, d
     return picture.flip([axis for axis, sign in ((1, down), (2, across)) if sign < 0])
 
-# %% ../nbs/11_video.ipynb #bd4359c6
+# %% ../nbs/11_video.ipynb #9eb65a84
 def background_colour(
     background:int|float|tuple[int|float, ...], # A grey, or red, green and blue, each in [0, 1]
 ) -> Float[Tensor, "3 1 1"]: # The same
@@ -301,7 +300,7 @@ def frame_picture(
     matrices = [np.frombuffer(bytes(part), np.int32).tolist() for part in frame.side_data if part.type.name == "DISPLAYMATRIX"]
     return put_upright(picture, matrices[0]) if matrices else picture
 
-# %% ../nbs/11_video.ipynb #323004a5
+# %% ../nbs/11_video.ipynb #bd4359c6
 def fit_picture(
     picture:Float[Tensor, "3 height width"], # Values in [0, 1]
     size:Size, # Height and width in pixels; one number for both
@@ -325,7 +324,7 @@ def fit_picture(
     canvas[:, top:top + inner[0], left:left + inner[1]] = picture
     return canvas
 
-# %% ../nbs/11_video.ipynb #5ea8b709
+# %% ../nbs/11_video.ipynb #323004a5
 CONTAINERS = ("mov matroska avi gif apng flv mpegts mpeg mpegvideo ogg asf ivf nut mxf dv yuv4mpegpipe rm wtv "
               "m4v h264 hevc av1 obu mjpeg png_pipe jpeg_pipe webp_pipe bmp_pipe tiff_pipe wav mp3 flac aac") # the last four hold sound: let in, to say so
 MAX_BYTES = 2**32 # of the tensor returned (chosen: 4 GiB)
@@ -342,7 +341,7 @@ def check_file(
     if not path.stat().st_size: raise ValueError(f"a video has content, got {path.name} with 0 bytes. Copy or download it again.")
     return path
 
-# %% ../nbs/11_video.ipynb #4e4a1308
+# %% ../nbs/11_video.ipynb #39411727
 SOURCES = {"format_whitelist": ",".join(CONTAINERS.split()), "protocol_whitelist": "file"}
 
 def open_container(
@@ -381,7 +380,7 @@ def open_video(
         codec.options = {"max_pixels": str(MAX_PIXELS)} # frames inside may be larger than the head says
         yield container, tracks[0]
 
-# %% ../nbs/11_video.ipynb #f95ebfe6
+# %% ../nbs/11_video.ipynb #221ed895
 @dataclass
 class Damage:
     "What went wrong on the way through a file"
@@ -411,7 +410,7 @@ def read_packets(
         if count > max_frames: raise ValueError(f"at most {max_frames} frames of a file are read, this one has more. Give `end` in seconds, or raise max_frames.")
         if packet.size: yield packet
 
-# %% ../nbs/11_video.ipynb #4e3deebd
+# %% ../nbs/11_video.ipynb #4e4a1308
 def track_decoder(
     track:av.VideoStream, # Open
 ) -> av.VideoCodecContext: # Takes packets
@@ -441,7 +440,7 @@ def decode_frames(
                 damage.frames += frame.is_corrupt
                 yield before, frame
 
-# %% ../nbs/11_video.ipynb #f028d1ba
+# %% ../nbs/11_video.ipynb #4e3deebd
 class Timeline(NamedTuple):
     "What the first pass finds out"
     times: list[float] # Seconds on the clock of the file, one for each frame, rising
@@ -479,7 +478,7 @@ def scan_video(
         if time - times[0] > far: break
     return Timeline(times, aspect, declared)
 
-# %% ../nbs/11_video.ipynb #da005744
+# %% ../nbs/11_video.ipynb #f028d1ba
 class SampledVideo(NamedTuple):
     "Frames of a file, and when they appear in it"
     video: Float[Tensor, "1 frames 3 height width"] # Values in [0, 1]
@@ -520,7 +519,7 @@ def warn_of_damage(
     if declared is not None and declared > 1.1 * lasts + .5: # chosen: files round their length, and may count a last pause
         warnings.warn(f"{name} says that it lasts {declared:.3g} s, and its frames end after {lasts:.3g} s: it was cut, and the frames taken cover what is left.", stacklevel=3)
 
-# %% ../nbs/11_video.ipynb #cb1effae
+# %% ../nbs/11_video.ipynb #6e29acc4
 def sample_video(
     path:str|Path, # mp4, webm, gif, mkv, avi, mov and whatever else of `CONTAINERS` FFmpeg decodes
     n_frames:int|None=None, # Frames to take, evenly in time, the first and the last included; or
