@@ -506,16 +506,10 @@ def adopt(
     coupling:nn.Module|None=None, # Phi of that VLM, or None for decode and re-encode
 ) -> Concept: # Kept in the bank
     "Take over a concept whose vectors hold nothing of its VLM, and measure the answer divergence anew"
-    pair, config, captions, divergences = concept.pair, concept.config, concept.meta["captions"], []
+    pair, config = concept.pair, concept.config
     if config.strengths != "uniform":
         raise ValueError(f"{pair.name!r} was learned at strengths={config.strengths!r}, so its vectors belong to the VLM {concept.meta.get('vlm')!r}. Learn it anew with bank.learn(...).")
-    seeds, texts = concept.meta["seeds"], [captions[k % len(captions)] for k in range(len(concept.meta["seeds"]))]
-    for start in range(0, len(seeds), config.batch_size):
-        own_seeds, own = (values[start:start + config.batch_size] for values in (seeds, texts))
-        conditions = [generator.encode_prompt(prompts) for prompts in (own, [pair.apply(text) for text in own])]
-        finished = tuple(partial_samples(generator, *conditions, own_seeds, config.sample_steps, None, 1, lead)[1] for lead in ("source", "target"))
-        divergences.append(divergence_over_seeds(generator, vlm, coupling, pair, own, finished, config.distance, config.over))
-    divergence = torch.cat(divergences)
+    divergence = gather(generator, vlm, coupling, pair, concept.meta["captions"], replace(config, states_per_seed=1)).divergence
     measured = {"divergence": divergence.mean().item(), "divergence_sd": divergence.std().item(), "vlm": vlm.name, "coupled": coupling is not None}
     self[pair] = replace(concept, meta={**concept.meta, **measured})
     return self[pair]

@@ -39,6 +39,6 @@ class SmolVLM(HubVLM):
         return SmolVLMConfig(text_config=text, vision_config=vision, image_token_id=ids["<image>"], scale_factor=2, tie_word_embeddings=True)
 
     def embed(self, video:Float[Tensor, "batch frames 3 height width"]) -> Float[Tensor, "batch vlm_tokens vlm_dim"]:
-        images = normalise(take_frames(video, self.settings.n_frames, self.settings.image_size, "bicubic")).flatten(0, 1).to(self.model.dtype)
+        images = normalise(take_frames(video, self.settings.n_frames, self.settings.image_size, "lanczos")).flatten(0, 1).to(self.model.dtype)
         tower, connector = self.model.model.vision_model, self.model.model.connector
         return connector(tower(images).last_hidden_state).reshape(len(video), self.n_tokens, self.vlm_dim)
