@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ..core import load_checkpoint, save_checkpoint
+from .gromov import SlicedGromovTransport
 from .projection import GlobalProjection, check_flow_time
 from .structure import TokenStructure
 from .transport import ProjectedTransport
@@ -41,6 +42,7 @@ class CouplingConfig:
     n_iterations:int=3 # Rounds of Sinkhorn; not published
     average:str="plans" # `"plans"` as in the paper, or `"costs"`: see `32_coupling.transport`
     position_gain:float=10. # Size of the place vectors at the start, in units of the tokens' spread; 0 leaves them out
+    transport:str="projected" # `"projected"`: rho-OT; `"gromov"`: sliced Gromov-Wasserstein, the baseline of the paper's Table 3, which learns nothing
     detach_branches:bool=False # True: eq. (6) trains only the transport, and the branches see eqs. (2) and (3) alone
 
     @classmethod
@@ -79,7 +81,8 @@ class CouplingNetwork(nn.Module):
         self.config = c = config
         self.projection = GlobalProjection(c.latent_shape, c.text_dim, c.prompt_tokens, c.vlm_tokens, c.vlm_dim, c.projection_width, c.projection_depth, c.projection_hidden, c.patch)
         self.structure = TokenStructure(c.vlm_tokens, c.vlm_dim, c.structure_width, c.structure_depth, c.structure_heads)
-        self.transport = ProjectedTransport(c.vlm_dim, c.n_projections, c.entropy_reg, c.n_iterations, c.average)
+        if c.transport not in ("projected", "gromov"): raise ValueError(f'transport must be "projected" or "gromov", got {c.transport!r}.')
+        self.transport = SlicedGromovTransport(c.vlm_dim, c.n_projections) if c.transport == "gromov" else ProjectedTransport(c.vlm_dim, c.n_projections, c.entropy_reg, c.n_iterations, c.average)
         self.places = nn.Parameter(c.position_gain * torch.randn(c.vlm_tokens, c.vlm_dim)) if c.position_gain else None
         self.register_buffer("centre", torch.zeros(c.vlm_dim)); self.register_buffer("scale", torch.ones(()))
 
