@@ -1,13 +1,16 @@
 """Time and memory of rho-OT against the ways it was or could be computed: dense, in chunks, with POT, with GeomLoss.
 
-    python benchmarks/transport.py                  # the whole grid, about 25 minutes on two cores; figures/transport.json and .png
+    python benchmarks/transport.py                  # the whole grid, below 25 minutes with --threads 1; figures/transport.json and .png
     python benchmarks/transport.py --quick          # N = 256 and 1024, d = 64, P = 100, about a minute; prints, writes below runs/
     python benchmarks/transport.py --device cuda    # our kernels alone, on an NVIDIA GPU; figures/transport_cuda.json
 
 Every method gets the same inputs and is timed from scores to transported tokens, or further to the gradients of both scores and of the values. Each measurement has a process of its own, forked from a server that has
 imported everything and computed nothing; peak memory is that process's largest resident set, as a whole and above what lay there when the inputs were ready. At every point of the grid ours is measured
 again between the rivals, and a ratio is one of medians over that point's repeats. A rival too large for the memory, or too slow, gets fewer projections and its time is scaled up: such numbers say from how many
-(`extrapolated_from`), and are hollow in the plot. Interrupted, a run goes on where it stopped.
+(`extrapolated_from`), and are hollow in the plot: the product of plan and values, which is made once whatever P is, is timed by itself in the same process, and only the rest is scaled. A call longer than three
+times the seconds its repeats may take is measured once (n = 1): after a first call to warm up where that took less than 8 s, else it is that first call, of so many seconds that what only first calls do is nothing to it.
+Ours is repeated warm. Not measured is GeomLoss's "online" backend (KeOps: linear memory, the same number of operations), because pykeops is not installed; the record names it below `missing`, with every part of
+the grid that is left out. Interrupted, a run goes on where it stopped.
 """
 import argparse, gc, hashlib, inspect, json, math, multiprocessing, os, platform, resource, sys, time, warnings
 from collections.abc import Callable
@@ -20,9 +23,10 @@ TAU, ROUNDS = .1, 5 # of the issue's table: absolute tau, k rounds
 TOKENS, WIDTHS, PROJECTIONS, MODES = (256, 1024, 4096, 16384), (64, 1024, 3584), (50, 100, 400), ("forward", "forward + backward")
 MAIN = (64, 100) # width and projections at which methods are compared, and where most of the time goes
 LARGEST_FOR_RIVALS = 4096 # at 16384 one projection alone takes a rival up to a minute and 20 GB (measured)
-LONG = 5e10 # entries of plans, three times as many with gradients, above which ours takes minutes where width is large: left to --long (chosen, for a run of 25 minutes)
+WARM = 8 # seconds above which a first call is not made again (chosen)
+NOT_INSTALLED = {"method": "GeomLoss online (KeOps)", "left_out": "pykeops is not installed: the softmin of linear memory was not measured"}
 BUSY = .1 # share of our cores taken by others above which a measurement is made again
-ELSEWHERE = .5 # seconds a rival gets away from MAIN: its time is proportional to P there as well
+ELSEWHERE = .5 # seconds a rival gets away from MAIN: without the product its time is proportional to P there as well
 
 
 # ---- what is computed
@@ -150,7 +154,7 @@ def geomloss_loop(problem: Problem):
 def square(tokens: int):
     "A matrix as large as a plan, made once so that making it is not timed"
     import torch
-    return torch.randn(1, tokens, tokens, generator=torch.Generator().manual_seed(0))
+    return torch.rand(1, tokens, tokens, generator=torch.Generator().manual_seed(0)) / tokens
 
 
 def product(problem: Problem):
@@ -235,6 +239,19 @@ def timed(*given) -> float:
     return time.perf_counter() - started
 
 
+def product_seconds(problem: Problem, cotangent, mode: str) -> float:
+    "Seconds of a plan times values, and of its gradients where they are wanted: what a rival pays once, however many its projections. Median of three, or fewer where they are slow"
+    with_plan = problem._replace(source_scores=square(problem.values.shape[1])[0], target_scores=problem.target_scores[:, :0])
+    times = [timed(lambda given: given.source_scores @ given.values, with_plan, cotangent, mode)]
+    while len(times) < 4 and sum(times) < 4: times.append(timed(lambda given: given.source_scores @ given.values, with_plan, cotangent, mode))
+    return median(times[1:] or times)
+
+
+def scaled_up(seconds: float, alone: float, scale: float) -> float:
+    "Seconds of all projections from those of some: all but the product grows with their number"
+    return max(seconds, alone + (seconds - alone) * scale)
+
+
 def bytes_needed(method: Method, task: Task, projections: int) -> float:
     "Estimate, above the inputs"
     square, per = 4 * task.tokens**2, method.forward if task.mode == "forward" else method.backward
@@ -260,9 +277,9 @@ def affordable_projections(method: Method, task: Task, problem: Problem, cotange
     return count, trial if count == 1 < task.projections and trial > task.seconds else None
 
 
-def repeat(task: Task, first: float, again: Callable[[], float], rival: bool) -> list[float]:
-    "Times of calls that are already warm: as many as fit into the task's seconds and at least 3, but the first alone where one is very slow"
-    if first > (3 * task.seconds if rival else 10): return [first]
+def repeat(task: Task, first: float, again: Callable[[], float]) -> list[float]:
+    "Times of calls that are already warm: as many as fit into the task's seconds and at least 3; one where a call is slow, and the first alone where it took `WARM` seconds"
+    if first > 3 * task.seconds: return [again() if first < WARM else first]
     return [again() for _ in range(max(3, min(50, int(task.seconds / max(first, 1e-6)))))]
 
 
@@ -282,10 +299,11 @@ def measure(task: Task) -> dict:
     if not count: return {**facts, "left_out": f"one projection needs {bytes_needed(method, task, 1) / 1e9:.1f} GB, more than {task.memory_gb:g}"}
     part = problem._replace(source_scores=problem.source_scores[:, :count], target_scores=problem.target_scores[:, :count])
     def again(): return timed(method.call, part, cotangent, task.mode)
-    samples = [trial] if trial else repeat(task, again(), again, method.rival)
-    scale = task.projections / count
-    return {**facts, "samples": [second * scale for second in samples], "others": share_of_others(used, seconds_used(), task.threads), "peak_bytes": resident_bytes(), "peak_bytes_above_inputs": resident_bytes() - before,
-            **({"extrapolated_from": count} if count < task.projections else {})}
+    samples = repeat(task, trial or again(), again)
+    facts |= {"others": share_of_others(used, seconds_used(), task.threads), "peak_bytes": resident_bytes(), "peak_bytes_above_inputs": resident_bytes() - before}
+    if count == task.projections: return {**facts, "samples": samples}
+    alone = product_seconds(problem, cotangent, task.mode) # after the peak was read
+    return {**facts, "samples": [scaled_up(second, alone, task.projections / count) for second in samples], "extrapolated_from": count, "product_seconds": alone}
 
 
 def check(task: Task) -> dict:
@@ -330,7 +348,7 @@ def in_a_process(work: Callable, task: Task) -> dict:
 def sources_digest() -> str:
     "Changes when what is measured does: then nothing kept is used, for a ratio is of times of one run"
     from transporter_nb.core import repo_path
-    parts = [inspect.getsource(part) for part in (*(method.call for method in METHODS.values()), measure, repeat, affordable_projections, run_once, make_problem, normalised, geomloss_product)]
+    parts = [inspect.getsource(part) for part in (*(method.call for method in METHODS.values()), measure, repeat, product_seconds, scaled_up, square, affordable_projections, run_once, make_problem, normalised, geomloss_product)]
     parts += [path.read_text(encoding="utf-8") for path in sorted(repo_path("transporter_nb", "coupling").glob("*.py")) if path.stem in ("transport", "line_scan") or path.stem.startswith("sinkhorn")]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
 
@@ -375,21 +393,26 @@ def points(given) -> list[tuple[int, int, int, str]]:
     return sorted(grid, key=lambda point: point[1:3] != MAIN)
 
 
-def takes_minutes(point: tuple) -> bool:
-    "Whether ours needs the plan of a large N, and so as many numbers as everyone else"
+def left_out(name: str, point: tuple, long: bool) -> str | None:
+    "Why a method is not measured at a point"
     tokens, width, projections, mode = point
-    return width > MAIN[0] and tokens**2 * projections * (3 if mode == MODES[1] else 1) > LONG
+    main, rival = (width, projections) == MAIN, METHODS[name].rival
+    if rival and tokens > LARGEST_FOR_RIVALS and not (name == "ours (torch)" and main): return f"N = {tokens}: one projection alone takes a rival up to a minute and 20 GB"
+    if name in ONLY_MAIN and not main: return f"slower than its neighbour or not the same thing: measured at d = {MAIN[0]}, P = {MAIN[1]} alone"
+    if long: return None
+    if name in ONLY_MAIN and tokens == LARGEST_FOR_RIVALS and mode == MODES[1]: return f"N = {tokens} with gradients: takes long and is the slower of two ways; --long measures it"
+    if rival and projections != MAIN[1] and (tokens == LARGEST_FOR_RIVALS or width > MAIN[0]): return f"P = 50 or 400 at N = {LARGEST_FOR_RIVALS} or d > {MAIN[0]}: but for the product its time is proportional to P = {MAIN[1]}'s; --long measures it"
+    if not rival and tokens > LARGEST_FOR_RIVALS and width > MAIN[0] and not (width == 1024 and projections <= 100 and mode == MODES[0]): return f"N = {tokens}, d > {MAIN[0]}: takes minutes; --long measures it"
+    return None
 
 
 def tasks(given, point: tuple) -> list[Task]:
     "What is measured at one point"
     tokens, width, projections, mode = point
     main = (width, projections) == MAIN
-    names = [name for name, method in METHODS.items() if name == "ours" or (method.rival and (tokens <= LARGEST_FOR_RIVALS or name == "ours (torch)") and (main or name not in ONLY_MAIN))]
-    if takes_minutes(point) and not given.long: names.remove("ours")
+    names = [name for name in METHODS if name != "product" and not left_out(name, point, given.long)]
     names += ["product"] * (tokens == 4096 and projections == MAIN[1] and mode == MODES[0])
-    if not main: names = [name for name in names if not (name == "ours (torch)" and tokens > LARGEST_FOR_RIVALS)]
-    plan = visits(names) if main else [(name, 0) for name in names] + [("ours", 1)] * (tokens <= LARGEST_FOR_RIVALS and "ours" in names) # away from MAIN ours comes first and last
+    plan = visits(names) if main else [(name, 0) for name in names] + [("ours", 1)] * (len(names) > 1 and "ours" in names) # away from MAIN ours comes before and after the rivals
     seconds, rival_seconds = (.6, 2.) if given.quick else (1.5, given.rival_seconds) if main else (ELSEWHERE, ELSEWHERE)
     found = [Task(name, *point, visit, seconds, rival_seconds, given.memory_gb, given.threads) for name, visit in plan]
     if main and tokens <= LARGEST_FOR_RIVALS: found.append(Task("naive", tokens, width, 5, mode, 0, seconds, rival_seconds, given.memory_gb, given.threads)) # what P = 400 is compared with
@@ -417,11 +440,18 @@ def spoken(row: dict) -> str:
     return f"{head} {median(row['samples']):9.4f} s, n {len(row['samples']):2}, {row['peak_bytes_above_inputs'] / 1e9:6.3f} GB above inputs" + (f", from {row['extrapolated_from']} projections" if "extrapolated_from" in row else "") + (f", others took {100 * row['others']:.0f} % of our cores" if row["others"] > BUSY else "")
 
 
+def grouped(missing: list[dict]) -> list[dict]:
+    "What was left out as one row for each method and reason, with its number of points; what failed as it is"
+    why = [(row["method"], row["left_out"]) for row in missing if "left_out" in row]
+    return [{"method": name, "left_out": reason, "points": why.count((name, reason))} for name, reason in dict.fromkeys(why)] + [row for row in missing if "left_out" not in row]
+
+
 def run_grid(given, kept: Kept) -> tuple[dict, list[dict]]:
     "Everything that was asked for: measurements by (method, tokens, width, projections, mode), and what could not be measured"
     found, missing = {}, []
     for point in points(given):
-        if takes_minutes(point) and not given.long: missing.append(Task("ours", *point)._asdict() | {"left_out": "takes minutes: --long measures it"})
+        without = [(Task(name, *point), why) for name in METHODS if name != "product" and (why := left_out(name, point, given.long))]
+        missing += [task._asdict() | {"left_out": why} for task, why in without if wanted(given.only, task)]
         for task in tasks(given, point):
             row = kept(measure, task)
             print(spoken(row), flush=True)
@@ -557,7 +587,7 @@ def save(given, folder: Path, stem: str, rows: list[dict], measured: list[dict],
     if figure:
         with write_aside(folder / f"{stem}.png") as aside: figure.savefig(aside)
     with write_aside(folder / f"{stem}.json") as aside: aside.write_text(json.dumps(plain_values(record), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    print(f"wrote {stem}.json below {folder.name}/: {len(measured)} measurements, {len(missing)} that were not possible")
+    print(f"wrote {stem}.json below {folder.name}/: {len(measured)} measurements, {len(missing)} kinds left out")
 
 
 def shortfalls(rows: list[dict]) -> None:
@@ -628,9 +658,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", help="such as method=ours/naive,N=1024,d=64,P=100,mode=forward; writes below runs/")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every method")
     parser.add_argument("--memory-gb", type=float, default=16, help="that a rival may use, by estimate")
-    parser.add_argument("--rival-seconds", type=float, default=15, help="that one call of a rival may take at d = 64, P = 100 before it gets fewer projections")
+    parser.add_argument("--rival-seconds", type=float, default=10, help="that one call of a rival may take at d = 64, P = 100 before it gets fewer projections")
     parser.add_argument("--retries", type=int, default=1, help="of a measurement during which others took more than a tenth of our cores")
-    parser.add_argument("--long", action="store_true", help="also the points where ours alone takes minutes: N = 16384 with d > 64 and P = 100 or 400")
+    parser.add_argument("--long", action="store_true", help="also what takes long and is left out else: ours at N = 16384 with large d, rivals at N = 4096 or large d with P = 50 or 400")
     parser.add_argument("--fresh", action="store_true", help="forget what was measured before")
     return parser.parse_args()
 
@@ -646,9 +676,8 @@ def main() -> int:
     named = {task.method for point in points(given) for task in tasks(given, point)}
     rows = accuracy_rows(given, kept, [name for name in METHODS if name in named and name != "product"])
     found, missing = run_grid(given, kept)
-    if given.only: missing = [row for row in missing if wanted(given.only, Task(**{key: row[key] for key in Task._fields[:5]}))]
     rows += speed_rows(found) + scaling_rows(found) + memory_rows(found) + other_rows(found)
-    save(given, repo_path("runs", "transport") if partial else repo_path("figures"), "transport", rows, list(found.values()), missing, draw(found))
+    save(given, repo_path("runs", "transport") if partial else repo_path("figures"), "transport", rows, list(found.values()), grouped(missing) + [NOT_INSTALLED], draw(found))
     shortfalls(rows)
     failed = [row for row in missing if "failed" in row]
     busy = [row for row in found.values() if row["others"] > BUSY]

@@ -3,6 +3,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import inf, nan
 from pathlib import Path
@@ -71,8 +72,8 @@ def unchecked():
 
 # The oracle: dense, float64, one clip at a time; what has no weight is cut out before anything is computed.
 
-def oracle(values, source_scores, target_scores, entropy_reg=0.1, n_iterations=3, source_weights=None, target_weights=None, source_mask=None, target_mask=None, normalise_last="targets"):
-    "Transported values and plan"
+def oracle(values, source_scores, target_scores, entropy_reg=0.1, n_iterations=3, source_weights=None, target_weights=None, source_mask=None, target_mask=None, normalise_last="targets", sums=None):
+    "Transported values and plan; `sums` gets the source's plus the target's potential of every pair of every line, clip by clip"
     plans = []
     for clip in range(len(values)):
         log_weights, kept = [], []
@@ -92,6 +93,7 @@ def oracle(values, source_scores, target_scores, entropy_reg=0.1, n_iterations=3
                 g = log_weights[1][:, None] - (log_weights[0] + f - cost).logsumexp(2, keepdim=True)
                 f = -(g - cost).logsumexp(1, keepdim=True)
         plan = torch.zeros(target_scores.shape[-1], source_scores.shape[-1], dtype=torch.float64)
+        if sums is not None: sums.append(f + g)
         plans.append(plan.index_put((targets[:, None], sources[None]), (f + g - cost).exp().mean(0)))
     plan = torch.stack(plans)
     used = torch.ones(values.shape[:2], dtype=torch.bool) if source_mask is None else source_mask
@@ -334,14 +336,99 @@ def test_potentials_rebuild_the_plan(backend):
 
 
 def test_gradients_through_plan_and_potentials(backend):
-    "Not only through the transported values"
+    "Not only through the transported values. Of potentials only sums mean something: a constant may be moved from one side to the other"
     case = make_case(15, sources=5, targets=4, weighted=True)
-    def slope(total): return torch.autograd.grad(total, leaves)
+    cotangent = uniform(torch.Generator().manual_seed(2), 2, 3, 4, 5)
+    def slope(plan, pairs): return torch.autograd.grad(plan.square().sum() + (pairs * cotangent).sum(), leaves)
     for exact in (False, True):
         leaves = [x.clone().requires_grad_() for x in case.arguments()[1:3]]
-        if exact: right = slope(oracle(case.values, *leaves, *case.arguments()[3:], **case.options)[1].square().sum())
-        else: ours = slope(backend(case.values, *leaves, *case.arguments()[3:], **case.options, with_plan=True).plan.square().sum())
-    for one, other in zip(ours, right): close(one, other, 1e-11)
+        if exact: right = slope(oracle(case.values, *leaves, *case.arguments()[3:], **case.options, sums=(sums := []))[1], torch.stack(sums))
+        else:
+            result = backend(case.values, *leaves, *case.arguments()[3:], **case.options, with_plan=True)
+            ours = slope(result.plan, result.target_potentials[..., :, None] + result.source_potentials[..., None, :])
+    constant = result.target_potentials[..., :, None] + result.source_potentials[..., None, :] - torch.stack(sums)
+    close(constant, constant.mean((-1, -2), keepdim=True).expand(constant.shape), 1e-12)
+    for one, other in zip(ours, right): close(one, other, 1e-11 * max(1, other.abs().max().item()))
+
+
+def all_slopes(transport, case, dtype=torch.float64, around=nullcontext()):
+    "As `slopes`, also by the regularisation of every line and by both weights; `around` the call, not around its way back"
+    names = ("source_weights", "target_weights")
+    leaves = [x.clone().requires_grad_() for x in (*case.arguments(dtype)[:3], case.entropy_reg, *(case.options[name] for name in names))]
+    with around: transported = transport(*leaves[:4], case.n_iterations, **case.options | dict(zip(names, leaves[4:])))
+    transported = transported[0] if isinstance(transported, tuple) else transported.transported
+    cotangent = uniform(torch.Generator().manual_seed(3), *transported.shape) * case.options["target_mask"][..., None]
+    return transported.detach(), torch.autograd.grad((transported * cotangent.to(transported.dtype)).sum(), leaves)
+
+
+def large_case(targets, tau):
+    "Ties, twins, masks, weights, eleven lines with a tau each, and more sources than one tile has columns"
+    case = make_case(40, projections=11, sources=600, targets=targets, tau=tau, grid=2**-6, duplicated=True, weighted=True, per_projection=True, channels=3)
+    draws = torch.Generator().manual_seed(41)
+    case.options |= {f"{side}_mask": torch.rand(2, n, generator=draws) < 0.93 for side, n in (("source", 600), ("target", targets))}
+    return case
+
+
+@pytest.fixture(scope="module")
+def large_slopes():
+    "What the oracle says of the large cases"
+    found = {}
+    def of(*which):
+        if which not in found: found[which] = all_slopes(oracle, large_case(*which))
+        return found[which]
+    return of
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("way", ["walks", "bands", "plan"])
+@pytest.mark.parametrize("targets, tau", [(20, 0.05), (70, 0.05), (70, 1e-3)])
+def test_every_way_of_the_scan_equals_the_oracle(way, targets, tau, threads, monkeypatch, large_slopes):
+    pytest.importorskip("numba")
+    from transporter_nb.coupling import line_scan, sinkhorn_scan
+    monkeypatch.setattr(sinkhorn_scan, "COST", dict.fromkeys(sinkhorn_scan.COST, (1., 1., 0., 0.) if way == "walks" else (0., 0., 1., 1.)))  # free walks, or a free plan
+    if way != "plan":
+        monkeypatch.setattr(sinkhorn_scan, "BAND_ENTRIES", 32 * 600)  # three bands of at most 32 rows, each of two tiles
+        monkeypatch.setattr(line_scan, "KEPT_BYTES", 0)
+        assert len(sinkhorn_scan.bands(70, 600)) == 3
+    case, before = large_case(targets, tau), torch.get_num_threads()
+    exact, right = large_slopes(targets, tau)
+    torch.set_num_threads(threads)
+    try: results = [(dtype, all_slopes(Backend("scan"), case, dtype)) for dtype in (torch.float64, torch.float32)]
+    finally: torch.set_num_threads(before)
+    for dtype, (transported, gradients) in results:
+        narrow = dtype is torch.float32
+        close(transported, exact, 5e-7 if narrow else 1e-12)
+        for slope, other in zip(gradients, right):
+            assert other.abs().max() > 1e-3
+            tolerance, unit = (1e-11, 1.) if not narrow else (2e-5, 1 / tau) if tau < 1e-2 else (5e-6, 1.)  # by tau, 670 terms cancel: of the largest, walks in float32 are off by 5e-5 where tau is 1e-3
+            close(slope, other, tolerance * max(unit, other.abs().max().item()))
+
+
+def test_uniform_weights_and_many_rounds_equal_the_oracle(backend):
+    "Given as numbers, N1 != N2: nothing may drift from round to round"
+    small = backend.name == "triton" and INTERPRETED
+    case = make_case(42, batch=1, projections=1 if small else 3, sources=5 if small else 13, targets=4 if small else 6, per_projection=True, n_iterations=300)
+    for unit in (1., 1 / 6):
+        case.options |= {"source_weights": torch.full(case.values.shape[:2], unit).double(), "target_weights": torch.full((1, case.target_scores.shape[-1]), unit).double(), "target_mask": torch.ones(1, case.target_scores.shape[-1], dtype=torch.bool)}
+        (transported, ours), (exact, right) = all_slopes(backend, case), all_slopes(oracle, case)
+        close(transported, exact, 1e-12)
+        for slope, other in zip(ours, right): close(slope, other, 1e-10 * max(1, other.abs().max().item()))
+        if small: break
+
+
+@pytest.mark.parametrize("offset", [1e5, -1e5])
+def test_a_common_offset_of_scores_equals_the_oracle_without(backend, offset):
+    "Scores are multiples of 2^-10, so the offset costs no digit of theirs; padding is zero, far away from the others"
+    case = make_case(43, sources=min(9, backend.most_tokens), targets=5, grid=2**-10, weighted=True, masked=True, per_projection=True)
+    for side in ("source", "target"): case.options[f"{side}_mask"][:, 0] = False
+    for side in ("source", "target"): case.options[f"{side}_mask"][:, 1] = True
+    exact, right = all_slopes(oracle, case)
+    def moved(values, a, b, *rest, **options):
+        a, b = (torch.where(options[f"{side}_mask"][:, None], scores + offset, 0.) for side, scores in (("source", a), ("target", b)))
+        return backend(values, a, b, *rest, **options)
+    transported, ours = all_slopes(moved, case)
+    close(transported, exact, 1e-12)
+    for slope, other in zip(ours, right): close(slope, other, 1e-11 * max(1, other.abs().max().item()))
 
 
 def test_many_rounds_hold_both_marginals(backend):
@@ -381,6 +468,65 @@ def test_compiled_is_the_same(backend, unchecked):
         out = function(*leaves)
         results.append((out.detach().cpu(), *(x.cpu() for x in torch.autograd.grad(out.sum(), leaves))))
     for one, other in zip(*results): close(one, other, 1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_transposed_scores_compile(backend, unchecked):
+    "Scores as [tokens, projections] in memory: not contiguous, nor are their gradients"
+    case = make_case(44, sources=6, targets=5)
+    def call(values, a, b): return projected_transport(values, a.mT, b.mT, 0.1, 3, backend=backend.name).transported
+    torch._dynamo.reset()
+    right = slopes(oracle, case)[1]
+    leaves = [x.to(backend.device).requires_grad_() for x in (case.values, case.source_scores.mT.contiguous(), case.target_scores.mT.contiguous())]
+    cotangent = uniform(torch.Generator().manual_seed(1), 2, 5, 4).float().double().to(backend.device)
+    for function in (torch.compile(call, backend="aot_eager"), call):
+        results = torch.autograd.grad((function(*leaves) * cotangent).sum(), leaves)
+        for one, other in zip(results, (right[0], right[1].mT, right[2].mT)): close(one.cpu(), other, 1e-11)
+
+
+def test_autocast_changes_nothing(backend):
+    case = make_case(45, sources=min(9, backend.most_tokens), targets=5, weighted=True, masked=True, per_projection=True)
+    plain, plan = all_slopes(backend, case, torch.float32), backend(*case.arguments(torch.float32), **case.options, with_plan=True).plan
+    autocast = torch.autocast(backend.device, dtype=torch.bfloat16)
+    cast = all_slopes(backend, case, torch.float32, autocast)
+    with autocast:
+        assert (torch.eye(2, device=backend.device) @ torch.eye(2, device=backend.device)).dtype is torch.bfloat16  # it is on
+        cast_plan = backend(*case.arguments(torch.float32), **case.options, with_plan=True).plan
+    assert torch.equal(cast[0], plain[0]) and torch.equal(cast_plan, plan)
+    for one, other in zip(cast[1], plain[1]): assert one.dtype is other.dtype and torch.equal(one, other)
+
+
+@pytest.mark.parametrize("average", ["plans", "costs"])
+def test_nan_in_padding_reaches_no_gradient_of_the_module(backend, average):
+    if average == "costs" and backend.name != "reference": pytest.skip("has no backends")
+    torch.manual_seed(0)
+    transport, draws = ProjectedTransport(6, n_projections=3, average=average, backend=backend.name).to(backend.device), torch.Generator().manual_seed(46)
+    tokens, places = torch.randn(2, 5, 6, generator=draws), torch.randn(2, 4, 6, generator=draws)
+    gradients = []
+    for garbage in (0., nan):
+        tokens[1, 3:], places[0, 3:] = garbage, garbage
+        masks = {"projected_mask": tokens.new_ones(2, 5, dtype=torch.bool), "structured_mask": places.new_ones(2, 4, dtype=torch.bool)}
+        masks["projected_mask"][1, 3:], masks["structured_mask"][0, 3:] = False, False
+        out = transport(tokens.to(backend.device), places.to(backend.device), **{name: mask.to(backend.device) for name, mask in masks.items()})[0]
+        gradients.append(torch.autograd.grad((out.cpu() * torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(1))).sum(), list(transport.parameters())))
+    for clean, ours in zip(*gradients): close(ours.cpu(), clean.cpu().double(), 0.)
+    assert all(clean.abs().max() > 1e-4 for clean in gradients[0])
+
+
+@pytest.mark.parametrize("average", ["plans", "costs"])
+def test_module_in_bfloat16_runs(backend, average):
+    if average == "costs" and backend.name != "reference": pytest.skip("has no backends")
+    torch.manual_seed(0)
+    transport, draws = ProjectedTransport(6, n_projections=3, average=average, backend=backend.name).bfloat16().to(backend.device), torch.Generator().manual_seed(47)
+    tokens, places = (torch.randn(2, n, 6, generator=draws).bfloat16().to(backend.device) for n in (5, 4))
+    out, plan = transport(tokens, places)
+    assert out.dtype is torch.bfloat16
+    close(plan.sum(-1).cpu(), torch.ones(2, 4).double(), 2e-2)  # eight bits
+    wide = ProjectedTransport(6, n_projections=3, average=average).to(backend.device)
+    wide.load_state_dict(transport.state_dict())
+    close(out.cpu(), wide(tokens.float(), places.float())[0].detach().cpu().double(), 5e-2)
+    out.float().square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.dtype is torch.bfloat16 and parameter.grad.isfinite().all() for parameter in transport.parameters())
 
 
 def test_auto_is_one_of_the_others():

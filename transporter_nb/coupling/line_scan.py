@@ -27,7 +27,9 @@ inlined = njit(nogil=True, inline="always", fastmath={"contract"}, error_model="
 def compiled(function, reorder=False):
     "Compile a loop, once for each machine; `reorder` lets sums be reordered, and is not for functions that call exp"
     settings = dict(nogil=True, error_model="numpy", fastmath={"contract", "reassoc"} if reorder else {"contract"})
-    return njit(cache=function.__module__ != "__main__", **settings)(function) # cells of a notebook are compiled afresh: a cache would not notice a change of what they call
+    cache = function.__module__ != "__main__" # cells of a notebook are compiled afresh: a cache would not notice a change of what they call
+    try: return njit(cache=cache, **settings)(function)
+    except RuntimeError: return njit(**settings)(function) # nowhere to write a cache: compile in every process
 
 def compiled_sum(function):
     "Compile a loop whose sums may be reordered"
@@ -83,12 +85,12 @@ def log(x):
     return 2.0 * s * p + (as_number(k + 0x4338000000000000) - ROUND) * 0.6931471805599453 # k as a float64, by its bits
 
 # %% ../../nbs/32_coupling.line_scan.ipynb #c3ad1932
-LANES = 8
+LANES = 4
 
 @compiled
 @no_type_check
 def gather_block(first, last, inverse_reg, first_log, last_log, order, start, begin, gap, position, weights):
-    "Eight lines from `begin` on in merged order: scaled gaps, raw positions, log-weights of both sides; whether any points coincide"
+    "LANES lines from `begin` on in merged order: scaled gaps, raw positions, log-weights of both sides; whether any points coincide"
     n_lines, n_first, n_points = first.shape[0], first.shape[1], order.shape[1]
     ties = False
     for lane in range(LANES):
@@ -117,7 +119,7 @@ def merged_order(first, last):
 @compiled
 @no_type_check
 def half_step(gap, H, R, E, F, decay, y):
-    "y[m] = log sum over s of exp(H[s] - |t[s] - t[m]|) at every point of eight lines; R, E, F and decay are workspace"
+    "y[m] = log sum over s of exp(H[s] - |t[s] - t[m]|) at every point of a block of lines; R, E, F and decay are workspace"
     n, L = len(gap), LANES
     for q in range(L): R[q] = H[q]
     for q in range(n - L): R[q + L] = max(R[q] - gap[q + L], H[q + L])
@@ -265,7 +267,7 @@ def half_step_adjoint(gap, weights, before, y, upstream, work, emitted, moved, t
 @compiled
 @no_type_check
 def adjoint_block(gap, weights, n_iterations, f_bar, g_bar, Y, work, weights_bar, moved, ties):
-    "Eight lines backward through all rounds: d loss / d log-weights and d loss / d (position / tau)"
+    "A block of lines backward through all rounds: d loss / d log-weights and d loss / d (position / tau)"
     n, before, up, H_bar = len(gap), work[5], work[6], work[7]
     before[:] = 0.
     moved[:] = 0.
@@ -357,7 +359,7 @@ def scan_potentials_adjoint(f_bar:Tensor, g_bar:Tensor, kept:Tensor, first:Tenso
 
 @scan_potentials_adjoint.register_fake
 def _(f_bar, g_bar, kept, first, last, inverse_reg, first_log, last_log, n_iterations):
-    return [torch.empty_like(tensor) for tensor in (first, last, inverse_reg, first_log, last_log)]
+    return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (first, last, inverse_reg, first_log, last_log)]
 
 def keep_inputs(ctx, inputs, output):
     "What backward needs: the inputs, and the last output if there are several"
@@ -365,8 +367,13 @@ def keep_inputs(ctx, inputs, output):
     ctx.numbers = [number for number in inputs if not isinstance(number, Tensor)]
     if isinstance(output, tuple): ctx.set_materialize_grads(False) # nobody reads the kept numbers: no array of zeros as long as they are
 
+def refuse_second_derivatives():
+    "These kernels have first derivatives only"
+    if torch.is_grad_enabled(): raise RuntimeError('second derivatives (create_graph=True) are not there in backend "scan". Use backend="reference".')
+
 def potentials_backward(ctx, f_bar, g_bar, _):
     "Gradients through `scan_potentials`"
+    refuse_second_derivatives()
     kept, first, last, *rest = ctx.saved_tensors
     f_bar, g_bar = (torch.zeros_like(side, dtype=torch.float64) if bar is None else bar for side, bar in ((first, f_bar), (last, g_bar)))
     return *scan_potentials_adjoint(f_bar, g_bar, kept, first, last, *rest, ctx.numbers[0]), None, None

@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from .line_scan import as_lines, compiled, compiled_sum, exp, keep_inputs, merged_order, potentials, share_lines
+from .line_scan import as_lines, compiled, compiled_sum, exp, keep_inputs, merged_order, potentials, refuse_second_derivatives, share_lines
 from .sinkhorn_reference import MASKED
 
-# %% ../../nbs/32_coupling.sinkhorn_scan.ipynb #486044bd
+# %% ../../nbs/32_coupling.sinkhorn_scan.ipynb #767a010c
 @compiled
 @no_type_check
 def line_factors(rows, row_potentials, columns, column_potentials, inverse_reg, limit, row_factors, column_factors):
@@ -48,7 +48,7 @@ def all_factors(rows, row_potentials, columns, column_potentials, inverse_reg, l
     for k in range(start, stop):
         narrow[k] = line_factors(rows[k], row_potentials[k], columns[k], column_potentials[k], inverse_reg[k], limit, row_factors[k], column_factors[k])
 
-# %% ../../nbs/32_coupling.sinkhorn_scan.ipynb #3183e0ee
+# %% ../../nbs/32_coupling.sinkhorn_scan.ipynb #56ebd5eb
 ROW_TILE, COLUMN_TILE = 16, 512 # 32 kB of float32
 
 @compiled
@@ -82,7 +82,7 @@ def sum_plans(rows, row_potentials, columns, column_potentials, inverse_reg, row
                         plan_entries(j, rows[k], row_potentials[k], columns[k, left:right], column_potentials[k, left:right], inverse_reg[k], e)
                         for i in range(len(o)): o[i] += e[i]
 
-# %% ../../nbs/32_coupling.sinkhorn_scan.ipynb #4f7ac961
+# %% ../../nbs/32_coupling.sinkhorn_scan.ipynb #ae45ee90
 @compiled
 @no_type_check
 def weighted_products(g, a, u, b, v, out):
@@ -128,7 +128,7 @@ def plan_adjoint(rows, row_potentials, columns, column_potentials, inverse_reg, 
                 for i in range(n): by_column[0, k, left + i] += column[i]
                 for i in range(n): by_column[1, k, left + i] += pull[i]
 
-# %% ../../nbs/32_coupling.sinkhorn_scan.ipynb #00e3ffbb
+# %% ../../nbs/32_coupling.sinkhorn_scan.ipynb #41e3609e
 LIMIT = {np.dtype(np.float32): 85., np.dtype(np.float64): 650.} # exponents that keep a factor, and no factor denormal, in range
 
 class ClipPlan:
@@ -165,7 +165,7 @@ class ClipPlan:
         reg_bar = ((rows - origin) * by_row[1]).sum(1) + ((columns - origin) * by_column[1]).sum(1)
         return [array / n_lines for array in (by_row[1] * inverse_reg[:, None], by_row[0], by_column[1] * inverse_reg[:, None], by_column[0], reg_bar)]
 
-# %% ../../nbs/32_coupling.sinkhorn_scan.ipynb #4a28bdf2
+# %% ../../nbs/32_coupling.sinkhorn_scan.ipynb #2a58b21e
 def split(tensors, dtype=None):
     "Row scores, row potentials, column scores, column potentials and 1 / tau as numpy arrays, one tuple a clip"
     rows, row_potentials, columns, column_potentials, inverse_reg = (tensor.detach() for tensor in tensors)
@@ -188,18 +188,23 @@ def scan_plan_adjoint(plan_bar:Tensor, rows:Tensor, row_potentials:Tensor, colum
         collected.append(plan.gradients(*sums))
     return [torch.from_numpy(np.stack(parts)).to(tensor.dtype) for parts, tensor in zip(zip(*collected), inputs)]
 
-# %% ../../nbs/32_coupling.sinkhorn_scan.ipynb #2a58b21e
+# %% ../../nbs/32_coupling.sinkhorn_scan.ipynb #7d89167d
 @scan_plan.register_fake
 def _(rows, row_potentials, columns, column_potentials, inverse_reg):
     return rows.new_empty(rows.shape[0], rows.shape[2], columns.shape[2])
 
 @scan_plan_adjoint.register_fake
 def _(plan_bar, *inputs):
-    return [torch.empty_like(tensor) for tensor in inputs]
+    return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs]
 
-scan_plan.register_autograd(lambda ctx, plan_bar: tuple(scan_plan_adjoint(plan_bar, *ctx.saved_tensors)), setup_context=keep_inputs)
+def plan_backward(ctx, plan_bar):
+    "Gradients through `scan_plan`"
+    refuse_second_derivatives()
+    return tuple(scan_plan_adjoint(plan_bar, *ctx.saved_tensors))
 
-# %% ../../nbs/32_coupling.sinkhorn_scan.ipynb #7d89167d
+scan_plan.register_autograd(plan_backward, setup_context=keep_inputs)
+
+# %% ../../nbs/32_coupling.sinkhorn_scan.ipynb #6bbba92b
 def mean_plan(
     row_scores:Float[Tensor, "batch projections rows"], # Points whose places are filled; on the CPU
     row_potentials:Float64[Tensor, "batch projections rows"], # Their potentials
@@ -210,7 +215,7 @@ def mean_plan(
     "Plans of all projections, averaged"
     return scan_plan(row_scores, row_potentials, column_scores, column_potentials, inverse_reg)
 
-# %% ../../nbs/32_coupling.sinkhorn_scan.ipynb #92ba8387
+# %% ../../nbs/32_coupling.sinkhorn_scan.ipynb #dcee171e
 @compiled
 @no_type_check
 def gather_line(rows, row_potentials, columns, column_potentials, inverse_reg, order, gap, of_rows, of_columns):
@@ -254,7 +259,9 @@ def walk(order, n_rows, decay, emitted, received, values, rightward, state, out)
             share, o = received[m] * pending, out[at]
             for c in range(len(state)): o[c] += share * state[c]
 
-# %% ../../nbs/32_coupling.sinkhorn_scan.ipynb #dcee171e
+# %% ../../nbs/32_coupling.sinkhorn_scan.ipynb #44ef1e91
+GROUP = 8 # lines summed in the values' own precision before they are added in float64: rows of half the size are fetched and stored
+
 @compiled
 @no_type_check
 def walk_lines(rows, row_potentials, columns, column_potentials, inverse_reg, order, values, start, stop, out):
@@ -262,12 +269,18 @@ def walk_lines(rows, row_potentials, columns, column_potentials, inverse_reg, or
     n, n_rows, per_clip = order.shape[1], rows.shape[1], len(rows) // len(values)
     work, decay, state = np.empty((6, n)), np.empty((2, n)), np.empty(values.shape[2])
     gap, of_rows, of_columns, R, emitted, received = work[0], work[1], work[2], work[3], work[4], work[5]
+    part = np.zeros((n_rows, values.shape[2]), values.dtype)
     for k in range(start, stop):
+        clip = k // per_clip
         gather_line(rows[k], row_potentials[k], columns[k], column_potentials[k], inverse_reg[k], order[k - start], gap, of_rows, of_columns)
         envelope(gap, of_columns, of_rows, R, decay, emitted, received)
-        for rightward in (True, False): walk(order[k - start], n_rows, decay, emitted, received, values[k // per_clip], rightward, state, out[k // per_clip])
+        for rightward in (True, False): walk(order[k - start], n_rows, decay, emitted, received, values[clip], rightward, state, part)
+        if k + 1 == stop or (k + 1) // per_clip != clip or (k - start) % GROUP == GROUP - 1:
+            for j in range(n_rows):
+                for c in range(values.shape[2]): out[clip, j, c] += part[j, c]
+            part[:] = 0
 
-# %% ../../nbs/32_coupling.sinkhorn_scan.ipynb #1927bc58
+# %% ../../nbs/32_coupling.sinkhorn_scan.ipynb #b49b05d7
 @compiled_sum
 @no_type_check
 def walk_adjoint(order, n_rows, columns_emit, gap, decay, emitted, received, values, against, rightward, state, kept, out, mass, pull):
@@ -301,7 +314,7 @@ def walk_adjoint(order, n_rows, columns_emit, gap, decay, emitted, received, val
                 o, share_of_state = out[point], number(share)
                 for c in range(len(state)): o[c] += share_of_state * state[c]
 
-# %% ../../nbs/32_coupling.sinkhorn_scan.ipynb #b49b05d7
+# %% ../../nbs/32_coupling.sinkhorn_scan.ipynb #97a076fd
 @compiled
 @no_type_check
 def walk_lines_adjoint(rows, row_potentials, columns, column_potentials, inverse_reg, order, values, against, start, stop,
@@ -329,7 +342,7 @@ def walk_lines_adjoint(rows, row_potentials, columns, column_potentials, inverse
             else: column_potentials_bar[k, at - n_rows], columns_bar[k, at - n_rows] = mass[m] / per_clip, -pull[m] * inverse_reg[k] / per_clip
         reg_bar[k] = by_reg
 
-# %% ../../nbs/32_coupling.sinkhorn_scan.ipynb #e898a6fb
+# %% ../../nbs/32_coupling.sinkhorn_scan.ipynb #fc0a621b
 COST = {"forward": (.20, .012, 15., .65), "backward": (.80, .024, 25., 1.0)} # alpha, mu, beta, gamma in nanoseconds; measured, see the text
 BAND_ENTRIES = 2**22 # of a band of the plan: 16 MB of float32
 
@@ -346,8 +359,12 @@ def bands(n_rows, n_columns):
 @torch.library.custom_op("transporter_nb::scan_apply", mutates_args=())
 def scan_apply(rows:Tensor, row_potentials:Tensor, columns:Tensor, column_potentials:Tensor, inverse_reg:Tensor, values:Tensor) -> Tensor:
     "Mean plan times values"
+    with torch.autocast("cpu", enabled=False): return apply_forward((rows, row_potentials, columns, column_potentials, inverse_reg), values)
+
+def apply_forward(inputs, values):
+    "By bands of the plan, or by walks"
+    rows, columns, inverse_reg = inputs[0], inputs[2], inputs[4]
     out = values.new_empty(len(values), rows.shape[-1], values.shape[-1])
-    inputs = rows, row_potentials, columns, column_potentials, inverse_reg
     if not walks(rows.shape[-1], columns.shape[-1], rows.shape[1], values.shape[-1], "forward"):
         for item, clip in enumerate(split(inputs)):
             plan = ClipPlan(*clip)
@@ -360,7 +377,7 @@ def scan_apply(rows:Tensor, row_potentials:Tensor, columns:Tensor, column_potent
         return part
     return out.copy_(torch.from_numpy(sum(share_lines(len(y), 1, task)) / rows.shape[1]))
 
-# %% ../../nbs/32_coupling.sinkhorn_scan.ipynb #fc0a621b
+# %% ../../nbs/32_coupling.sinkhorn_scan.ipynb #faf702f1
 def apply_adjoint_by_bands(out_bar, inputs, values):
     "Gradients through bands of the plan"
     values_bar, collected = torch.zeros_like(values), []
@@ -390,20 +407,26 @@ def scan_apply_adjoint(out_bar:Tensor, rows:Tensor, row_potentials:Tensor, colum
     "Gradients of all six inputs"
     walk = walks(rows.shape[-1], columns.shape[-1], rows.shape[1], values.shape[-1], "backward")
     inputs = [tensor.detach() for tensor in (rows, row_potentials, columns, column_potentials, inverse_reg)]
-    return (apply_adjoint_by_walks if walk else apply_adjoint_by_bands)(out_bar.detach().to(values.dtype).contiguous(), inputs, values.detach())
+    with torch.autocast("cpu", enabled=False):
+        return (apply_adjoint_by_walks if walk else apply_adjoint_by_bands)(out_bar.detach().to(values.dtype).contiguous(), inputs, values.detach())
 
-# %% ../../nbs/32_coupling.sinkhorn_scan.ipynb #faf702f1
+# %% ../../nbs/32_coupling.sinkhorn_scan.ipynb #d6728f9a
 @scan_apply.register_fake
 def _(rows, row_potentials, columns, column_potentials, inverse_reg, values):
     return values.new_empty(values.shape[0], rows.shape[2], values.shape[2])
 
 @scan_apply_adjoint.register_fake
 def _(out_bar, *inputs):
-    return [torch.empty_like(tensor) for tensor in inputs]
+    return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs]
 
-scan_apply.register_autograd(lambda ctx, out_bar: tuple(scan_apply_adjoint(out_bar, *ctx.saved_tensors)), setup_context=keep_inputs)
+def apply_backward(ctx, out_bar):
+    "Gradients through `scan_apply`"
+    refuse_second_derivatives()
+    return tuple(scan_apply_adjoint(out_bar, *ctx.saved_tensors))
 
-# %% ../../nbs/32_coupling.sinkhorn_scan.ipynb #d6728f9a
+scan_apply.register_autograd(apply_backward, setup_context=keep_inputs)
+
+# %% ../../nbs/32_coupling.sinkhorn_scan.ipynb #8cff7b09
 def apply_plan(
     row_scores:Float[Tensor, "batch projections rows"], # Points whose places are filled; on the CPU
     row_potentials:Float64[Tensor, "batch projections rows"], # Their potentials
@@ -412,7 +435,7 @@ def apply_plan(
     inverse_reg:Float64[Tensor, "batch projections"], # 1 / tau > 0, per unit of score
     values:Float[Tensor, "batch columns channels"], # What the columns carry
 ) -> Float[Tensor, "batch rows channels"]: # `mean_plan @ values`, in the dtype of the values
-    "Averaged plan times values, by whichever way is quicker; the plan is never held"
+    "Averaged plan times values, by whichever way is quicker; a plan of more than `BAND_ENTRIES` is never held"
     inputs, (n_rows, n_columns) = (row_scores, row_potentials, column_scores, column_potentials, inverse_reg), (row_scores.shape[2], column_scores.shape[2])
     small = n_rows * n_columns <= BAND_ENTRIES and not any(walks(n_rows, n_columns, row_scores.shape[1], values.shape[2], direction) for direction in COST)
     return mean_plan(*inputs).to(values.dtype) @ values if small else scan_apply(*inputs, values)
