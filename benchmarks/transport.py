@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-TAU, ROUNDS = .1, 5 # of the table: absolute tau, k rounds
+TAU, ROUNDS = .1, 5 # absolute tau, k rounds
 TOKENS, WIDTHS, PROJECTIONS, MODES = (256, 1024, 4096, 16384), (64, 1024, 3584), (50, 100, 400), ("forward", "forward + backward")
 MAIN = (64, 100) # width and projections at which methods are compared, and where most of the time goes
 LARGEST_FOR_RIVALS = 4096 # at 16384 one projection alone takes a rival up to a minute and 20 GB (measured)
@@ -463,7 +463,7 @@ def run_grid(given, kept: Kept) -> tuple[dict, list[dict]]:
 # ---- what it shows
 
 TARGETS = {("naive", MODES[0]): (15, 60, 140), ("naive", MODES[1]): (25, 120, 350), ("POT loop", MODES[0]): (12, 30, 300), ("POT loop", MODES[1]): (20, 45, 350),
-           ("GeomLoss", MODES[0]): (25, 85, 500), ("GeomLoss", MODES[1]): (14, 45, 400)} # the table, at N = 256, 1024 and 4096
+           ("GeomLoss", MODES[0]): (25, 85, 500), ("GeomLoss", MODES[1]): (14, 45, 400)} # asked for at N = 256, 1024 and 4096
 LIMITS = {"forward": 5e-6, "backward": 2e-5} # float32 against float64; a method farther away computes something else
 
 
@@ -636,7 +636,7 @@ def main_cuda(given) -> int:
     "The grid on a GPU, and the largest size"
     import torch
     if not torch.cuda.is_available(): raise SystemExit("--device cuda was asked for and torch sees no CUDA device. Use --device cpu.")
-    grid = sorted({point[:4] for point in points(given)}) + [(10816, 3584, 100, mode) for mode in MODES] # 10816: tokens of the paper's longest clip, the largest
+    grid = sorted({point[:4] for point in points(given)}) + [(10816, 3584, 100, mode) for mode in MODES] # 10816: tokens of the paper's longest clip
     measured = []
     for point in grid:
         if not wanted(given.only, Task("ours", *point)): continue
