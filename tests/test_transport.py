@@ -1,4 +1,5 @@
 """Every backend of rho-OT against one dense oracle, what must not matter to a plan, and what bad input is told"""
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from jaxtyping import config as jaxtyping_config
 
+from transporter_nb.coupling import transport
 from transporter_nb.coupling.transport import ProjectedTransport, projected_transport
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported: one process either interprets or does not
@@ -635,3 +637,31 @@ def test_nothing_is_imported_before_it_is_asked_for():
     if importlib.util.find_spec("transporter_nb") is None: pytest.skip("not installed")
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_without_numba_torch_computes(monkeypatch):
+    monkeypatch.setattr(transport, "KNOWN", {})
+    monkeypatch.setitem(sys.modules, "transporter_nb.coupling.sinkhorn_scan", None)  # as if a package it imports were missing
+    assert transport.choose_backend() == "torch" and transport.choose_backend("auto", "meta") == "reference"
+    with pytest.raises(ImportError, match='use backend="torch"'): transport.load_backend("scan")
+
+
+def test_a_numba_that_does_not_work_is_passed_over_with_a_warning(monkeypatch):
+    def unusable(name):
+        if name.endswith("scan"): raise ImportError("Numba needs another NumPy")
+        return importlib.import_module(name)
+    monkeypatch.setattr(transport, "KNOWN", {})
+    monkeypatch.setattr(transport, "import_module", unusable)
+    with pytest.warns(UserWarning, match="passed over.*another NumPy"): assert transport.choose_backend() == "torch"
+    assert transport.choose_backend() == "torch"  # said once
+
+
+def test_nowhere_to_write_a_cache(monkeypatch):
+    line_scan = pytest.importorskip("transporter_nb.coupling.line_scan")
+    numba_njit = line_scan.njit
+    def njit(cache=False, **settings):
+        if cache: raise RuntimeError("cannot cache function: no locator available")
+        return numba_njit(**settings)
+    monkeypatch.setattr(line_scan, "njit", njit)
+    def double(x): return 2 * x
+    assert line_scan.compiled(double)(3.) == 6.
