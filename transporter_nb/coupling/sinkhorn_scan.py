@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from .line_scan import as_lines, compiled, compiled_sum, exp, keep_inputs, merged_order, potentials, refuse_second_derivatives, share_lines
+from .line_scan import as_lines, compiled, compiled_sum, exp, keep_inputs, merged_order, potentials, refuse_second_derivatives, share_lines # potentials: the backend's first function
 from .sinkhorn_reference import MASKED
 
 # %% ../../nbs/32_coupling.sinkhorn_scan.ipynb #767a010c
@@ -166,7 +166,7 @@ class ClipPlan:
         return [array / n_lines for array in (by_row[1] * inverse_reg[:, None], by_row[0], by_column[1] * inverse_reg[:, None], by_column[0], reg_bar)]
 
 # %% ../../nbs/32_coupling.sinkhorn_scan.ipynb #2a58b21e
-def split(tensors, dtype=None):
+def split(tensors):
     "Row scores, row potentials, column scores, column potentials and 1 / tau as numpy arrays, one tuple a clip"
     rows, row_potentials, columns, column_potentials, inverse_reg = (tensor.detach() for tensor in tensors)
     columns = columns.to(rows.dtype)

@@ -11,7 +11,7 @@ from math import log
 from typing import no_type_check
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int8, Int64
+from jaxtyping import Float, Float64, Int8, Int64
 from torch import Tensor
 
 try:
