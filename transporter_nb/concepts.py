@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['Placement', 'ChangedTokens', 'changed_tokens', 'token_slots', 'VelocityDifference', 'velocity_difference',
-           'PartialSamples', 'partial_samples', 'pair_turns', 'pair_ids', 'word_answers', 'answer_divergence',
-           'reencode', 'through_coupling', 'divergence_over_seeds', 'ConceptConfig', 'Direction', 'Concept', 'shift',
-           'mean_token_difference', 'flow_loss', 'share_missing', 'fit_vectors', 'Gathered', 'gather', 'learn_concept',
-           'check_divergence', 'ConceptBank']
+           'PartialSamples', 'partial_samples', 'reencode', 'through_coupling', 'divergence_over_seeds',
+           'ConceptConfig', 'Direction', 'Concept', 'shift', 'mean_token_difference', 'flow_loss', 'share_missing',
+           'fit_vectors', 'Gathered', 'gather', 'learn_concept', 'check_divergence', 'ConceptBank']
 
 # %% ../nbs/40_concepts.ipynb #b6b84066
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
@@ -23,11 +22,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from .answers import answer_divergence, pair_ids, word_answers
 from .contrasts import ContrastPair, changed_words, parse_contrast
 from .core import load_checkpoint, save_checkpoint, seeded_generator
-from .distances import answer_distance, pair_log_probs
+from .distances import answer_distance
 from .generators.base import PromptCondition, VideoGenerator, integrate
-from .vlms.base import DESCRIBE, Turn, VideoLanguageModel
+from .vlms.base import VideoLanguageModel
 
 # %% ../nbs/40_concepts.ipynb #ee29533a
 class ChangedTokens(NamedTuple):
@@ -132,53 +132,7 @@ def partial_samples(
     finished = integrate(velocity_fn, generator.noise(seeds), times)
     return PartialSamples(*(torch.cat(parts) for parts in zip(*kept))), finished
 
-# %% ../nbs/40_concepts.ipynb #d86cb7a0
-def pair_turns(
-    pair:ContrastPair, # Source and target words
-    caption:str, # The source caption
-    question:str=DESCRIBE, # What the VLM is asked
-) -> list[Turn]: # One a word of the pair
-    "Begin the answer up to each word of a pair"
-    return [Turn(question, prefix) for prefix in pair.prefixes(caption)]
-
-def pair_ids(
-    vlm:VideoLanguageModel, # Whose vocabulary counts
-    pair:ContrastPair, # Source and target words
-    caption:str, # The source caption
-) -> Int[Tensor, "words 2"]: # Source token and target token of each word
-    "The two tokens between which each answer decides"
-    rows = zip(pair.prefixes(caption), pair.words_in(caption))
-    return torch.tensor([[vlm.token_id(word, prefix) for word in words] for prefix, words in rows])
-
-def word_answers(
-    vlm:VideoLanguageModel, # Frozen
-    vlm_embeddings:Float[Tensor, "batch vlm_tokens vlm_dim"], # Of source, target or steered videos
-    pair:ContrastPair, # Source and target words
-    captions:str|Sequence[str], # Source caption, one for all clips or one each
-    question:str=DESCRIBE, # What the VLM is asked
-) -> Float[Tensor, "batch words vocab"]: # Log-probabilities of the next token after each beginning
-    "What the VLM would say in the place of each word of a pair"
-    captions = [captions] * len(vlm_embeddings) if isinstance(captions, str) else captions
-    return vlm.turn_log_probs(vlm_embeddings, [pair_turns(pair, caption, question) for caption in captions])
-
-# %% ../nbs/40_concepts.ipynb #e0049949
-def answer_divergence(
-    source_log_probs:Float[Tensor, "batch words vocab"], # Answers about the source videos, over the vocabulary
-    target_log_probs:Float[Tensor, "batch words vocab"], # Answers about the target videos, after the same beginnings
-    ids:Int[Tensor, "batch words 2"], # Source and target token of each word
-    distance:str="hellinger", # `"hellinger"`, `"jensen-shannon"`, `"jaccard"` or `"kl"`
-    over:str="pair", # `"pair"` renormalises over the two tokens, `"vocab"` keeps them all
-) -> Float[Tensor, "batch"]: # In [0, 1] but for `"kl"` (nats): 0 for the same answer, 1 for answers with nothing in common
-    "How far apart the VLM's answers to two videos are (paper §3.3, Delta omega), averaged over the words of a pair"
-    if over not in ("pair", "vocab"): raise ValueError(f"over must be 'pair' or 'vocab', got {over!r}.")
-    measure, both = answer_distance(distance), (source_log_probs, target_log_probs)
-    if over == "pair":
-        if bool((ids[..., 0] == ids[..., 1]).any()):
-            raise ValueError("the two words of a pair start with the same token, so this VLM cannot decide between them there. Choose other words, or over='vocab'.")
-        both = [log_probs.gather(-1, ids.to(log_probs.device)).log_softmax(-1) for log_probs in both]
-    return measure(*both).mean(-1)
-
-# %% ../nbs/40_concepts.ipynb #d156b263
+# %% ../nbs/40_concepts.ipynb #8a2a173c
 @torch.no_grad()
 def reencode(
     generator:VideoGenerator, # Decodes
@@ -200,7 +154,7 @@ def through_coupling(
     condition = condition.expand_to(len(latents))
     return coupling(latents, condition.embeds, condition.mask, reencoded).transported
 
-# %% ../nbs/40_concepts.ipynb #70a2a252
+# %% ../nbs/40_concepts.ipynb #f164ad56
 @torch.no_grad()
 def divergence_over_seeds(
     generator:VideoGenerator, # Frozen
@@ -220,7 +174,7 @@ def divergence_over_seeds(
     ids = torch.stack([pair_ids(vlm, pair, caption) for caption in captions])
     return answer_divergence(*answers, ids, distance, over)
 
-# %% ../nbs/40_concepts.ipynb #957bc532
+# %% ../nbs/40_concepts.ipynb #90307d91
 @dataclass(frozen=True)
 class ConceptConfig:
     "How a concept is learned"
@@ -253,7 +207,7 @@ class ConceptConfig:
     def paper(cls, **changes) -> "ConceptConfig": # steps, lr: paper §4.1; seeds and states: chosen, they fit beside the generator
         return cls(**{**dict(placement="shared", strengths="answer", walks="source", warm_start="zeros", steps=1000, lr=1e-4, batch_size=1, n_seeds=16, states_per_seed=4), **changes})
 
-# %% ../nbs/40_concepts.ipynb #2675bf65
+# %% ../nbs/40_concepts.ipynb #288e200e
 @runtime_checkable
 class Direction(Protocol):
     "Anything that a generation can be steered by"
@@ -293,7 +247,7 @@ def shift(
     mask = condition.mask | (offsets != 0).any(-1).any(0) # a longer target prompt uses tokens that were padding
     return PromptCondition(condition.embeds + added.to(condition.embeds), mask.expand(len(strengths), -1).clone())
 
-# %% ../nbs/40_concepts.ipynb #a65b7a65
+# %% ../nbs/40_concepts.ipynb #3a76940d
 @torch.no_grad()
 def mean_token_difference(
     generator:VideoGenerator, # Whose text encoder is asked
@@ -314,7 +268,7 @@ def mean_token_difference(
     mean = torch.stack(rows).mean(0)
     return mean.mean(0, keepdim=True) if placement == "shared" else mean
 
-# %% ../nbs/40_concepts.ipynb #5d435931
+# %% ../nbs/40_concepts.ipynb #bd70c88a
 def flow_loss(
     generator:VideoGenerator, # Frozen
     samples:PartialSamples, # States of a batch
@@ -348,7 +302,7 @@ def share_missing(
         wanted += weight
     return missing / max(wanted, 1e-12) # 1e-12: equal prompts
 
-# %% ../nbs/40_concepts.ipynb #639c8dfe
+# %% ../nbs/40_concepts.ipynb #a09cadf8
 def fit_vectors(
     generator:VideoGenerator, # Frozen
     samples:PartialSamples, # All states
@@ -375,7 +329,7 @@ def fit_vectors(
             bar.set_postfix(missing=f"{losses[-1]:.3f}")
     return vectors.detach(), losses
 
-# %% ../nbs/40_concepts.ipynb #480cbe35
+# %% ../nbs/40_concepts.ipynb #f3c7ff04
 class Gathered(NamedTuple):
     "Everything that learning a concept needs, made once with frozen models"
     samples: PartialSamples # States of all clips
@@ -413,7 +367,7 @@ def gather(
     return Gathered(PartialSamples(*(torch.cat(values) for values in zip(*states))), generator.encode_prompt(texts),
                     torch.stack([slots[text] for text in texts]), torch.cat(divergences), seeds)
 
-# %% ../nbs/40_concepts.ipynb #64797fe7
+# %% ../nbs/40_concepts.ipynb #66edb2ee
 def learn_concept(
     generator:VideoGenerator, # Frozen
     vlm:VideoLanguageModel, # Frozen; its answers give Delta omega
@@ -449,7 +403,7 @@ def check_divergence(
         raise ValueError(f"{vlm.name}'s answers to both sides of {pair.name!r} differ by {divergence:.3g}, which is no strength to learn at. Use strengths='uniform', or distance='hellinger'.")
     return divergence
 
-# %% ../nbs/40_concepts.ipynb #9f92d466
+# %% ../nbs/40_concepts.ipynb #480cbe35
 class ConceptBank(MutableMapping):
     "Concepts by name: `bank['red -> blue']`"
     def __init__(self, concepts:Sequence[Concept]=(), **facts):
@@ -478,7 +432,7 @@ class ConceptBank(MutableMapping):
 
     def __repr__(self): return "\n".join([f"ConceptBank of {len(self)} concepts", *(f"  {concept!r}" for concept in self.concepts.values())])
 
-# %% ../nbs/40_concepts.ipynb #8a36cc5d
+# %% ../nbs/40_concepts.ipynb #64797fe7
 @patch
 def learn(
     self:ConceptBank,
@@ -495,7 +449,7 @@ def learn(
     self[concept.pair] = concept
     return concept
 
-# %% ../nbs/40_concepts.ipynb #c4685032
+# %% ../nbs/40_concepts.ipynb #57ac788a
 @patch
 @torch.no_grad()
 def adopt(
@@ -514,7 +468,7 @@ def adopt(
     self[pair] = replace(concept, meta={**concept.meta, **measured})
     return self[pair]
 
-# %% ../nbs/40_concepts.ipynb #682b13a0
+# %% ../nbs/40_concepts.ipynb #9f92d466
 @patch
 def save_pretrained(
     self:ConceptBank,

@@ -169,7 +169,7 @@ def load_checkpoint(
     device:str|torch.device="cpu", # Where the tensors go
 ) -> Checkpoint: # Tensors and configuration, verified against the stored SHA-256
     "Load a checkpoint, or say what is wrong with it"
-    path, fix = Path(path), "Restore it with `git checkout`, or train it again with `nbs/train_mini.ipynb`."
+    path, fix = Path(path), "Restore it with `git checkout`, or train it again with `nbs/train_mini.ipynb`, an encoder with `nbs/train_encoders.ipynb`."
     if not path.exists():
         raise FileNotFoundError(f"there is no weight file {path.name} in {path.parent}. {fix}")
     try:

@@ -244,7 +244,7 @@ def measure_blob(
     hollow = 1 - cover[near <= 1.0].mean() / max(np.sort(cover[near <= 7])[-8:].mean(), 1e-6)
     widths, height = cover.sum(1), bottom - top
     upper, lower = widths[(index <= top + height / 3 + 0.01) & (index >= top)], widths[(index >= bottom - height / 3 - 0.01) & (index <= bottom)]
-    return Blob((cover.sum(0) @ index) / mass, (cover.sum(1) @ index) / mass, cols.sum(), rows.sum(), float(hollow), float(upper.mean() / max(lower.mean(), 1e-6)))
+    return Blob(*map(float, ((cover.sum(0) @ index) / mass, (cover.sum(1) @ index) / mass, cols.sum(), rows.sum(), hollow, upper.mean() / max(lower.mean(), 1e-6))))
 
 # %% ../nbs/13_world.ipynb #60e75e64
 def find_blobs(

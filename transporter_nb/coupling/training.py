@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['coupling_losses', 'CouplingBatch', 'CouplingTraining', 'coupling_optimizer', 'accumulate_gradients', 'TrainingResult',
-           'resume_coupling', 'train_coupling']
+           'resume_coupling', 'train_coupling', 'fit_transport']
 
 # %% ../../nbs/34_coupling.training.ipynb #67853ccf
 import time
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core import config_hash, load_training, save_training, seeded_generator
@@ -187,3 +187,28 @@ def train_coupling(
             save_training(resume_path, step, network, optimizer, averaged, dict(data=generator), dict(settings=settings, curve=curve))
         if stop: break
     return TrainingResult(step, step >= training.steps, curve, averaged)
+
+# %% ../../nbs/34_coupling.training.ipynb #e462a301
+def fit_transport(
+    transport:nn.Module, # `ProjectedTransport`, trained in place; one without parameters is left as it is
+    projected:Float[Tensor, "states vlm_tokens vlm_dim"], # Guesses of the first branch
+    structured:Float[Tensor, "states vlm_tokens vlm_dim"], # Guesses of the second branch
+    target:Float[Tensor, "states vlm_tokens vlm_dim"], # The VLM's own tokens of the clean videos
+    steps:int=200, # Of AdamW, with a cosine to zero
+    learning_rate:float=1e-2, # Highest; that of the transport in `CouplingTraining`
+    batch_size:int=16, # States a step
+    seed:int=0, # Of the batches
+) -> list[float]: # Equation (6) at every step; empty if there is nothing to learn
+    "Learn the directions of a transport between finished branches (paper eq. 6)"
+    if not len(projected) == len(structured) == len(target) >= 1: raise ValueError(f"projected, structured and target need one row a state, got {len(projected)}, {len(structured)} and {len(target)}.")
+    weights, draws, losses = list(transport.parameters()), seeded_generator(seed), []
+    if not weights: return losses
+    optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+    for _ in range(steps):
+        rows = torch.randint(len(target), (batch_size,), generator=draws)
+        guess, wanted = transport(projected[rows].detach(), structured[rows].detach())[0], target[rows].detach()
+        loss = F.mse_loss(guess, wanted) + gram_loss(guess, wanted)
+        optimizer.zero_grad(); loss.backward(); optimizer.step(); schedule.step()
+        losses.append(loss.item())
+    return losses
