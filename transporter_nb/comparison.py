@@ -6,8 +6,9 @@
 __all__ = ['SINGLE_CONTRASTS', 'N_NEAREST', 'MEASURES', 'SWEEP', 'CONTROLS', 'WANTED', 'MAXIMISE', 'DIVERGE', 'STEER', 'CONTROL',
            'REAL', 'STEERED', 'STEERED_CONTROLS', 'Case', 'comparison_cases', 'Judge', 'load_judge',
            'target_probability', 'judge_clips', 'digest_of', 'digest_of_clips', 'learned_captions', 'to_bytes',
-           'from_bytes', 'ranged_text', 'rival_of', 'steered_clips', 'kept_sweep', 'case_keys', 'inverted_clips',
-           'RowClips', 'steered_rows', 'comparison_clips', 'row_cells', 'judged_row', 'real_statistics']
+           'from_bytes', 'ranged_text', 'rival_of', 'steered_clips', 'kept_sweep', 'generation_of', 'concept_key',
+           'case_keys', 'inverted_clips', 'RowClips', 'steered_rows', 'comparison_clips', 'row_cells', 'judged_row',
+           'real_statistics']
 
 # %% ../nbs/72_comparison.ipynb #b0bb671a
 import itertools
@@ -20,7 +21,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from .answers import pair_ids, pair_turns
-from .baselines.recipes import BASELINES, BaselineSettings, invert_baseline
+from .baselines.recipes import BASELINES, COUNTS_FROM, ENOUGH, BaselineSettings, invert_baseline
 from .concepts import Concept, ConceptBank
 from .contrasts import MINI_CONTRASTS, ContrastPair
 from .core import as_config, config_hash, tensor_digest
@@ -62,7 +63,7 @@ def comparison_cases(
     n:int, # How many
     seed:int=80_000, # Draws captions, places and noise; trainings, sweeps and reports count from elsewhere
     contrasts:Sequence[str]=SINGLE_CONTRASTS, # Used in turn
-    avoid:Sequence[str]=(), # Captions to leave out, such as those that concepts were learned from
+    avoid:Sequence[str]=(), # Source captions to leave out, such as those that concepts were learned from
 ) -> list[Case]: # Held-out captions, before and after the change
     "Draw the questions of a table"
     if n < 1: raise ValueError(f"a comparison needs at least one case, got n={n}.")
@@ -130,7 +131,7 @@ def judge_clips(
               alignment_gain(video, base, targets, judge.contrastive), nearest_perceptual_distance(video, judge.reference[:N_NEAREST], judge.video), perceptual_distance(video, base, judge.video))
     return {name: value.float().tolist() for name, value in zip(MEASURES, values)}
 
-# %% ../nbs/72_comparison.ipynb #c8f8bce1
+# %% ../nbs/72_comparison.ipynb #a577bfce
 SWEEP = (0., .25, .5, .75, 1.) # strengths of a sweep; the last is judged as "the" steered clip
 CONTROLS = ("other seed", "decode and re-encode", "retrieved clip") # have no strength between 0 and 1
 
@@ -164,7 +165,7 @@ def from_bytes(
     "Colours as networks take them"
     return video.float() / 255
 
-# %% ../nbs/72_comparison.ipynb #326cf19a
+# %% ../nbs/72_comparison.ipynb #72742a83
 def ranged_text(
     generator:VideoGenerator, # Frozen
     concept:Concept, # Gives pair and captions
@@ -177,9 +178,11 @@ def ranged_text(
     def search():
         with count_evaluations(generator) as cost:
             try: found = text.search(generator, concept.meta["captions"], (0, 1, 2, 3), distance); limits, failed = (found.low, found.high), ""
-            except ValueError as error: limits, failed = (0., text.length), str(error)
+            except ValueError as error:
+                if "there is no range" not in str(error): raise
+                limits, failed = (0., text.length), str(error)
         return {"low": limits[0], "high": limits[1], "failed": failed, "generator_evaluations": cost.generator_evaluations, "seconds": cost.seconds}
-    key = {"generator": digest_of(generator), "captions": list(concept.meta["captions"]), "video": digest_of(video)}
+    key = {"generator": generation_of(generator), "captions": list(concept.meta["captions"]), "video": digest_of(video)}
     found = cache.row(f"range of {concept.pair.name}", key, search)
     return Rival(replace(text, low=found["low"], high=found["high"]), 0, Cost(found["generator_evaluations"], 0, found["seconds"]))
 
@@ -195,6 +198,7 @@ def rival_of(
     if method == "text interpolation": return ranged_text(generator, concept, load_encoder("video"), cache)
     return all_rivals(generator, concept, concept.meta["captions"], seed, library=library() if method == "retrieved clip" else None, only=(method,))[method]
 
+# %% ../nbs/72_comparison.ipynb #7c252fc4
 def steered_clips(
     generator:VideoGenerator, # Frozen
     rivals:Mapping[str, Rival], # Contrast -> what to steer by, from `rival_of`
@@ -209,13 +213,13 @@ def steered_clips(
             latents = steer(generator, case.caption, generator.noise([case.seed + rival.seed_step]), rival.direction, list(strengths)).latents[0]
             found.append(to_bytes(generator.decode(latents)))
     finding = [rivals[name].cost for name in dict.fromkeys(case.pair.name for case in cases)]
-    clips = len(cases) * (len(strengths) - 1) # strength 0 is the same clip for all
+    clips = len(cases) * len(strengths)
     facts = {"strengths": list(strengths), "seconds a clip": cost.seconds / clips, "evaluations a clip": cost.generator_evaluations / clips,
              "evaluations a contrast": sum(c.generator_evaluations for c in finding) / len(finding),
              "seconds a contrast": None if any(c.seconds is None for c in finding) else sum(c.seconds for c in finding) / len(finding)}
     return {"video": torch.stack(found)}, facts
 
-# %% ../nbs/72_comparison.ipynb #67b397e2
+# %% ../nbs/72_comparison.ipynb #1933516c
 def kept_sweep(
     cache:RowCache, # Where clips are kept
     generator:VideoGenerator, # Frozen
@@ -227,7 +231,7 @@ def kept_sweep(
     "Sweeps of one method, made once"
     names = list(dict.fromkeys(case.pair.name for case in cases))
     strengths = (0., 1.) if method in CONTROLS else SWEEP
-    config = {"generator": digest_of(generator), "concepts": {name: tensor_digest({"vectors": bank[name].vectors})[:12] for name in names}, "method": method, "cases": case_keys(cases), "strengths": strengths,
+    config = {"generator": generation_of(generator), "concepts": {name: concept_key(bank[name]) for name in names}, "method": method, "cases": case_keys(cases), "strengths": strengths,
               "library": list(library) if method == "retrieved clip" else None, "search": digest_of(load_encoder("video")) if method == "text interpolation" else None}
     def real():
         scenes = sample_scenes(*library, "train")
@@ -235,13 +239,25 @@ def kept_sweep(
     def make(): return steered_clips(generator, {name: rival_of(generator, bank[name], method, cache, real, k) for k, name in enumerate(names)}, cases, strengths)
     return cache.tensors(f"clips {method}", config, make)
 
+def generation_of(
+    generator:VideoGenerator, # Any
+) -> dict: # Plain values
+    "Everything of a generator that decides its clips, for the key of a cached row"
+    return {"weights": digest_of(generator), "steps": generator.default_steps, "guidance": generator.default_guidance}
+
+def concept_key(
+    concept:Concept, # Any
+) -> str: # A digest
+    "Everything of a concept that decides its rivals and its clips"
+    return config_hash([tensor_digest({"vectors": concept.vectors}), concept.config, list(concept.meta.get("captions", []))])
+
 def case_keys(
     cases:Sequence[Case], # Any
 ) -> str: # A digest
     "What cases are, for the key of a cached row"
     return config_hash([[case.caption, case.pair.name, case.seed, list(case.scene.place)] for case in cases])
 
-# %% ../nbs/72_comparison.ipynb #6ab566c6
+# %% ../nbs/72_comparison.ipynb #ce56b003
 WANTED = (.25, .5, .75, 1.) # divergences asked for in turn (paper Table 1: "varying")
 
 def inverted_clips(
@@ -256,7 +272,7 @@ def inverted_clips(
 ) -> KeptTensors: # `video` in bytes "clips frames 3 height width", `probability` and `reached` "clips"; seconds, steps, settings
     "Clips of one baseline, made once"
     settings = as_config(MimicConfig.v2().mini() if method == "MIMIC" else BaselineSettings.mini(method, vlm.name))
-    config = {"vlm": digest_of(vlm), "method": method, "mode": mode, "settings": settings, "cases": case_keys(cases), "n_real": n_real, "wanted": WANTED, "base": None if mode == "max" else digest_of_clips(base)}
+    config = {"vlm": digest_of(vlm), "guide": digest_of(load_encoder("frames")) if method == "GradViT" else None, "counts": [COUNTS_FROM, ENOUGH], "method": method, "mode": mode, "settings": settings, "cases": case_keys(cases), "n_real": n_real, "wanted": WANTED, "base": None if mode == "max" else digest_of_clips(base)}
     @torch.enable_grad()
     def make():
         real, targets = sample_scenes(n_real, 91_001, "train"), render([case.target_scene for case in cases])
@@ -268,7 +284,7 @@ def inverted_clips(
         return ({"video": to_bytes(found.videos), "probability": found.probability.cpu(), "reached": found.reached.cpu()}, {"seconds": found.seconds, "steps": found.steps, "settings": settings})
     return cache.tensors(f"clips {vlm.name} {method} {mode}", config, make)
 
-# %% ../nbs/72_comparison.ipynb #7c252fc4
+# %% ../nbs/72_comparison.ipynb #7d8a7895
 class RowClips(NamedTuple):
     "Clips of one row"
     group: str # Heading in a table
@@ -292,9 +308,9 @@ def steered_rows(
     "Rows that steer the generator, and their controls"
     kept = {name: kept_sweep(cache, generator, bank, name, cases) for name in methods}
     return [RowClips(STEER if name in STEERED else CONTROL, "TRANSPORTER" if name == "concept" else name, from_bytes(found.tensors["video"][:, -1]), cases,
-                     {**found.values, "sweep": found.tensors["video"]}, name in STEERED) for name, found in kept.items()]
+                     {**found.values, "sweep": found.tensors["video"]}, name in STEERED and name != "FreeSliders, all steps") for name, found in kept.items()] # at strength 1 it is the target caption by construction
 
-# %% ../nbs/72_comparison.ipynb #1933516c
+# %% ../nbs/72_comparison.ipynb #29f607c1
 def comparison_clips(
     generator:VideoGenerator, # Frozen
     bank:ConceptBank, # Learned concepts of the VLM
@@ -315,10 +331,10 @@ def comparison_clips(
             rows.append(RowClips(group, name, from_bytes(found.tensors["video"]), few, {**found.values, **{key: found.tensors[key].tolist() for key in ("probability", "reached")}}, True))
     real = render([case.target_scene for case in cases])
     with torch.no_grad(): passed = torch.cat([generator.decode(generator.encode(part)).clamp(0, 1) for part in real.split(32)])
-    return [*rows, *(row for row in steered if row.competes), RowClips(CONTROL, "unsteered", unsteered, cases, {}, False), *(row for row in steered if not row.competes),
+    return [*rows, *(row for row in steered if row.group == STEER), RowClips(CONTROL, "unsteered", unsteered, cases, {}, False), *(row for row in steered if row.group == CONTROL),
             RowClips(REAL, "of the target", real, cases, {}, False), RowClips(REAL, "through the autoencoder", passed.cpu(), cases, {}, False)]
 
-# %% ../nbs/72_comparison.ipynb #ce56b003
+# %% ../nbs/72_comparison.ipynb #d9f928aa
 def row_cells(
     judged:Mapping[str, Sequence[float]], # From `judge_clips`
     features:Float[Tensor, "clips features"], # Of the same clips, by `judge.video`

@@ -77,11 +77,12 @@ def count_evaluations(
     cost, asked = Cost(), {"velocity": generator, **({} if vlm is None else {"text_logits": vlm})}
     before = {name: vars(model).get(name) for name, model in asked.items()} # a count around this one
     def counting(method, field):
-        def counted(first, *args, **kwargs):
-            setattr(cost, field, getattr(cost, field) + len(first))
-            return method(first, *args, **kwargs)
+        def counted(*args, **kwargs):
+            setattr(cost, field, getattr(cost, field) + len(args[0] if args else next(iter(kwargs.values()))))
+            return method(*args, **kwargs)
         return counted
-    for (name, model), field in zip(asked.items(), ("generator_evaluations", "vlm_evaluations")): vars(model)[name] = counting(getattr(model, name), field)
+    methods = {name: getattr(model, name) for name, model in asked.items()} # both are there before either is counted
+    for (name, model), field in zip(asked.items(), ("generator_evaluations", "vlm_evaluations")): vars(model)[name] = counting(methods[name], field)
     started = time.perf_counter()
     try: yield cost
     finally:

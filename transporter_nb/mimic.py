@@ -24,6 +24,7 @@ from .baselines.inversion import Asked, InversionConfig, InversionResult, Term, 
 from .baselines.objectives import BatchNormGuide, FeatureStatistics, TargetToken, TeacherForcedAnswer, VisionReader
 from .baselines.priors import blur, chain, jitter, l2_size, patch_borders, patch_variance, temporal_variation, total_variation
 from .contrasts import SINGULARS, ContrastPair, parse_contrast
+from .core import config_hash, tensor_digest
 from .encoders.networks import FRAME_SLOTS, FrameEncoder, VideoEncoder, load_encoder
 from .metrics.alignment import clip_score
 from .metrics.video import nearest_perceptual_distance
@@ -190,9 +191,11 @@ def clip_patch(
 ) -> int: # px
     "Side of the VLM's patches, in pixels of the clip"
     patch = vlm.settings.patch_size * side / vlm.settings.image_size
-    if patch != int(patch): raise ValueError(f"the patches of {vlm.name} ({vlm.settings.patch_size} of {vlm.settings.image_size} px) are {patch:.3g} px of a clip of {side} px. Invert clips of a size that makes this whole.")
+    if patch != int(patch):
+        raise ValueError(f"the patches of {vlm.name} ({vlm.settings.patch_size} of {vlm.settings.image_size} px) are {patch:.3g} px of a clip of {side} px. Invert clips of a size that makes this whole.")
     return int(patch)
 
+# %% ../nbs/66_mimic.ipynb #2f456791
 def base_term(
     reader:VisionReader, # Of the VLM
     real:Sequence[Float[Tensor, "_ frames 3 height width"]], # For each clip, real ones of its concept
@@ -229,7 +232,7 @@ def mimic_terms(
     }
     return {name: Term(weight, fn) for name, (weight, fn) in all_terms.items() if weight}
 
-# %% ../nbs/66_mimic.ipynb #5ea32b2f
+# %% ../nbs/66_mimic.ipynb #2ddd9f4e
 def mimic_canvas(
     seeds:Sequence[int], # One a clip
     config:MimicConfig, # What it is written in
@@ -249,7 +252,7 @@ def mimic_run(
     def polish(video, step): return blur(video, config.blur_sigma) if step % config.blur_every == 0 and step < config.steps else None
     return run, chain(*[partial(jitter, pixels=config.jitter, border=config.border)] * (config.jitter > 0)), polish if config.blur_every else None
 
-# %% ../nbs/66_mimic.ipynb #2ddd9f4e
+# %% ../nbs/66_mimic.ipynb #05808bb2
 def invert_answer(
     vlm:VideoLanguageModel|VisionReader, # Frozen
     targets:Sequence[str], # The answer wanted of each clip, a beginning of a caption or a word
@@ -273,9 +276,10 @@ def invert_answer(
     if config.guide and guide is None: guide = load_encoder("frames", device=str(device))
     terms = mimic_terms(reader, answers, [kept[id(clips)] for clips in real_videos], config, guide)
     run, augment, polish = mimic_run(config)
-    return invert(mimic_canvas(seeds, config).to(device), terms, run, asked or answers, augment, progress, resume_path, polish=polish)
+    question = "" if resume_path is None else config_hash({"vlm": tensor_digest(reader.vlm.state_dict()), "targets": list(targets), "negatives": None if negatives is None else list(negatives), "config": config, "real": [tensor_digest({"clips": clips}) for clips in real_videos]})
+    return invert(mimic_canvas(seeds, config).to(device), terms, run, asked or answers, augment, progress, resume_path, polish=polish, question=question)
 
-# %% ../nbs/66_mimic.ipynb #777ba47a
+# %% ../nbs/66_mimic.ipynb #60b5abc3
 def invert_mimic(
     vlm:VideoLanguageModel|VisionReader, # Frozen
     captions:Sequence[str], # Source captions, one a clip
@@ -298,7 +302,7 @@ def invert_mimic(
     targets = [pair.apply(caption) for pair, caption in zip(asked.pairs, captions)]
     return invert_answer(reader, targets, list(captions), config, seeds, real_videos, asked=asked, progress=progress, resume_path=resume_path)
 
-# %% ../nbs/66_mimic.ipynb #bb5fb038
+# %% ../nbs/66_mimic.ipynb #2bce1eb4
 def verifier_hits(
     videos:Float[Tensor, "batch frames 3 height width"], # Colours in [0, 1]
     answers:Sequence[str], # What each should show
@@ -308,7 +312,8 @@ def verifier_hits(
 ) -> Float[Tensor, "batch"]: # Share of the answer's words, [0, 1]; with k as large as a slot always 1
     "Does an independent network name what was asked for? (MIMIC's verifier)"
     verifier = verifier or load_encoder("video", device=str(videos.device))
-    if isinstance(verifier, FrameEncoder) and guided: raise ValueError("a network that guides images cannot verify them, got the frame encoder with guided=True. Use load_encoder('video'), or say guided=False for images of version 2.")
+    if isinstance(verifier, FrameEncoder) and guided:
+        raise ValueError("a network that guides images cannot verify them, got the frame encoder with guided=True. Use load_encoder('video'), or say guided=False for images of version 2.")
     with torch.no_grad(): told = verifier(videos[:, videos.shape[1] // 2] if isinstance(verifier, FrameEncoder) else videos).log_probs
     hits = []
     for row, answer in enumerate(answers):
@@ -326,7 +331,7 @@ def chance_hits(
     shares = [[min(1., k / len(SLOTS[slot])) for slot in named_words(answer)] for answer in answers]
     return sum(sum(row) / len(row) for row in shares) / len(answers)
 
-# %% ../nbs/66_mimic.ipynb #63ddac60
+# %% ../nbs/66_mimic.ipynb #14ac9b9d
 def read_hits(
     videos:Float[Tensor, "batch frames 3 height width"], # Colours in [0, 1]
     answers:Sequence[str], # What each should show
@@ -347,6 +352,7 @@ def judge_images(
     "MIMIC's measures, clip by clip, and the world's readers"
     verifier = verifier or load_encoder("video", device=str(videos.device))
     nearest = [nearest_perceptual_distance(video[None], real, verifier) for video, real in zip(videos, real_videos, strict=True)]
-    values = {"p(answer)": TemplateAnswers(vlm, answers, templates=templates).target_probability(videos), "top-1": verifier_hits(videos, answers, verifier), "top-2": verifier_hits(videos, answers, verifier, 2),
+    values = {"p(answer)": TemplateAnswers(vlm, answers, templates=templates).target_probability(videos),
+              "top-1": verifier_hits(videos, answers, verifier), "top-2": verifier_hits(videos, answers, verifier, 2),
               "CLIP-mini": clip_score(videos, answers, clip_model), "LPIPS-mini": torch.cat(nearest), "read": read_hits(videos, answers)}
     return {name: value.detach().float().tolist() for name, value in values.items()}

@@ -42,11 +42,11 @@ def published(
     vlm:str, # Registry name
     row:str|tuple[str, str], # Method, setting, or for Table 1 (objective, method)
     column:str, # One of the table's columns
-) -> float|None: # As printed; None where the paper has no such number
+) -> float|int|None: # As printed; None where the paper has no such number
     "One number of the paper"
     tables: Mapping = {1: (TABLE1_COLUMNS, PAPER_TABLE1), 2: (TABLE2_COLUMNS, PAPER_TABLE2), 3: (TABLE3_COLUMNS, PAPER_TABLE3)}
     if table not in tables: raise ValueError(f"the paper's tables are 1, 2 and 3, got {table!r}.")
     columns, numbers = tables[table]
     if column not in columns: raise ValueError(f"Table {table} of the paper has the columns {', '.join(columns)}, got {column!r}.")
     found = numbers.get(vlm, {}).get(row)
-    return None if found is None else float(found[columns.index(column)])
+    return None if found is None else found[columns.index(column)]

@@ -96,11 +96,11 @@ class RowCache:
     "Rows of a table, each computed once and kept whole or not at all"
     def __init__(self,
         folder:str|Path|None=None, # Where entries are kept; None is `runs/cache/tables` in the repository
-        fresh:bool|Sequence[str]=False, # True computes every row again, a list of names only those; their old entries are replaced
+        fresh:bool|str|Sequence[str]=False, # True computes every row again, a name or a list of names only those; their old entries are replaced
         say:Callable[[str], Any]|None=None, # Told of each row, for example `print`; None is silent
     ):
         self.folder = repo_path("runs", "cache", "tables") if folder is None else Path(folder)
-        self.fresh, self.say, self.uses = fresh if isinstance(fresh, bool) else list(fresh), say, []
+        self.fresh, self.say, self.uses = fresh if isinstance(fresh, bool) else [fresh] if isinstance(fresh, str) else list(fresh), say, []
 
     def path(self,
         name:str, # Of the row
@@ -364,13 +364,13 @@ def best(
     self:Table,
     column:Column, # One of the table's
 ) -> set[int]: # Rows; empty for a column in which neither direction is better
-    "The best values of a column, one a group, and all that equal it"
+    "The best values of a column, one a group, and all that equal it; none where all are equal"
     found = set()
     for group in {row.group for row in self.rows} if column.better else ():
         values = {k: self.cell(k, column.name).value for k, row in enumerate(self.rows) if row.group == group and row.competes}
         values = {k: value for k, value in values.items() if value is not None}
         top = (max if column.better == "higher" else min)(values.values(), default=None)
-        if len(values) > 1: found |= {k for k, value in values.items() if value == top} # one alone has beaten nobody
+        if len(set(values.values())) > 1: found |= {k for k, value in values.items() if value == top} # one alone, or all alike, has beaten nobody
     return found
 
 @patch

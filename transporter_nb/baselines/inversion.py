@@ -176,8 +176,8 @@ class InversionResult(NamedTuple):
 # %% ../../nbs/65_baselines.inversion.ipynb #52ef7712
 class Run:
     "An inversion between two steps"
-    def __init__(self, canvas:Canvas, terms:Mapping[str, tuple], config:InversionConfig):
-        self.canvas, self.config = canvas, config
+    def __init__(self, canvas:Canvas, terms:Mapping[str, tuple], config:InversionConfig, question:str=""):
+        self.canvas, self.config, self.question = canvas, config, question
         self.terms = {name: term if isinstance(term, Term) else Term(*term) for name, term in terms.items()}
         check_config(config, list(self.terms))
         extra = {} if config.optimiser == "adam" else dict(weight_decay=config.weight_decay)
@@ -191,7 +191,7 @@ class Run:
 def identity(self:Run) -> str: # The same for a run that may be continued
     "What was asked, as a short name"
     settings = dict(as_config(self.config), weights={name: None if callable(term.weight) else float(term.weight) for name, term in self.terms.items()} | self.config.weights)
-    return config_hash(dict(settings, canvas=type(self.canvas).__name__, shape=list(self.canvas.shape), still=self.canvas.still, seeds=self.canvas.seeds))
+    return config_hash(dict(settings, canvas=type(self.canvas).__name__, shape=list(self.canvas.shape), still=self.canvas.still, seeds=self.canvas.seeds, question=self.question))
 
 @patch
 def save(self:Run, path:str|Path) -> None:
@@ -204,7 +204,7 @@ def load(self:Run, path:str|Path) -> None:
     "Continue where `save` left off"
     state = load_training(path)
     if state.extra["identity"] != self.identity:
-        raise ValueError(f"{Path(path).name} belongs to an inversion with other settings, terms or seeds ({state.extra['identity']}, this one is {self.identity}). "
+        raise ValueError(f"{Path(path).name} belongs to an inversion with another question, other settings, terms or seeds ({state.extra['identity']}, this one is {self.identity}). "
                          "Delete it, or give another resume_path.")
     random_state = torch.get_rng_state() # the global generator is not ours
     kept = {}
@@ -263,6 +263,7 @@ def finish(
     measure(run, plain, total, objective)
 
 # %% ../../nbs/65_baselines.inversion.ipynb #6d7df039
+@torch.enable_grad()
 def invert(
     canvas:Canvas, # What is optimised; ends at its last state, not at the best
     terms:Mapping[str, tuple], # Name to `Term`, or to (weight, fn): what is minimised
@@ -273,9 +274,10 @@ def invert(
     resume_path:str|Path|None=None, # Ends in `.safetensors`; saved there while running, continued from there if it exists
     save_every:int=100, # Steps between two saves
     polish:Callable|None=None, # `polish(video, step)` -> video to go on from, or None
+    question:str="", # Digest of what the terms ask (VLM, words, real clips): a run saved for another one is refused
 ) -> InversionResult: # The best of each clip
     "Optimise a batch of clips until a frozen VLM answers as wanted"
-    start, run = time.monotonic(), Run(canvas, terms, config)
+    start, run = time.monotonic(), Run(canvas, terms, config, question)
     if resume_path and Path(resume_path).exists(): run.load(resume_path)
     before = run.seconds
     bar = tqdm(total=config.steps, initial=run.step, disable=not progress, desc="invert", leave=False)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'PUBLISHED', 'MINI', 'COUNTS_FROM', 'ENOUGH', 'RECIPES', 'LOGIT', 'MODES', 'check_baseline',
-           'BaselineSettings', 'Late', 'Question', 'Recipe', 'scaled', 'plan', 'activation_maximisation', 'gradvit',
-           'maco', 'relative_weights', 'leaps', 'ask', 'check_question', 'invert_baseline']
+           'BaselineSettings', 'Late', 'Question', 'Recipe', 'scaled', 'plan', 'seen_frames', 'SeenCanvas',
+           'activation_maximisation', 'gradvit', 'maco', 'relative_weights', 'leaps', 'ask', 'until', 'check_question',
+           'invert_baseline']
 
 # %% ../../nbs/65_baselines.recipes.ipynb #e692d910
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ from .inversion import InversionConfig, InversionResult, Term, invert
 from .objectives import BatchNormGuide, Coherence, FeatureStatistics, JaccardSimilarity, TargetToken, VisionReader, WantedDivergence, WordObjective, layer_statistics, real_margin
 from .priors import add_noise, chain, jitter, l2_size, patch_borders, random_crop, random_flip, temporal_variation, total_variation
 from ..contrasts import ContrastPair, parse_contrast
-from ..core import config_hash
+from ..core import config_hash, tensor_digest
 from ..encoders.networks import load_encoder
 from ..vlms.base import VideoLanguageModel
 
@@ -45,6 +47,7 @@ class BaselineSettings:
     flip: float = 0.0 # Share of clips mirrored left to right
     crop: tuple[float, float] = (1.0, 1.0) # Smallest and largest side of a crop, share of the frame's
     noise: float = 0.0 # Standard deviation, in colours
+    start: float = 1.0 # Standard deviation of the noise that GradViT and LEAPS start from, in logits
 
     @classmethod
     def published(cls, name:str) -> "BaselineSettings": # AM: of its own; see the recipes for what is inferred
@@ -64,12 +67,14 @@ PUBLISHED = {
     "MACO":         BaselineSettings(1000, 1., crop=(.2, .3), noise=.05), # horama, the authors' code of arXiv 2306.06805
     "LEAPS":        BaselineSettings(1500, .6, jitter=30, flip=.5), # arXiv 2303.09941
 }
-MINI = {
-    "AM":           BaselineSettings(100, .1), # to be measured
-    "AM, jittered": BaselineSettings(100, .03, jitter=1), # to be measured
-    "GradViT":      BaselineSettings(100, .1, prior=.1, jitter=2), # to be measured
-    "MACO":         BaselineSettings(100, .3, crop=(.7, 1.), noise=.05), # to be measured
-    "LEAPS":        BaselineSettings(100, .2, jitter=1), # to be measured
+MINI = { # (name, vlm) where the sweep chose another rate for a VLM; jitter of 1 px: with 4 some answers never came (measured there)
+    "AM":                    BaselineSettings(100, .3), # measured (baseline_sweep)
+    ("AM", "phi4"):          BaselineSettings(100, .1), # measured (baseline_sweep)
+    "AM, jittered":          BaselineSettings(100, .03, jitter=1), # measured (baseline_sweep)
+    "GradViT":               BaselineSettings(100, .3, jitter=1), # measured (baseline_sweep)
+    "MACO":                  BaselineSettings(100, 1., crop=(.7, 1.), noise=.05), # measured (baseline_sweep); noise as published
+    ("MACO", "videollama3"): BaselineSettings(100, .3, crop=(.7, 1.), noise=.05), # measured (baseline_sweep)
+    "LEAPS":                 BaselineSettings(100, .06, jitter=1), # measured (baseline_sweep)
 }
 
 # %% ../../nbs/65_baselines.recipes.ipynb #9733c045
@@ -99,7 +104,7 @@ class Late:
 class Question(NamedTuple):
     "What is asked, and what may be used"
     reader: VisionReader # The frozen VLM
-    objective: Late # Which answer
+    objective: Late|None # Which answer
     seeds: list[int] # One a clip
     real_videos: Float[Tensor, "real frames 3 height width"] # Natural clips, of any content
     stimulus: Float[Tensor, "batch frames 3 height width"]|None # For LEAPS
@@ -138,6 +143,29 @@ def plan(
     return InversionConfig(**dict(steps=settings.steps, lr=settings.lr, check_every=max(1, settings.steps // 20), tie=1 - ENOUGH) | changes)
 
 # %% ../../nbs/65_baselines.recipes.ipynb #ff38e9ea
+def seen_frames(
+    question:Question, # Whose VLM is asked
+) -> list[int]: # Rising numbers of frames
+    "Which frames of a clip the VLM looks at"
+    video = question.real_videos[:1].clone().requires_grad_()
+    with torch.enable_grad(): gradient, = torch.autograd.grad(question.reader.vlm.embed(video).square().sum(), video)
+    return gradient[0].flatten(1).any(1).nonzero()[:, 0].tolist()
+
+class SeenCanvas(PixelCanvas):
+    "Pixels of the frames that a VLM looks at, with blends between them"
+    def __init__(self,
+        seeds:Sequence[int], # One a clip
+        shape:Sequence[int], # (frames, height, width) of the clips
+        seen:Sequence[int], # Numbers of the frames that are learned, rising
+        **options, # Of `PixelCanvas`
+    ):
+        super().__init__(seeds, (len(seen), *shape[1:]), **options)
+        steps = np.stack([np.interp(range(shape[0]), seen, one) for one in np.eye(len(seen))], 1)
+        self.register_buffer("blend", torch.tensor(steps, dtype=torch.float32)) # frames, learned frames
+
+    def forward(self): return torch.einsum("ts,bschw->btchw", self.blend, self.paint())
+
+# %% ../../nbs/65_baselines.recipes.ipynb #74e2a2ee
 def activation_maximisation(
     question:Question, # What is asked
     settings:BaselineSettings, # How
@@ -147,11 +175,11 @@ def activation_maximisation(
     Published: the logit, not the probability; a squared norm of the image; a start at the zero image. Inferred: zero is mid-grey, as the VLMs' pixels are normalised.
     Ours: the weight 0.01 of the norm at `prior=1` (the paper gives none), Adam with a cosine in place of gradient ascent, noise of 0.01 at the start so that seeds differ, colours kept in [0, 1] by clamping.
     """
-    canvas = PixelCanvas(question.seeds, question.shape, std=.01, limits="clamp")
+    canvas = SeenCanvas(question.seeds, question.shape, seen_frames(question), std=.01, limits="clamp")
     terms = {"target": Term(1., question.objective)} | scaled(settings.prior, l2=(.01, lambda video, step: l2_size(video, squared=True), True))
     return Recipe(canvas, terms, plan(settings), chain(partial(jitter, pixels=settings.jitter)) if settings.jitter else None)
 
-# %% ../../nbs/65_baselines.recipes.ipynb #74e2a2ee
+# %% ../../nbs/65_baselines.recipes.ipynb #2d1383b3
 def gradvit(
     question:Question, # What is asked; needs a guide with batch norm
     settings:BaselineSettings, # How
@@ -166,9 +194,9 @@ def gradvit(
         tv2=(4e-4, lambda video, step: total_variation(video, 2), True), time=(7e-4, lambda video, step: temporal_variation(video), True), l2=(3e-4, lambda video, step: l2_size(video), True))
     config = plan(settings, lr_end=1e-5, betas=(.5, .9), stages={"image": (.5, 1.)})
     augment = chain(partial(jitter, pixels=settings.jitter)) if settings.jitter else None
-    return Recipe(PixelCanvas(question.seeds, question.shape), {"target": Term(.005, question.objective)} | priors, config, augment)
+    return Recipe(SeenCanvas(question.seeds, question.shape, seen_frames(question), std=settings.start), {"target": Term(.005, question.objective)} | priors, config, augment)
 
-# %% ../../nbs/65_baselines.recipes.ipynb #2d1383b3
+# %% ../../nbs/65_baselines.recipes.ipynb #bcfa717c
 def maco(
     question:Question, # What is asked
     settings:BaselineSettings, # How; `prior` does nothing here
@@ -183,7 +211,7 @@ def maco(
     crops = partial(random_crop, low=settings.crop[0], high=settings.crop[1])
     return Recipe(canvas, {"target": Term(1., question.objective)}, plan(settings, optimiser="nadam"), chain(crops, partial(add_noise, std=settings.noise)))
 
-# %% ../../nbs/65_baselines.recipes.ipynb #bcfa717c
+# %% ../../nbs/65_baselines.recipes.ipynb #41081c00
 def relative_weights(
     reader:VisionReader, # The frozen VLM
     real_videos:Float[Tensor, "real frames 3 height width"], # Natural clips
@@ -209,13 +237,13 @@ def leaps(
         statistics=(1., FeatureStatistics(reader, [real] * len(question.seeds), relative_weights(reader, real))), l2=(.005 / values, lambda video, step: l2_size(video, squared=True), True))
     config = plan(settings, betas=(.5, .9), warmup=round(settings.steps / 15))
     augment = chain(partial(jitter, pixels=settings.jitter), partial(random_flip, share=settings.flip))
-    return Recipe(PixelCanvas(question.seeds, question.shape), {"target": Term(1., question.objective)} | priors, config, augment)
+    return Recipe(SeenCanvas(question.seeds, question.shape, seen_frames(question), std=settings.start), {"target": Term(1., question.objective)} | priors, config, augment)
 
-# %% ../../nbs/65_baselines.recipes.ipynb #dbedf897
+# %% ../../nbs/65_baselines.recipes.ipynb #1606b929
 RECIPES = {"AM": activation_maximisation, "AM, jittered": activation_maximisation, "GradViT": gradvit, "MACO": maco, "LEAPS": leaps}
 LOGIT = ("AM", "AM, jittered", "MACO") # Raise the logit; the others are given the cross-entropy (their papers)
 
-# %% ../../nbs/65_baselines.recipes.ipynb #1606b929
+# %% ../../nbs/65_baselines.recipes.ipynb #1fb5bf53
 MODES = ("max", "divergence")
 
 def ask(
@@ -228,29 +256,42 @@ def ask(
     wanted:Float[Tensor, "batch"]|None=None, # For "divergence": Hellinger distances over the two words, [0, 1]
 ) -> WordObjective: # One loss a clip
     "The objective of a mode"
-    if mode not in MODES: raise ValueError(f"mode must be 'max' or 'divergence', got {mode!r}.")
     target = TargetToken(reader, pairs, captions, form=form)
     if mode == "max": return target
-    missing = [name for name, value in (("base_videos", base_videos), ("wanted", wanted)) if value is None]
-    if missing: raise ValueError(f"mode='divergence' starts from the VLM's answers about base clips and goes a wanted distance; {' and '.join(missing)} is None. Give one clip and one number in [0, 1] for each caption.")
-    if not len(base_videos) == len(wanted) == len(captions): raise ValueError(f"one base clip and one wanted divergence a caption, got {len(base_videos)}, {len(wanted)} and {len(captions)}.")
     with torch.no_grad(): source = target.answers(base_videos)
     return WantedDivergence(reader, pairs, captions, source, wanted, over="pair")
 
-# %% ../../nbs/65_baselines.recipes.ipynb #9333db64
+# %% ../../nbs/65_baselines.recipes.ipynb #f1de8548
+def until(
+    augment:Callable, # `augment(video, generators, step)`
+    end:int, # First step without it
+) -> Callable: # The same, and nothing from `end` on
+    "An augmentation that ends"
+    return lambda video, generators, step: augment(video, generators, step) if step < end else video
+
+# %% ../../nbs/65_baselines.recipes.ipynb #a87ac816
 def check_question(
     name:str, # One of `BASELINES`
     captions:Sequence[str], # One a clip
     pairs:Sequence, # One a clip
     seeds:Sequence[int], # One a clip
     stimulus:Tensor|None, # For LEAPS, one a clip
+    mode:str, # One of `MODES`
+    base_videos:Tensor|None, # For "divergence", one a clip
+    wanted:Tensor|Sequence[float]|None, # For "divergence", one a clip
 ) -> None:
     "Refuse what a recipe cannot use"
     check_baseline(name)
     if not len(captions) == len(pairs) == len(seeds) or not len(seeds): raise ValueError(f"one caption, pair and seed a clip and at least one clip, got {len(captions)}, {len(pairs)} and {len(seeds)}.")
     if name == "LEAPS" and (stimulus is None or len(stimulus) != len(seeds)):
         raise ValueError(f"LEAPS is primed with one real clip of the target caption for each clip, got {'no stimulus' if stimulus is None else f'{len(stimulus)} for {len(seeds)}'}. In the world: render([do(scene, ...)]).")
+    if mode not in MODES: raise ValueError(f"mode must be 'max' or 'divergence', got {mode!r}.")
+    if mode == "max": return
+    missing = [what for what, value in (("base_videos", base_videos), ("wanted", wanted)) if value is None]
+    if missing: raise ValueError(f"mode='divergence' starts from the VLM's answers about base clips and goes a wanted distance; {' and '.join(missing)} is None. Give one clip and one number in [0, 1] for each caption.")
+    if not len(base_videos) == len(wanted) == len(captions): raise ValueError(f"one base clip and one wanted divergence a caption, got {len(base_videos)}, {len(wanted)} and {len(captions)}.")
 
+# %% ../../nbs/65_baselines.recipes.ipynb #39918922
 def invert_baseline(
     name:str, # One of `BASELINES`
     vlm:VideoLanguageModel, # Frozen
@@ -268,7 +309,7 @@ def invert_baseline(
     resume_path:str|Path|None=None, # Ends in `.safetensors`; a short name of the question is added to the file's
 ) -> InversionResult: # `reached` of 0.9 is success in both modes
     "Make clips with which a VLM says what is wanted, by a published method of feature visualisation"
-    check_question(name, captions, pairs, seeds, stimulus)
+    check_question(name, captions, pairs, seeds, stimulus, mode, base_videos, wanted)
     settings = settings or BaselineSettings.mini(name, vlm.name)
     pairs, reader = [parse_contrast(pair) for pair in pairs], VisionReader(vlm)
     device = next(vlm.parameters()).device
@@ -277,7 +318,10 @@ def invert_baseline(
     objective = Late(ask(reader, captions, pairs, mode, "logit" if name in LOGIT else "log_prob", base_videos, wanted), int(COUNTS_FROM * settings.steps))
     guide = load_encoder("frames", str(device)) if guide is None and name == "GradViT" else guide
     recipe = RECIPES[name](Question(reader, objective, [int(seed) for seed in seeds], real_videos, stimulus, guide), settings)
+    augment = until(recipe.augment, objective.first) if mode == "divergence" and recipe.augment else recipe.augment
     if resume_path is not None: # the engine knows settings and seeds, not the words
-        asked = config_hash(dict(name=name, vlm=vlm.name, mode=mode, captions=list(captions), pairs=[pair.name for pair in pairs], wanted=None if wanted is None else wanted.tolist(), settings=settings))
+        models = [tensor_digest(part.state_dict()) for part in (vlm, guide) if part is not None]
+        clips = [None if video is None else tensor_digest({"video": video}) for video in (real_videos, base_videos, stimulus)]
+        asked = config_hash(dict(name=name, models=models, mode=mode, captions=list(captions), pairs=[pair.name for pair in pairs], wanted=None if wanted is None else wanted.tolist(), clips=clips, settings=settings))
         resume_path = Path(resume_path).with_name(f"{Path(resume_path).stem}_{asked}.safetensors")
-    return invert(recipe.canvas.to(device), recipe.terms, recipe.config, objective, recipe.augment, progress, resume_path)
+    return invert(recipe.canvas.to(device), recipe.terms, recipe.config, objective, augment, progress, resume_path)

@@ -189,6 +189,7 @@ def train_coupling(
     return TrainingResult(step, step >= training.steps, curve, averaged)
 
 # %% ../../nbs/34_coupling.training.ipynb #e462a301
+@torch.enable_grad()
 def fit_transport(
     transport:nn.Module, # `ProjectedTransport`, trained in place; one without parameters is left as it is
     projected:Float[Tensor, "states vlm_tokens vlm_dim"], # Guesses of the first branch

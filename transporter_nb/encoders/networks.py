@@ -228,6 +228,6 @@ def load_encoder(
     tensors, kept = load_checkpoint(path or checkpoint_path(f"encoder_{name}"))
     if kept.get("encoder") != name: raise ValueError(f"the file holds {kept.get('encoder')!r}, and {name!r} was asked for. Give the file that save_encoder wrote for it.")
     if kept["words"] != caption_words(): raise ValueError(f"the file knows the words {kept['words']}, the world has {caption_words()}. Train it again with `nbs/train_encoders.ipynb`.")
-    encoder = ENCODERS[name](EncoderConfig(**kept["config"] | {"widths": tuple(kept["config"]["widths"])}))
+    with torch.random.fork_rng(devices=[]): encoder = ENCODERS[name](EncoderConfig(**kept["config"] | {"widths": tuple(kept["config"]["widths"])})) # its random start is overwritten
     encoder.load_state_dict(tensors)
     return encoder.to(resolve_device(device)).eval().requires_grad_(False)

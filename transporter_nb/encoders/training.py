@@ -201,6 +201,7 @@ def channels_last(
         if p.ndim in (4, 5): p.data = p.data.contiguous(memory_format=torch.channels_last if p.ndim == 4 else torch.channels_last_3d)
     return encoder
 
+# %% ../../nbs/23_encoders.training.ipynb #98958b20
 def train_encoder(
     encoder:VideoEncoder|ContrastiveEncoder|FrameEncoder, # Changed in place: ends frozen, in evaluation mode
     settings:EncoderTraining, # How
@@ -232,7 +233,7 @@ def train_encoder(
     encoder.eval().requires_grad_(False)
     return losses
 
-# %% ../../nbs/23_encoders.training.ipynb #d5bbcf5b
+# %% ../../nbs/23_encoders.training.ipynb #b11a7ccc
 @torch.no_grad()
 def naming_accuracy(
     encoder:VideoEncoder|FrameEncoder, # Frozen

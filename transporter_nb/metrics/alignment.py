@@ -43,7 +43,7 @@ class WorldAlignment:
         video:Float[Tensor, "batch frames 3 height width"], # Values in [0, 1]
     ) -> Float[Tensor, "batch dim"]: # Unit vectors
         "Where clips lie"
-        return world_encoder("contrastive", self.device).embed_video(video)
+        return world_encoder("contrastive", self.device).embed_video(check_video(video))
 
     def embed_text(self,
         texts:Sequence[str], # Captions of the world; a word it does not know is refused
@@ -93,7 +93,7 @@ def clip_score(
     "How well videos fit captions"
     if isinstance(captions, str) or len(captions) != len(videos): raise ValueError(f"each video needs its caption in a list, got {len(videos)} videos and {captions!r:.80}. Repeat a shared caption.")
     model = model or WorldAlignment(str(videos.device))
-    seen = in_chunks(model.embed_video, videos, chunk)
+    seen = in_chunks(model.embed_video, check_video(videos), chunk)
     with torch.no_grad(): said = model.embed_text(list(captions)).to(seen)
     return 100 * (seen * said).sum(1)
 
@@ -145,6 +145,8 @@ def embedding_similarity(
     n_resamples:int=200, # Subsamples behind each interval
 ) -> EmbeddingSimilarity: # The real set stands still; intervals are for the generated one
     "Cosine, l1, l2 and KL between mean encodings of generated and real videos (paper, Table 2)"
+    if not len(real) or generated.shape[-1] != real.shape[-1] or (centre is not None and centre.shape != real.shape[-1:]):
+        raise ValueError(f"encodings need real clips and one width, got {tuple(generated.shape)}, {tuple(real.shape)} and a centre of {None if centre is None else tuple(centre.shape)}. Encode all with one VLM.")
     if not (generated.isfinite().all() and real.isfinite().all()): raise ValueError("encodings must be finite, got NaN or infinity. Look at the videos, or encode in float32.")
     rows, target = generated.detach().double().mean(1), real.detach().double().mean((0, 1))
     def measure(name, shift=0.):

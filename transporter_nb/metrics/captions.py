@@ -200,8 +200,7 @@ class LineServer:
 
     def fail(self, what:str, kind:type=RuntimeError):
         "End the process, and say why"
-        if self.process.poll() is None: self.process.kill()
-        self.process.wait()
+        self.process.kill(); self.process.wait() # harmless where it has ended
         self.complaints.seek(0)
         last = self.complaints.read().decode(errors="replace").strip()[-400:]
         self.close()

@@ -46,7 +46,7 @@ def bootstrap(
     n_resamples:int=1000, # More make the ends steadier (chosen: their own error is then about 5 % of the width)
 ) -> Estimate: # Mean and percentile interval
     "Mean of some values with its percentile bootstrap interval"
-    if len(values) < 2 or not values.isfinite().all():
+    if values.ndim != 1 or len(values) < 2 or not values.isfinite().all():
         raise ValueError(f"an interval needs at least two finite values, got {len(values)}, of which {int(values.isfinite().sum())} are finite. Measure more clips, or leave the failed ones out and say so.")
     values = values.detach().double().cpu()
     draws = torch.randint(len(values), (n_resamples, len(values)), generator=seeded_generator(seed))
