@@ -51,6 +51,9 @@ if not reports:
 card = []
 for path, report in reports.items():
     rows = [row for row in report["rows"] if row.get("target") is not None]
+    if not rows:
+        print(f"{path.stem}: {len(report['rows'])} facts, no target")
+        continue
     short = [row for row in rows if falls_short(row)]
     print(f"{path.stem}: {len(rows) - len(short)} of {len(rows)} targets met")
     for row in short:
