@@ -1,10 +1,12 @@
 """The comparison of methods: the same questions to all, a judge that a planted error cannot fool, rows that are made once."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from transporter_nb.comparison import (MEASURES, SINGLE_CONTRASTS, case_keys, comparison_cases, digest_of_clips, from_bytes, judged_row, kept_sweep, learned_captions,
-                                       load_judge, real_statistics, target_probability, to_bytes)
+from transporter_nb.comparison import (MEASURES, SINGLE_CONTRASTS, case_keys, comparison_cases, concept_key, digest_of_clips, from_bytes, generation_of, judged_row, kept_sweep,
+                                       learned_captions, load_judge, real_statistics, target_probability, to_bytes)
 from transporter_nb.concepts import ConceptBank
 from transporter_nb.core import checkpoint_path
 from transporter_nb.registry import load_generator, load_vlm
@@ -31,8 +33,10 @@ def test_questions_are_held_out_and_cover_every_contrast(cases):
     assert [case.pair.name for case in cases] == list(SINGLE_CONTRASTS)
     assert all(is_held_out(case.scene) and is_held_out(case.target_scene) for case in cases)
     bank = ConceptBank.from_pretrained(checkpoint_path("concepts_phi4"))
-    learned = set(learned_captions(bank))
-    assert learned and not learned & {text for case in comparison_cases(64, avoid=sorted(learned)) for text in (case.caption, case.target_caption)}
+    learned, kept = set(learned_captions(bank)), comparison_cases(64, avoid=learned_captions(bank))
+    assert learned and not learned & {case.caption for case in kept}
+    of_contrast = {name: {text for caption in bank[name].meta["captions"] for text in (caption, bank[name].pair.apply(caption))} for name in SINGLE_CONTRASTS}
+    assert not any(case.target_caption in of_contrast[case.pair.name] for case in kept) # a concept never saw where it is asked to go
 
 
 def test_exhausted_captions_are_refused(cases):
@@ -100,3 +104,12 @@ def test_colours_survive_as_bytes():
 def test_wrong_numbers_of_clips_are_refused(judge, reference, cases):
     video = render([case.scene for case in cases[:2]])
     with pytest.raises(ValueError, match="one clip and one unsteered clip a case"): judged_row(judge, video, video, cases[:3], reference)
+
+
+def test_keys_hold_what_decides_the_clips(monkeypatch):
+    generator, concept = load_generator(), ConceptBank.from_pretrained(checkpoint_path("concepts_phi4"))["red -> blue"]
+    before = generation_of(generator)
+    monkeypatch.setattr(generator, "default_steps", 3)
+    assert generation_of(generator) != before
+    others = (replace(concept, config=replace(concept.config, placement="word")), replace(concept, meta={**concept.meta, "captions": ["?"]}), replace(concept, vectors=concept.vectors + 1))
+    assert len({concept_key(one) for one in (concept, *others)}) == 4

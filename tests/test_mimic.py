@@ -106,3 +106,13 @@ def test_what_an_answer_names(vlm):
     for scene in sample_scenes(30, seed=61_018, split="all"): assert named_words(" ".join(scene.words.values())) == scene.words
     with pytest.raises(ValueError, match="must name something"): named_words("over a floor")
     with pytest.raises(ValueError, match="one seed and one set"): invert_answer(vlm, ["red", "blue"], seeds=[1])
+
+
+def test_an_interrupted_run_goes_on_only_with_its_own_question(vlm, tmp_path):
+    config, real = MimicConfig.v2().mini(steps=2), [concept_clips("red ball", n=2)]
+    def ask(target, **other):
+        return invert_answer(vlm, [target], config=other.get("config", config), seeds=[0], real_videos=other.get("real", real), progress=False, resume_path=tmp_path / "run.safetensors")
+    first = ask("red ball")
+    assert torch.equal(ask("red ball").videos, first.videos)
+    for wrong in ({"target": "blue ball"}, {"target": "red ball", "real": [1 - real[0]]}, {"target": "red ball", "config": replace(config, templates=("ask",))}):
+        with pytest.raises(ValueError, match="another question"): ask(**wrong)

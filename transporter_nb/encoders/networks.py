@@ -189,6 +189,8 @@ class TextTower(nn.Module):
 # %% ../../nbs/23_encoders.networks.ipynb #5d6ace0c
 class ContrastiveEncoder(nn.Module):
     "Clips and captions as unit vectors whose cosine says how well they fit (the part of CLIP, arXiv 2103.00020)"
+    name, metric = "in-world contrastive encoder", "CLIP-mini" # as an alignment score asks of a model
+
     def __init__(self, config:EncoderConfig=EncoderConfig()):
         super().__init__()
         self.config, self.trunk, self.text = config, Trunk(config, "clips"), TextTower(config)
