@@ -25,7 +25,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 from torch import Tensor, nn
 
-from .concepts import ConceptBank, ConceptConfig, Direction, answer_divergence, pair_ids, through_coupling, word_answers
+from .answers import answer_divergence, pair_ids, word_answers
+from .concepts import ConceptBank, ConceptConfig, Direction, through_coupling
 from .contrasts import PLURALS, SINGULARS, ContrastPair, changed_words, parse_contrast
 from .core import as_config, check_scale, checkpoint_path, repo_path, resolve_device, tensor_digest, write_aside
 from .coupling.network import CouplingNetwork

@@ -182,7 +182,7 @@ def wanted_answer(
     log_q = 2 * root.clamp(min=1e-30).log()
     return (log_q - log_q.logsumexp(-1, keepdim=True)).float()
 
-# %% ../../nbs/65_baselines.objectives.ipynb #55c402e6
+# %% ../../nbs/65_baselines.objectives.ipynb #ecc32fce
 class WantedDivergence(WordObjective):
     "Reach the source answer plus a wanted divergence (paper Table 1, second block)"
     def __init__(self, vlm:VideoLanguageModel|VisionReader, pairs:Sequence[ContrastPair|str]|ContrastPair|str, captions:Sequence[str],
@@ -215,7 +215,7 @@ class WantedDivergence(WordObjective):
         "How near the wanted answer is"
         return 1 - hellinger_distance(self.wanted, self.narrow(self.answers(video))).mean(-1)
 
-# %% ../../nbs/65_baselines.objectives.ipynb #1c473757
+# %% ../../nbs/65_baselines.objectives.ipynb #7787b369
 class TeacherForcedAnswer(nn.Module):
     "Say a whole answer (MIMIC's L_SCE, arXiv 2508.07833)"
     def __init__(self,
@@ -252,7 +252,7 @@ class TeacherForcedAnswer(nn.Module):
         "How much of what was asked for is there"
         return self.target_probability(video)
 
-# %% ../../nbs/65_baselines.objectives.ipynb #ed8e0a71
+# %% ../../nbs/65_baselines.objectives.ipynb #e1fa7e94
 class Statistics(NamedTuple):
     "Mean and variance of each channel of each layer"
     means: list[Float[Tensor, "batch width"]]
@@ -271,7 +271,7 @@ def vector_distance(
     "How far two vectors are apart"
     return torch.linalg.vector_norm(a - b, dim=-1)
 
-# %% ../../nbs/65_baselines.objectives.ipynb #e1fa7e94
+# %% ../../nbs/65_baselines.objectives.ipynb #fa258c41
 class FeatureStatistics(nn.Module):
     "Have the token statistics of real clips in every layer of the vision tower (MIMIC's L_base, arXiv 2508.07833; LEAPS, arXiv 2303.09941)"
     def __init__(self,
@@ -296,7 +296,7 @@ class FeatureStatistics(nn.Module):
                  in zip(self.weights, here.means, self.means, here.variances, self.variances)]
         return torch.stack(parts).sum(0)
 
-# %% ../../nbs/65_baselines.objectives.ipynb #6c9ba26f
+# %% ../../nbs/65_baselines.objectives.ipynb #4990a8d6
 def jaccard_similarity(
     a:Float[Tensor, "*batch width"], # Any vectors
     b:Float[Tensor, "*batch width"], # As many
@@ -322,7 +322,7 @@ class JaccardSimilarity(nn.Module):
         here = layer_statistics(self.reader(video).layers).means
         return torch.stack([weight * (1 - jaccard_similarity(a, b)) for weight, a, b in zip(self.weights, here, self.wanted)]).mean(0)
 
-# %% ../../nbs/65_baselines.objectives.ipynb #14684107
+# %% ../../nbs/65_baselines.objectives.ipynb #9dd5ab9a
 def frame_distances(
     layer:Float[Tensor, "batch seen_frames tokens width"], # From a `VisionReader`
 ) -> Float[Tensor, "batch seen_frames seen_frames"]: # Distance of the mean embeddings of two frames
@@ -338,7 +338,7 @@ def real_margin(
     with torch.no_grad(): apart = frame_distances(VisionReader.of(vlm)(real_videos).layers[-1])
     return apart[:, torch.ones(apart.shape[1:], dtype=torch.bool).triu(2)].mean().item()
 
-# %% ../../nbs/65_baselines.objectives.ipynb #9dd5ab9a
+# %% ../../nbs/65_baselines.objectives.ipynb #d1ee8fd3
 class Coherence(nn.Module):
     "Neighbouring frames close, others a margin apart (LEAPS, arXiv 2303.09941; last layer only)"
     def __init__(self,
@@ -354,7 +354,7 @@ class Coherence(nn.Module):
         far = near.triu(2)
         return torch.where(far, (self.margin - apart).clamp(min=0), torch.where(near, apart, 0.)).sum((1, 2)) / near.sum()
 
-# %% ../../nbs/65_baselines.objectives.ipynb #aec59a1a
+# %% ../../nbs/65_baselines.objectives.ipynb #d96d1ebe
 class BatchNormGuide(nn.Module):
     "Have the batch statistics of a network's training images (DeepInversion, arXiv 1912.08777)"
     def __init__(self,
