@@ -7,7 +7,7 @@ SHELL := /bin/bash
 VLM ?= phi4
 VLMS ?= phi4 gemma3 videollama3
 FIGURES ?= fig1 fig3 fig4 fig5 fig6 fig7 fig8 gallery explain_clip
-TABLES ?= table1 table2 table3 proxies mimic
+TABLES ?= table1 table2 table3 proxies mimic calibration
 PART ?=
 MINUTES ?= 60
 DEVICE ?= auto
@@ -16,7 +16,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup fig7 figures tables quickstart train measure report test lint exported tidy notebooks pytest clean
+.PHONY: help setup fig7 figures tables faithfulness quickstart train measure report test lint exported tidy notebooks pytest clean
 
 help: ## this list
 	@grep -E '^[a-z0-9]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,12 +50,16 @@ figures: $(READY) ## every figure for every VLM: make figures, or make figures F
 tables: $(READY) ## every table for every VLM, row by row: interrupted, it goes on where it was: make tables TABLES=table3
 	$(call each,$(TABLES))
 
+faithfulness: $(READY) ## every method on planted VLMs, row by row: interrupted, it goes on where it was
+	papermill nbs/faithfulness.ipynb out.ipynb
+
 quickstart: $(READY) ## the method in one short notebook
 	papermill nbs/quickstart.ipynb out.ipynb
 
 train: $(READY) ## rebuild shipped weights: make train PART=vae MINUTES=60, make train PART=vlm VLM=gemma3
-	@test -n "$(PART)" || { echo "Which part? make train PART=vae (or world, generator, vlm, coupling, concepts; of the judges video, contrastive, frames)"; exit 1; }
-	@case " video contrastive frames " in *" $(PART) "*) papermill nbs/train_encoders.ipynb out.ipynb -p part $(PART) -p device $(DEVICE) -p minutes $(MINUTES);; \
+	@test -n "$(PART)" || { echo "Which part? make train PART=vae (or world, generator, vlm, coupling, concepts; of the judges video, contrastive, frames; planted: all planted VLMs)"; exit 1; }
+	@case "$(PART)" in video|contrastive|frames) papermill nbs/train_encoders.ipynb out.ipynb -p part $(PART) -p device $(DEVICE) -p minutes $(MINUTES);; \
+	  planted) papermill nbs/train_planted.ipynb out.ipynb -p minutes $(MINUTES);; \
 	  *) papermill nbs/train_mini.ipynb out.ipynb -p part $(PART) -p vlm $(VLM) -p device $(DEVICE) -p minutes $(MINUTES);; esac
 
 measure: $(READY) ## measure the shipped models again, then report

@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['WORD_COLOURS', 'pair_between', 'Answers', 'read_answers', 'AnswerTable', 'Curve', 'draw_answers', 'draw_filmstrip',
-           'filmstrip_size', 'Explanation', 'run_facts', 'check_coupled', 'Transporter', 'plain_pair', 'makes']
+           'filmstrip_size', 'Explanation', 'run_facts', 'check_groups', 'check_coupled', 'Transporter', 'plain_pair',
+           'makes', 'check_request']
 
 # %% ../nbs/51_l2v.ipynb #3b79996d
 import io
 import json
 import platform
 import subprocess
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,14 +29,17 @@ from matplotlib.figure import Figure, FigureBase
 from torch import Tensor, nn
 
 from .answers import answer_divergence, pair_ids, word_answers
+from .calibration import BUDGET, Calibration, calibrate, check_evaluations, check_probabilities, target_answer
+from .certificate import Certificate, certify, check_through
 from .concepts import ConceptBank, ConceptConfig, Direction, through_coupling
 from .contrasts import PLURALS, SINGULARS, ContrastPair, changed_words, parse_contrast
 from .core import as_config, check_scale, checkpoint_path, repo_path, resolve_device, tensor_digest, write_aside
 from .coupling.network import CouplingNetwork
-from .generators.base import VideoGenerator
+from .generators.base import PromptCondition, VideoGenerator
 from .hub import SOURCES, LoadOptions
 from .registry import GENERATORS, VLMS, find_adapter, load_generator, load_vlm, shipped_vlm_names
-from .steering import check_run, check_strengths, steer, window_weights
+from .shaping import WORD_GROUPS, ShapedConcept, ShapingConfig, measure_answers, with_word, word_of
+from .steering import MAX_STRENGTH, Steered, check_run, check_strengths, steer, window_weights
 from .video import frames_to_uint8, save_gif, save_mp4, show_gif
 from .vlms.base import VideoLanguageModel
 
@@ -184,12 +190,16 @@ class Explanation:
     reencoded: Answers # Through decode and re-encode
     distance: Float[Tensor, "strengths"] # Root mean square difference of pixels to the unsteered video, 0 to 1
     settings: dict = field(default_factory=dict) # Everything else needed to make it again
+    made_by: Any = field(default=None, repr=False) # The `Transporter` and the directions behind it, for the certificate; saved nowhere
+
+    def __getstate__(self) -> dict: return {**vars(self), "made_by": None} # models do not belong into a pickle
 
     @property
-    def labels(self) -> list[str]: # Such as `"0.25"`, or `"0.25, 1"` where two directions differ
+    def labels(self) -> list[str]: # Such as `"0.25"`, or `"0.25, 1"` where two directions differ; where an answer of 0.3 was asked for, `"0.25 for 0.3"`
         "A short name for each row of strengths"
         rows = [row[:1] if len(set(row)) == 1 else row for row in self.strengths.tolist()]
-        return [", ".join(f"{round(value, 3):g}" for value in row) for row in rows]
+        wanted = [f" for {found['wanted']:g}" for found in self.settings.get("calibration", {}).get("found", [])] or [""] * len(rows)
+        return [", ".join(f"{round(value, 3):g}" for value in row) + answer for row, answer in zip(rows, wanted)]
 
     @property
     def answers(self) -> AnswerTable: # Strength, probabilities, divergence, distance, captions
@@ -216,7 +226,7 @@ def curves(self:Explanation) -> list[Curve]: # One for each target word
 def filmstrip(
     self:Explanation,
     frames:Sequence[int]|None=None, # Which frames to show; None takes the first, the middle and the last
-    dpi:int=80, # Dots an inch
+    dpi:int=76, # Dots an inch
 ) -> Figure: # A figure by itself, known to no window
     "The clips over strengths, with the VLM's answers below"
     ends = sorted({0, len(self.videos) - 1})
@@ -253,7 +263,7 @@ def save(
     if stem is None or not str(stem) or str(stem).endswith(("/", ".")): raise ValueError(f"save needs a path with a file name, such as 'red_to_blue', got {stem!r}.")
     paths = {ending: Path(f"{stem}.{ending}") for ending in ("png", "gif", "mp4", "json")}
     record = as_config({"caption": self.caption, "target_caption": self.target_caption, "change": self.pair.name, "strengths": self.strengths.tolist(),
-                        "settings": self.settings, "answers": list(self.answers)})
+                        "settings": self.settings, "answers": list(self.answers), **({"certificate": self.certificate.as_dict()} if self.is_certified else {})})
     paths["json"].unlink(missing_ok=True) # the record is written last: where it is, everything else is of the same run
     with write_aside(paths["png"]) as aside: self.filmstrip(dpi=150).savefig(aside, format="png")
     save_gif(paths["gif"], self.side_by_side())
@@ -272,6 +282,18 @@ def run_facts() -> dict: # Versions of what computes, and the commit of the clon
     return {"commit": commit, "python": platform.python_version(), **{name: of(name) for name in ("transporter_nb", "torch", "diffusers", "transformers")}}
 
 # %% ../nbs/51_l2v.ipynb #f16d9c99
+def check_groups(
+    groups:Any, # Words that exclude each other, group by group
+    pairs:Sequence[ContrastPair], # What will be asked about
+) -> tuple[tuple[str, ...], ...]: # The same, to be compared with others
+    "Refuse groups of words that no experiment can be made of"
+    def is_list(thing): return isinstance(thing, Sequence) and not isinstance(thing, str)
+    if not is_list(groups) or not all(is_list(group) and all(isinstance(word, str) and word for word in group) and len(set(group)) == len(group) >= 2 for group in groups):
+        raise ValueError(f"l2v.word_groups must be groups of two or more different words that take each other's place, such as [('red', 'blue'), ('stone', 'snowy', 'leafy')], got {groups!r}.")
+    missing = [(source, pair) for pair in pairs for source, _ in pair.words if not any(source in group for group in groups)]
+    if missing: raise ValueError(f"no group of words in l2v.word_groups holds {missing[0][0]!r} of {missing[0][1].name!r}. Add one with the words that could stand in its place: l2v.word_groups = [*l2v.word_groups, ('{missing[0][0]}', ...)].")
+    return tuple(map(tuple, groups))
+
 def check_coupled(
     vlm:str, # Registry name of the VLM
     generator:str, # Registry name of the generator
@@ -296,6 +318,7 @@ class Transporter:
         names:dict|None=None, # How the parts were loaded (`vlm`, `generator`, `scale`), kept in every record
     ):
         self.generator, self.vlm, self.coupling, self.bank, self.names = generator, vlm, coupling, ConceptBank() if bank is None else bank, names or {}
+        self.word_groups, self.measured = WORD_GROUPS, {} # words that may matter to a shaped concept, and what the VLM answered to them
 
     @classmethod
     def load(cls,
@@ -317,14 +340,32 @@ class Transporter:
 
 # %% ../nbs/51_l2v.ipynb #1e4d3dc8
 @patch
+def shaped(
+    self:Transporter,
+    caption:str, # The source caption; its words vary in the experiment, and what is in no group of words stays
+    pair:ContrastPair, # What changes
+    weight:Real=1., # How much the VLM decides, from 0 (eq. 8's concept) to 1
+    paper:Direction|None=None, # Eq. (8)'s concept, which has the rest
+) -> ShapedConcept: # The VLM's answers are measured once
+    "A concept that the VLM shapes"
+    groups, form = check_groups(self.word_groups, [pair]), caption # captions of one form make the same experiment: their words vary in it
+    for group in groups: form = with_word(form, group, group[0]) if word_of(form, group) else form
+    key = (pair, groups, id(self.generator), id(self.vlm), form)
+    if key not in self.measured: self.measured[key] = measure_answers(self.generator, self.vlm, self.coupling, pair, [caption], groups=groups)
+    return ShapedConcept(pair, self.measured[key], ShapingConfig(weight=weight), paper)
+
+@patch
 def directions(
     self:Transporter,
     caption:str, # The source caption
     pairs:Sequence[ContrastPair], # What changes
     config:ConceptConfig|None=None, # For concepts that must be learned; None takes `ConceptConfig.mini()`
     progress:bool=True, # Say what is learned, and show how far it is
+    vlm_weight:Real=0., # 0: eq. (8)'s concepts; 1: the VLM decides what they hold; between: both
 ) -> list[Direction]: # To be steered by, all with the same strength
     "Concepts for a change: known, put together from known ones, or learned now"
+    if vlm_weight: check_groups(self.word_groups, pairs) # before anything is learned
+    if vlm_weight == 1: return [self.shaped(caption, pair) for pair in pairs] # no concept of eq. (8) is needed
     found = []
     for pair in pairs:
         parts = [parse_contrast(f"{source} -> {target}") for source, target in pair.words]
@@ -333,7 +374,7 @@ def directions(
         else:
             if progress: print(f"{pair.name!r} is not in the bank of {len(self.bank)} concepts; learning it from {caption!r}.")
             found.append(self.bank.learn(self.generator, self.vlm, self.coupling, pair, caption, config, progress))
-    return found
+    return [self.shaped(caption, known.pair, vlm_weight, known) for known in found] if vlm_weight else found
 
 # %% ../nbs/51_l2v.ipynb #3de8136c
 def plain_pair(
@@ -374,6 +415,44 @@ def changes(
     return pairs, merged
 
 # %% ../nbs/51_l2v.ipynb #cfd3fb62
+def check_request(
+    strengths:Any, # As in `explain`
+    target_probability:Any, # As in `explain`
+    evaluations:Any, # As in `explain`
+    vlm_weight:Any, # As in `explain`
+) -> tuple[Any, list[float]|None, int, float]: # The same, as plain numbers; 9 strengths where neither they nor answers are named
+    "Refuse what nothing can be made of"
+    if target_probability is not None and strengths is not None:
+        raise ValueError(f"give strengths or target_probability, which finds the strengths itself; got strengths={strengths!r} and target_probability={target_probability!r}.")
+    if isinstance(strengths, int) and strengths < 2: raise ValueError(f"a number of strengths must be at least 2, got {strengths}. For one clip write [1.0].")
+    if not isinstance(vlm_weight, Real) or isinstance(vlm_weight, bool) or not 0 <= vlm_weight <= 1:
+        raise ValueError(f"vlm_weight is a number from 0 (the paper's concept) to 1 (the VLM alone), got {vlm_weight!r}. Leave it out for the paper's concept.")
+    return 9 if strengths is None else strengths, None if target_probability is None else check_probabilities(target_probability), check_evaluations(evaluations), float(vlm_weight)
+
+@patch
+@torch.no_grad()
+def answered(
+    self:Transporter,
+    steered:Callable[[list[float]], Steered], # Makes one clip of the same noise at each of some strengths; the first strength asked for is 0
+    wanted:Real|Sequence[Real], # Answers, each in (0, 1)
+    pair:ContrastPair, # All words that change
+    caption:str, # The source caption
+    through:str="reencoded", # How the VLM sees the clips: `"reencoded"` or `"phi"`
+    evaluations:int=BUDGET, # Clips a wanted answer, at most
+) -> tuple[Steered, Calibration]: # The unsteered clip and one a wanted answer; how they were found
+    "Clips to which the VLM gives wanted answers"
+    made, through = {}, check_through(through, self.coupling)
+    def answer(strengths):
+        run = steered(strengths)
+        made.update({strength: (run.latents[0, k], run.condition.index(k), run.strengths[k]) for k, strength in enumerate(strengths)})
+        seen = self.vlm.embed(self.generator.decode(run.latents[0]).clamp(0, 1))
+        tokens = seen if through == "reencoded" else through_coupling(self.coupling, run.latents[0], run.condition, seen)
+        return target_answer(self.vlm, tokens, pair, caption).tolist()
+    calibration = calibrate(answer, wanted, MAX_STRENGTH, evaluations)
+    latents, conditions, rows = zip(*(made[strength] for strength in [0., *(found.strength for found in calibration.found)]))
+    return Steered(torch.stack(latents)[None], PromptCondition.cat(conditions), torch.stack(rows)), calibration
+
+# %% ../nbs/51_l2v.ipynb #636ad28d
 @patch
 @torch.no_grad()
 def explain(
@@ -381,44 +460,69 @@ def explain(
     caption:str, # What the video is; must hold the source words
     change:str|ContrastPair|Sequence|None=None, # `"red -> blue"`, `"two+small -> one+large"`, or a list of contrasts
     target_caption:str|None=None, # In place of `change`: the caption of what it shall become
-    strengths:int|Sequence=9, # How many, evenly from 0 to 1; or a list of numbers from 0 to 1.5; or rows with one number a direction
+    strengths:int|Sequence|None=None, # How many, evenly from 0 to 1 (None: 9); or a list of numbers from 0 to 1.5; or rows with one number a direction
     seed:int=0, # Of the noise that all clips start from
     start_step:int=0, # Before this step the source prompt leads
     frame_window:Sequence[int]|None=None, # First frame modulated and one past the last; None modulates all
     steps:int|None=None, # Euler steps; None takes the generator's own
     guidance:float|tuple[float, float]|None=None, # None takes the generator's own
     progress:bool=True, # Show what is learned where a concept is missing
-) -> Explanation: # Videos, answers, captions, distances
+    target_probability:Real|Sequence[Real]|None=None, # In place of `strengths`: answers in (0, 1) that the clips shall get, the probability of the target word (of several, their mean)
+    through:str="reencoded", # How `target_probability` is measured: `"reencoded"` or `"phi"`
+    evaluations:int=BUDGET, # Clips that the search for an answer may take
+    vlm_weight:Real=0., # How much the VLM decides what the direction holds: 0 is the paper's concept, 1 whatever moves this VLM's answer (`42_shaping`)
+) -> Explanation: # Videos, answers, captions, distances; one clip a strength, or one a wanted answer
     "Make the videos in which only what the VLM associates with a change of its answer changes (paper §3.4)"
     if not isinstance(caption, str) or not isinstance(seed, int): raise ValueError(f"caption must be a text and seed a whole number, got {caption!r} and {seed!r}.")
-    if isinstance(strengths, int) and strengths < 2: raise ValueError(f"a number of strengths must be at least 2, got {strengths}. For one clip write [1.0].")
+    strengths, wanted, evaluations, vlm_weight = check_request(strengths, target_probability, evaluations, vlm_weight)
+    check_through(through, self.coupling)
     strengths = torch.linspace(0, 1, strengths) if isinstance(strengths, int) else strengths
     pairs, merged = self.changes(caption, change, target_caption)
     noise, window = self.generator.noise([seed]), None if frame_window is None else tuple(frame_window)
     check_run(self.generator, noise, 1, start_step, steps); check_strengths(strengths) # before anything is learned
     if window is not None: window_weights(window, self.generator.config.frames, noise.shape[2])
-    directions = self.directions(caption, pairs, progress=progress)
-    table = check_strengths(strengths, len(directions))
-    asked = torch.cat([torch.zeros(1, len(directions)), table]) # row 0: the unsteered clip
-    run = steer(self.generator, caption, noise, directions, asked, start_step, window, steps, guidance)
+    directions = self.directions(caption, pairs, progress=progress, vlm_weight=vlm_weight)
+    def steered(rows): return steer(self.generator, caption, noise, directions, rows, start_step, window, steps, guidance)
+    if wanted is None: run, calibration = steered(torch.cat([torch.zeros(1, len(directions)), check_strengths(strengths, len(directions))])), None # row 0: the unsteered clip
+    else: run, calibration = self.answered(steered, wanted, merged, caption, through, evaluations)
     latents = run.latents[0]
     videos = self.generator.decode(latents).clamp(0, 1)
     seen = self.vlm.embed(videos)
     phi, reencoded = (read_answers(self.vlm, tokens[1:], tokens[:1], merged, caption) for tokens in (through_coupling(self.coupling, latents, run.condition, seen), seen))
-    settings = {"seed": seed, "start_step": start_step, "frame_window": window, "steps": steps or self.generator.default_steps, "changes": [pair.name for pair in pairs],
+    settings = {"seed": seed, "start_step": start_step, "frame_window": window, "steps": steps or self.generator.default_steps, "vlm_weight": vlm_weight, "changes": [pair.name for pair in pairs],
                 "guidance": self.generator.default_guidance if guidance is None else guidance, **self.record(directions)}
-    return Explanation(caption, merged.apply(caption), merged, table, latents[1:].cpu(), videos[1:].cpu(), phi, reencoded,
-                       (videos[1:] - videos[:1]).square().mean((1, 2, 3, 4)).sqrt().cpu(), settings)
+    if calibration is not None: settings["calibration"] = {"through": through, **calibration.record()}
+    for note in ([] if calibration is None else [found.note for found in calibration.found if not found.reached]): warnings.warn(note, stacklevel=3) # 3: past torch.no_grad, the caller's line
+    return Explanation(caption, merged.apply(caption), merged, run.strengths[1:], latents[1:].cpu(), videos[1:].cpu(), phi, reencoded,
+                       (videos[1:] - videos[:1]).square().mean((1, 2, 3, 4)).sqrt().cpu(), settings, (self, directions))
 
-# %% ../nbs/51_l2v.ipynb #f3b003e3
+# %% ../nbs/51_l2v.ipynb #08bb7d7c
 @patch
 def record(
     self:Transporter,
     directions:Sequence[Direction], # What a generation was steered by
 ) -> dict: # Plain values
     "Names, versions and digests of everything that made an explanation"
-    concepts = [{"pair": d.pair.name, "config": as_config(getattr(d, "config", None)), "divergence": getattr(d, "meta", {}).get("divergence"),
+    concepts = [{"pair": d.pair.name, "config": as_config(getattr(d, "config", None)), "divergence": getattr(d, "meta", {}).get("divergence"), "answers": getattr(getattr(d, "model", None), "effects", None),
                  "digest": tensor_digest({"vectors": d.vectors})[:12] if hasattr(d, "vectors") else None} for d in directions]
     parts = {"generator": self.generator, "vlm": self.vlm, "coupling": self.coupling}
     small = {name: tensor_digest(part.state_dict())[:12] for name, part in parts.items() if part is not None and self.names.get("scale") != "paper"} # billions of weights take minutes to digest
     return {**self.names, "coupled": self.coupling is not None, "concepts": concepts, "weights": small, "versions": run_facts()}
+
+# %% ../nbs/51_l2v.ipynb #62340f87
+@patch(as_prop=True)
+def is_certified(self:Explanation) -> bool: # Whether looking costs nothing any more
+    "Whether the certificate was made"
+    return "kept_certificate" in vars(self)
+
+@patch(as_prop=True)
+def certificate(self:Explanation) -> Certificate: # Of the last strength; made at first sight, then kept
+    "One look: does the VLM follow, what changed, and is that what the VLM answers to"
+    if not self.is_certified:
+        if self.made_by is None: raise ValueError("this explanation does not know the Transporter that made it, got made_by=None, so no clips can be made for its certificate. Make it with Transporter.explain.")
+        l2v, directions = self.made_by
+        run = {name: self.settings[name] for name in ("start_step", "frame_window", "steps", "guidance")}
+        asked = self.settings.get("calibration") # the last answer asked for, judged in the way it was measured
+        vars(self)["kept_certificate"] = certify(l2v.generator, l2v.vlm, l2v.coupling, self.caption, directions, self.strengths[-1].tolist(), self.settings["seed"], self.pair,
+                                                 asked["found"][-1]["wanted"] if asked else None, run, through=asked["through"] if asked else "reencoded")
+    return vars(self)["kept_certificate"]
