@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..answer_gradients import GradientConfig, guided_clips, learn_by_gradient
 from ..answers import pair_ids, word_answers
 from ..baselines.recipes import BaselineSettings, invert_baseline
+from ..certificate import sample_clips
 from ..concepts import Concept, ConceptConfig, learn_concept, through_coupling
 from ..contrasts import ContrastPair
 from ..directions import TargetCaption, VelocitySlider, mean_text_difference, random_direction
@@ -81,7 +82,7 @@ def unsteered(
     seeds:Sequence[int], # Of the noise
 ) -> Float[Tensor, "clips frames 3 height width"]: # In [0, 1]
     "What the generator makes of captions"
-    with torch.no_grad(): return torch.cat([lab.generator.decode(lab.generator.sample(lab.generator.encode_prompt(list(captions[k:k + 16])), seeds=list(seeds[k:k + 16]))).clamp(0, 1).cpu() for k in range(0, len(captions), 16)])
+    return sample_clips(lab.generator, captions, list(seeds), None, None)[1].cpu()
 
 # %% ../../nbs/67_faithfulness.methods.ipynb #ecdea2e8
 def paper_concept(lab:Lab) -> Explainer: # Steers
