@@ -10,7 +10,7 @@ from scipy import stats
 from transporter_nb.core import seeded_generator
 from transporter_nb.faithfulness.effects import WordOracle, effect_difference, effect_of, effect_table, probe_scenes, rendered_effect, said_effect, strongest_pair
 from transporter_nb.faithfulness.plants import Plant
-from transporter_nb.faithfulness.scores import (Case, Outcome, agreement_kl, auroc, bounded_estimate, case_items, cluster_means, difference_in_differences, drawn_counts, effect_share, explained_effect,
+from transporter_nb.faithfulness.scores import (PlantedCase, Outcome, agreement_kl, auroc, bounded_estimate, case_items, cluster_means, difference_in_differences, drawn_counts, effect_share, explained_effect,
                                                 false_alarm, fooled_share, method_scores, mid_ranks, monotone_share, pair_share, pooled, preserved, rank_correlation, readable_share, resampled_means, spearman,
                                                 undefined, visible)
 from transporter_nb.metrics.video import Estimate, wilson_interval
@@ -312,7 +312,7 @@ def test_a_method_that_renders_the_truth_gets_full_marks_and_a_blind_one_none():
         twin = outcome_of(quick)
         for k, s in enumerate(strengths):
             after = quick if name == "blind" else dark if s == 1 else dark[:n // 2] + quick[n // 2:]
-            cases[k] = Case(f"vlm {k}", s, own, cue, outcome_of(after), twin, effects[s], effects[0.], effect_difference(effects[s]["floor"], effects[0.]["floor"]))
+            cases[k] = PlantedCase(f"vlm {k}", s, own, cue, outcome_of(after), twin, effects[s], effects[0.], effect_difference(effects[s]["floor"], effects[0.]["floor"]))
     truth, blind = (method_scores(list(cases.values())) for cases in (truth, blind))
     assert truth["AUROC"].value == 1 and blind["AUROC"].value == .5 and truth["Spearman, logit"].value > .95 > .8 > blind["Spearman, logit"].value
     assert truth["difference in differences"].value == 1 and blind["share of effect"].value == 0 and 1 < truth["share of effect"].value < 1.1 # the oracle goes from .018 to .982
@@ -332,7 +332,7 @@ def case_of(name, planted, clean, twin="", cue=CUED, strength=1.):
     whole = Estimate(.9, .8, .95, 40)
     effect = type("Known", (), {"slot": cue[0], "on": cue[1], "logit": whole, "probability": whole})()
     own = type("Known", (), {"slot": OWN[0], "on": OWN[1], "logit": whole, "probability": whole})()
-    return Case(name, strength, OWN, cue, planted, clean, {cue[0]: effect, OWN[0]: own}, {cue[0]: effect, OWN[0]: own}, effect, twin)
+    return PlantedCase(name, strength, OWN, cue, planted, clean, {cue[0]: effect, OWN[0]: own}, {cue[0]: effect, OWN[0]: own}, effect, twin)
 
 
 def of_clips(scores):

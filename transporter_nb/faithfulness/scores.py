@@ -8,8 +8,8 @@ __all__ = ['AGREE', 'Cue', 'CONFIDENT', 'SLACK', 'RESOLUTION', 'Outcome', 'bound
            'pair_share', 'drawn_counts', 'resampled_means', 'drawn_interval', 'auroc', 'mid_ranks', 'rank_correlation',
            'spearman', 'alarm_by_clip', 'false_alarm', 'readable_by_clip', 'readable_share', 'fooled_by_clip',
            'fooled_share', 'Monotone', 'monotone_by_clip', 'monotone_share', 'preserved_by_clip', 'preserved',
-           'kl_by_clip', 'agreement_kl', 'pooled', 'Rendered', 'Case', 'contrast_of', 'twin_of', 'different_twins',
-           'case_items', 'method_scores']
+           'kl_by_clip', 'agreement_kl', 'pooled', 'Rendered', 'PlantedCase', 'contrast_of', 'twin_of',
+           'different_twins', 'case_items', 'method_scores']
 
 # %% ../../nbs/67_faithfulness.scores.ipynb #9826e70b
 import math
@@ -410,7 +410,7 @@ class Rendered(Protocol):
     logit: Estimate # What it did to the answer, in log-odds
     probability: Estimate # And in probability
 
-class Case(NamedTuple):
+class PlantedCase(NamedTuple):
     "One method on one planted VLM and on its clean twin, with the same captions and seeds"
     name: str # Of the planted VLM
     strength: float # Of the plant
@@ -424,20 +424,20 @@ class Case(NamedTuple):
     twin: str = "" # Name of the clean VLM, in all cases that share it, whatever their contrast; empty: one that shares `clean`
 
 def contrast_of(
-    case:Case, # Of any method
+    case:PlantedCase, # Of any method
 ) -> tuple: # Attributes and words of the answer and of the cue
     "What a case is about: all cases with the same have the same captions and seeds"
     return tuple((slot, tuple(words)) for slot, words in (case.own, case.cue))
 
 def twin_of(
-    case:Case, # Of any method
+    case:PlantedCase, # Of any method
 ) -> Hashable: # Equal for cases with the same clean VLM
     "Which network a case is compared with"
     return case.twin or id(case.clean)
 
 def different_twins(
-    cases:Sequence[Case], # Of one method
-) -> list[Case]: # The first case of each clean VLM and contrast
+    cases:Sequence[PlantedCase], # Of one method
+) -> list[PlantedCase]: # The first case of each clean VLM and contrast
     "Cases whose clean outcomes are different ones"
     first = {}
     for case in cases: first.setdefault((case.twin, contrast_of(case)) if case.twin else id(case.clean), case)
@@ -445,7 +445,7 @@ def different_twins(
 
 # %% ../../nbs/67_faithfulness.scores.ipynb #356e8157
 def case_items(
-    cases:Sequence[Case], # Of one method
+    cases:Sequence[PlantedCase], # Of one method
     kind:str, # `"probability"` or `"logit"`
 ) -> tuple[Float[Tensor, "items"], Float[Tensor, "items"], list[str]]: # E, D and the VLM of each
     "Every attribute of every VLM: what is shown, and what matters"
@@ -458,7 +458,7 @@ def case_items(
 RESOLUTION = {"probability": .1, "logit": 1.} # steps in which D is ranked (chosen: a few times what attributes measure that mean nothing to a clean VLM); E is ranked in steps of .1
 
 def method_scores(
-    cases:Sequence[Case], # Of one method, at least one
+    cases:Sequence[PlantedCase], # Of one method, at least one
     seed:int=0, # Of all resampling
 ) -> dict[str, Estimate]: # Score by name
     "All scores of one method"
