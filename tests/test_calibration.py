@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from transporter_nb.calibration import AnswerScale, calibrate, find_bracket, perceptual_traversal, pool_neighbours
+from transporter_nb.calibration import AnswerScale, calibrate, find_bracket, perceptual_traversal
 from transporter_nb.concepts import Concept, ConceptBank, ConceptConfig
 from transporter_nb.contrasts import parse_contrast
 from transporter_nb.coupling.network import CouplingConfig, CouplingNetwork
@@ -79,13 +79,6 @@ def test_scale_of_a_search_predicts_the_curve():
         assert scale.departure == 0 and list(scale.answers) == sorted(scale.answers)
         for found in result.found: assert abs(scale.answer(found.strength) - found.answer) < 1e-6
         assert abs(curve(scale.strength(.5)) - .5) < .2
-
-
-def test_isotonic_against_scipy():
-    from scipy.optimize import isotonic_regression
-    draws = torch.randn(2, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    values, weights = draws[0].tolist(), draws[1].exp().tolist()
-    assert torch.allclose(torch.tensor(pool_neighbours(values, weights), dtype=torch.float64), torch.as_tensor(isotonic_regression(values, weights=weights).x), atol=1e-12)
 
 
 def test_traversal_spaces_distances_evenly():

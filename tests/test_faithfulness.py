@@ -11,7 +11,7 @@ from transporter_nb.core import seeded_generator
 from transporter_nb.faithfulness.effects import WordOracle, effect_difference, effect_of, effect_table, probe_scenes, rendered_effect, said_effect, strongest_pair
 from transporter_nb.faithfulness.plants import Plant
 from transporter_nb.faithfulness.scores import (PlantedCase, Outcome, agreement_kl, auroc, bounded_estimate, case_items, cluster_means, difference_in_differences, drawn_counts, effect_share, explained_effect,
-                                                false_alarm, fooled_share, method_scores, mid_ranks, monotone_share, pair_share, pooled, preserved, rank_correlation, readable_share, resampled_means, spearman,
+                                                false_alarm, fooled_share, method_scores, monotone_share, pair_share, pooled, preserved, rank_correlation, readable_share, resampled_means, spearman,
                                                 undefined, visible)
 from transporter_nb.metrics.video import Estimate, wilson_interval
 from transporter_nb.registry import load_vlm
@@ -182,11 +182,11 @@ def test_auroc_is_that_of_mann_and_whitney(seed, a, b):
 
 @settings(max_examples=30, deadline=None)
 @given(seed=seeds, n=st.integers(3, 30), decimals=st.integers(0, 3))
-def test_spearman_is_that_of_scipy(seed, n, decimals):
+def test_rank_correlation_sees_ranks_alone(seed, n, decimals):
     a, b = torch.randn(2, n, generator=seeded_generator(seed), dtype=torch.float64).round(decimals=decimals)
-    assert mid_ranks(a).tolist() == stats.rankdata(a).tolist()
-    if len(a.unique()) == 1 or len(b.unique()) == 1: assert math.isnan(rank_correlation(a, b))
-    else: assert rank_correlation(a, b) == pytest.approx(stats.spearmanr(a, b).statistic) and rank_correlation(a, -b) == pytest.approx(-rank_correlation(a, b))
+    found = rank_correlation(a, b)
+    if len(a.unique()) == 1 or len(b.unique()) == 1: assert math.isnan(found)
+    else: assert rank_correlation(a.exp(), b**3) == pytest.approx(found) == -rank_correlation(a, -b) and rank_correlation(a, a) == pytest.approx(1.)
 
 
 def test_scores_that_do_not_exist_say_so_and_do_not_warn():

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from fastcore.basics import listify, patch
 from jaxtyping import Float
+from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from .answers import pair_ids, word_answers
@@ -189,13 +190,7 @@ def pool_neighbours(
     weights:Sequence[float]|None=None, # How much each counts, above 0; None: alike
 ) -> list[float]: # Nondecreasing, nearest to the values in squared distance
     "Isotonic regression, by pooling adjacent values that fall"
-    blocks = []
-    for value, weight in zip(values, [1.] * len(values) if weights is None else weights):
-        blocks.append([value, weight, 1])
-        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
-            (a, u, n), (b, v, m) = blocks[-2:]
-            blocks[-2:] = [[(a * u + b * v) / (u + v), u + v, n + m]]
-    return [value for value, _, n in blocks for _ in range(n)]
+    return isotonic_regression(list(values), weights=weights).x.tolist() if len(values) else []
 
 # %% ../nbs/50_calibration.ipynb #d548477b
 class AnswerScale(NamedTuple):

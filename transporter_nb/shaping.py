@@ -139,8 +139,8 @@ class ShapingConfig:
     "How a concept is shaped"
     weight: float = 1.0 # lambda: 0 is the paper's concept, 1 leaves the direction to the VLM alone
     n_clips: int = 48 # Of the experiment
-    steps: int = 2 # Euler steps of each (measured: 1 is too few, 3 and more change nothing)
-    least: float = 0.25 # Words with less than this share of the largest gain are left alone (chosen on development plants)
+    steps: int = 2 # Euler steps of each (measured in `shaping_sweep`: after 1 too many clips of a weak plant's concept are unreadable; 3 find no other words)
+    least: float = 0.25 # Words with less than this share of the largest gain are left alone (chosen: .1 to .5 make no difference on development plants, see `shaping_sweep`)
     through: str = "reencoded" # Or `"phi"`: how the VLM sees the clips
     seed: int = 0 # Of the design; the noise seeds follow it
     batch_size: int = 16 # Clips at once

@@ -23,7 +23,7 @@ from ..baselines.recipes import BaselineSettings, invert_baseline
 from ..certificate import sample_clips
 from ..concepts import Concept, ConceptConfig, learn_concept, through_coupling
 from ..contrasts import ContrastPair
-from ..directions import TargetCaption, VelocitySlider, mean_text_difference, random_direction
+from ..directions import STEP_AT, TargetCaption, VelocitySlider, mean_text_difference, random_direction
 from .plants import FAMILY
 from .scores import Outcome
 from ..generators.base import PromptCondition, VideoGenerator
@@ -153,7 +153,7 @@ def exemplar(lab:Lab, n_clips:int=1000, seed:int=92_001) -> Explainer: # Looks a
     def explain(captions, seeds, strengths):
         base = unsteered(lab, captions, seeds)
         nearest = answers[torch.stack([(answers - clip).square().flatten(1).mean(1).argmin() for clip in base])]
-        return Clips(torch.stack([nearest if strength >= .5 else base for strength in strengths], 1)) # .5: halfway, as other replacements (41_directions)
+        return Clips(torch.stack([nearest if strength >= STEP_AT else base for strength in strengths], 1))
     return explain
 
 def inversion(name:str) -> Method: # A name of `BASELINES`, or `"MIMIC"`
@@ -170,7 +170,7 @@ def inversion(name:str) -> Method: # A name of `BASELINES`, or `"MIMIC"`
     return method
 
 # %% ../../nbs/67_faithfulness.methods.ipynb #c2b2d42e
-METHODS = { # chosen: ours with the settings that development plants chose (`shaping_sweep`); rivals as they stand in Table 1
+METHODS = { # chosen: ours as `ShapingConfig` has it, which `shaping_sweep` tried on development plants; rivals as they stand in Table 1
     "VLM-shaped": shaped(), "VLM-shaped, through Phi": shaped(through="phi"), "VLM-shaped, half": shaped(weight=.5), "VLM-shaped, against the twin": shaped_against_twin,
     "paper's concept": paper_concept, "paper's concept, as printed": paper_concept_printed, "target caption": target_caption, "mean text difference": mean_difference, "FreeSliders": free_sliders,
     "gradient into the vector": by_gradient(), "gradient alone": by_gradient(weight=1.), "gradient while sampling": by_guidance, "exemplar": exemplar, "AM": inversion("AM"), "MIMIC": inversion("MIMIC"), "random vector": random_vector,

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['AGREE', 'Cue', 'CONFIDENT', 'SLACK', 'RESOLUTION', 'Outcome', 'bounded_estimate', 'undefined', 'rows_by_contrast',
            'cluster_means', 'visible', 'rise_by_clip', 'explained_effect', 'difference_in_differences', 'effect_share',
-           'pair_share', 'drawn_counts', 'resampled_means', 'drawn_interval', 'auroc', 'mid_ranks', 'rank_correlation',
-           'spearman', 'alarm_by_clip', 'false_alarm', 'readable_by_clip', 'readable_share', 'fooled_by_clip',
-           'fooled_share', 'Monotone', 'monotone_by_clip', 'monotone_share', 'preserved_by_clip', 'preserved',
-           'kl_by_clip', 'agreement_kl', 'pooled', 'Rendered', 'PlantedCase', 'contrast_of', 'twin_of',
-           'different_twins', 'case_items', 'method_scores']
+           'pair_share', 'drawn_counts', 'resampled_means', 'drawn_interval', 'auroc', 'rank_correlation', 'spearman',
+           'alarm_by_clip', 'false_alarm', 'readable_by_clip', 'readable_share', 'fooled_by_clip', 'fooled_share',
+           'Monotone', 'monotone_by_clip', 'monotone_share', 'preserved_by_clip', 'preserved', 'kl_by_clip',
+           'agreement_kl', 'pooled', 'Rendered', 'PlantedCase', 'contrast_of', 'twin_of', 'different_twins',
+           'case_items', 'method_scores']
 
 # %% ../../nbs/67_faithfulness.scores.ipynb #9826e70b
 import math
@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
+from scipy import stats
 from torch import Tensor
 
 from ..core import seeded_generator
@@ -221,21 +222,13 @@ def auroc(
     return Estimate(value, *drawn_interval(value, pair_share(draws[:, :split], draws[:, split:], counts), 0., min(sizes)), sum(sizes))
 
 # %% ../../nbs/67_faithfulness.scores.ipynb #3faa87bc
-def mid_ranks(
-    values:Float[Tensor, "items"], # Any numbers
-) -> Float[Tensor, "items"]: # From 1; equal values share the mean of their ranks
-    "Ranks"
-    return (values[:, None] > values).double().sum(1) + ((values[:, None] == values).double().sum(1) + 1) / 2
-
 def rank_correlation(
     a:Float[Tensor, "items"], # Any numbers
     b:Float[Tensor, "items"], # As many
 ) -> float: # -1 to 1; NaN where one of them never changes
-    "Spearman's correlation"
-    ranks = torch.stack([mid_ranks(a), mid_ranks(b)])
-    away = ranks - ranks.mean(1, keepdim=True)
-    size = away.norm(dim=1).prod().item()
-    return max(-1., min(1., (away[0] @ away[1]).item() / size)) if size > 0 else math.nan # rounding may lead out
+    "Spearman's correlation; equal numbers share the mean of their ranks"
+    if min(len(a.unique()), len(b.unique())) < 2: return math.nan # scipy would say so in a warning
+    return max(-1., min(1., float(stats.spearmanr(a, b).statistic))) # rounding may lead out
 
 def spearman(
     explained:Float[Tensor, "items"], # E of each cue and VLM
