@@ -278,10 +278,12 @@ class WanGenerator(VideoGenerator):
         self.runs_on = None # Where it computes when its weights wait elsewhere, see `place`
 
     @classmethod
-    def new(cls, config:WanConfig, tokenizer:PreTrainedTokenizerBase|None=None) -> "WanGenerator":
-        "Random weights, as training starts from; the word-level tokenizer unless another is given"
-        second = build_transformer(config) if config.boundary_ratio is not None else None
-        return cls(config, build_vae(config), build_transformer(config), build_text_encoder(config), tokenizer or word_tokenizer(config.words), second)
+    def new(cls, config:WanConfig, tokenizer:PreTrainedTokenizerBase|None=None, seed:int=0) -> "WanGenerator":
+        "Random weights drawn from `seed`, as training starts from; the word-level tokenizer unless another is given"
+        with torch.random.fork_rng(devices=[]): # the caller's draws go on as if nothing had happened
+            torch.manual_seed(seed)
+            second = build_transformer(config) if config.boundary_ratio is not None else None
+            return cls(config, build_vae(config), build_transformer(config), build_text_encoder(config), tokenizer or word_tokenizer(config.words), second)
 
     @classmethod
     def load(cls, scale:str="mini", device:str|torch.device="auto", options:LoadOptions|None=None) -> "WanGenerator":
