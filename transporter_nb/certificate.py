@@ -9,13 +9,12 @@ __all__ = ['SURE', 'FOLLOWS', 'PARTLY', 'CLOSE', 'DISAGREE', 'RESPONDS', 'AS_MUC
            'random_controls', 'sample_clips', 'check_through', 'certify']
 
 # %% ../nbs/50_certificate.ipynb #cdbd490c
-import base64
-import html
 import io
 import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +29,7 @@ from .contrasts import SINGULARS, ContrastPair
 from .core import as_config, seeded_generator
 from .directions import VelocityPush, rms_distance
 from .generators.base import PromptCondition, VideoGenerator
+from .pages import html_block, html_image, html_table
 from .steering import Steering, check_strengths, steer
 from .video import contact_sheet, resize_video
 from .vlms.base import DESCRIBE, Turn, VideoLanguageModel
@@ -458,14 +458,12 @@ def picture(self:Certificate,
 @patch
 def _repr_html_(self:Certificate) -> str: # Shown by Jupyter
     "A card, one look"
-    head, *body = self.rows()
-    def line(texts, tag): return "<tr>" + "".join(f"<{tag} style='text-align:left'>{html.escape(text)}</{tag}>" for text in texts) + "</tr>"
     image, clips = self.picture(), ["unsteered", "steered", *["random vector"] * bool(self.random), *["other seed"] * bool(self.seeds)]
-    source = f"data:image/png;base64,{base64.b64encode(image).decode()}"
-    shown = f"<div><img alt='clips' src='{source}'/><br/><small>{', '.join(clips)}, from above; time to the right</small></div>" if image else ""
+    order = f"{', '.join(clips)}, from above; time to the right"
+    shown = f"<div>{html_image(image, f'Frames of the clips: {order}')}<br/><small>{order}</small></div>" if image else ""
     strengths = ", ".join(f"{s:g}" for s in self.strengths)
-    return (f"<div style='border:1px solid #999;padding:.6em;max-width:60em'><b>{html.escape(self.pair.name)}</b>: {html.escape(self.caption)} <small>(strength {strengths}, seed {self.seed})</small>"
-            f"<p><b>{html.escape(self.verdict)}.</b></p>{shown}<table>{line(head, 'th')}{''.join(line(row, 'td') for row in body)}</table><small>{'<br/>'.join(map(html.escape, self.notes()))}</small></div>")
+    return html_block(f"<b>{escape(self.pair.name)}</b>: {escape(self.caption)} <small>(strength {strengths}, seed {self.seed})</small>",
+                      f"<p><b>{escape(self.verdict)}.</b></p>{shown}{html_table(self.rows())}<small>{'<br/>'.join(map(escape, self.notes()))}</small>", style="border:1px solid #999;padding:.6em;max-width:60em")
 
 # %% ../nbs/50_certificate.ipynb #0e2537c1
 OTHER = 10**6 # from one seed to the next (chosen: far from any seed in use)

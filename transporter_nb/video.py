@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Size', 'EARLY', 'MAX_FRAMES', 'MAX_PIXELS', 'CONTAINERS', 'MAX_BYTES', 'SOURCES', 'check_video', 'demo_video',
            'both_sides', 'resize_video', 'frames_to_uint8', 'contact_sheet', 'save_png', 'encode_gif', 'save_gif',
-           'save_mp4', 'show_gif', 'early_share', 'frame_at', 'choose_times', 'pick_frames', 'put_upright',
-           'background_colour', 'nameless', 'frame_picture', 'fit_picture', 'check_file', 'open_container',
-           'check_pixels', 'open_video', 'Damage', 'read_packets', 'track_decoder', 'decode_frames', 'Timeline',
-           'track_facts', 'scan_video', 'SampledVideo', 'collect_pictures', 'warn_of_damage', 'sample_video',
-           'load_video']
+           'save_mp4', 'MovingPicture', 'show_gif', 'early_share', 'frame_at', 'choose_times', 'pick_frames',
+           'put_upright', 'background_colour', 'nameless', 'frame_picture', 'fit_picture', 'check_file',
+           'open_container', 'check_pixels', 'open_video', 'Damage', 'read_packets', 'track_decoder', 'decode_frames',
+           'Timeline', 'track_facts', 'scan_video', 'SampledVideo', 'collect_pictures', 'warn_of_damage',
+           'sample_video', 'load_video']
 
 # %% ../nbs/11_video.ipynb #383b9c68
 import io
@@ -18,8 +18,9 @@ import warnings
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from html import escape
 from itertools import chain
 from operator import index
 from pathlib import Path
@@ -30,13 +31,13 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from IPython.display import Image as NotebookImage
 from jaxtyping import Float, UInt8
 from av.sidedata.sidedata import Type as SideDataType
 from PIL import Image
 from torch import Tensor
 
 from .core import write_aside
+from .pages import html_block, html_image
 
 # %% ../nbs/11_video.ipynb #562f0b9e
 def check_video(
@@ -177,16 +178,40 @@ def save_mp4(
     return Path(path)
 
 # %% ../nbs/11_video.ipynb #50e070d8
+@dataclass(frozen=True)
+class MovingPicture:
+    "Clips side by side, which show themselves in a notebook"
+    data: bytes # A looping GIF
+    clips: int # How many
+    frames: int # Of each
+    height: int # Pixels of one clip
+    width: int # Pixels of one clip
+    fps: float # Frames a second
+    enlarge: int=1 # On the page
+    captions: tuple[str, ...]=() # One a clip, or none
+
+    def __repr__(self) -> str:
+        clips = "1 clip" if self.clips == 1 else f"{self.clips} clips side by side"
+        return "; ".join([f"{clips}, {self.frames} frames of {self.width} x {self.height} pixels, {self.frames / self.fps:.3g} s, looping", *map(repr, self.captions)])
+
+    def _repr_html_(self) -> str:
+        texts = "".join(f'<span style="flex:1;padding:0 .2em">{escape(caption)}</span>' for caption in self.captions)
+        wide = (self.clips * (self.width + 1) - 1) * self.enlarge
+        return html_block(html_image(self.data, "; ".join([repr(replace(self, captions=())), *self.captions]), self.enlarge), f'<div style="display:flex">{texts}</div>' if texts else "", style=f"max-width:{wide}px")
+
 def show_gif(
     video:Float[Tensor, "*batch frames 3 height width"], # One clip, or a batch shown side by side
     fps:float=6.0, # Frames a second
     enlarge:int=4, # Each pixel becomes a square of this many pixels
-) -> NotebookImage: # Shows itself in a notebook
+    captions:Sequence[str]=(), # One below each clip, or none
+) -> MovingPicture: # Shows itself in a notebook
     "A looping GIF in the notebook"
     clips = check_video(video if video.ndim == 5 else video[None])
+    if isinstance(captions, str) or len(captions) not in (0, len(clips)): raise ValueError(f"captions must be a list with one text for each of {len(clips)} clips, or empty, got {captions!r}.")
+    if enlarge < 1: raise ValueError(f"enlarge must be at least 1, got {enlarge}.")
     gap = torch.ones_like(clips[0, ..., :1])
     side_by_side = torch.cat([part for clip in clips for part in (clip, gap)][:-1], dim=-1)
-    return NotebookImage(data=encode_gif(side_by_side, fps, enlarge), format="gif")
+    return MovingPicture(encode_gif(side_by_side, fps, 1), *clips.shape[:2], *clips.shape[3:], fps, enlarge, tuple(captions))
 
 # %% ../nbs/11_video.ipynb #55b79d3a
 EARLY = .45 # of a gap (chosen: below a half, so that a tie goes to the frame on screen)

@@ -15,11 +15,12 @@ from fastcore.basics import patch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ..core import load_checkpoint, save_checkpoint
+from ..core import count_parameters, load_checkpoint, save_checkpoint
 from .gromov import SlicedGromovTransport
 from .projection import GlobalProjection, check_flow_time
 from .structure import TokenStructure
 from .transport import ProjectedTransport
+from ..pages import html_block, html_table
 
 # %% ../../nbs/33_coupling.network.ipynb #533f66c6
 @dataclass(frozen=True)
@@ -145,3 +146,30 @@ def save_pretrained(
 ) -> Path: # Where the file is
     "Save weights and configuration, whole or not at all"
     return save_checkpoint(path, self.state_dict() if weights is None else weights, self.config)
+
+# %% ../../nbs/33_coupling.network.ipynb #5d05b53d
+@patch
+def report(
+    self:CouplingNetwork,
+) -> dict[str, str]: # What it is about, and what there is to say
+    "What this network is, as far as it knows itself"
+    def by(sizes): return " x ".join(map(str, sizes))
+    def size(part): return f"{count_parameters(part):,} parameters"
+    c, trained = self.config, "in training" if any(weight.requires_grad for weight in self.parameters()) else "frozen"
+    rho = f"rho-OT: {c.n_projections} learned projections, average of {c.average}, tau {c.entropy_reg:g} of the mean cost, {c.n_iterations} rounds of Sinkhorn"
+    places = f"; places with gain {c.position_gain:g}" if c.position_gain else "; no place vectors"
+    spread = "unknown, the weights are on the meta device" if self.scale.is_meta else "not calibrated" if self.scale == 1 and not self.centre.any() else f"{self.scale.item():.3g} around the mean token"
+    return {"from": f"latents {by(c.latent_shape)}, up to {c.prompt_tokens} prompt tokens of width {c.text_dim}, re-encoded tokens", "to": f"{c.vlm_tokens} tokens of width {c.vlm_dim} for the VLM",
+            "projection": f"MLP-Mixer, {c.projection_depth} blocks of width {c.projection_width}, patch {by(c.patch)}: {size(self.projection)}",
+            "structure": f"Transformer, {c.structure_depth} blocks of width {c.structure_width}, {c.structure_heads} heads: {size(self.structure)}",
+            "transport": (rho if c.transport == "projected" else f"sliced Gromov-Wasserstein over {c.n_projections} projections, nothing learned") + places,
+            "in all": f"{size(self)}, {trained}", "spread of the VLM's tokens": spread, "training and fit": "no record is kept with the weights; fits are measured in table3"}
+
+@patch
+def __repr__(self:CouplingNetwork) -> str: # For a terminal
+    told = self.report()
+    return f"CouplingNetwork from {told['from']} to {told['to']}; {told['transport']}; {told['in all']}"
+
+@patch
+def _repr_html_(self:CouplingNetwork) -> str: # Shown by Jupyter
+    return html_block("<b>CouplingNetwork</b>", html_table([("part", "what it is"), *self.report().items()]))

@@ -10,6 +10,7 @@ __all__ = ['coupling_losses', 'CouplingBatch', 'CouplingTraining', 'coupling_opt
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from html import escape
 from math import cos, inf, isfinite, pi
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from .network import CouplingNetwork, CouplingOutput
 from .structure import gram_loss
 from .transport import plan_entropy
 from ..optimisers import MuonAdamW, update_average
+from ..pages import html_block, html_table
 
 # %% ../../nbs/34_coupling.training.ipynb #7eae1f27
 def coupling_losses(
@@ -138,6 +140,19 @@ class TrainingResult(NamedTuple):
     finished: bool # Whether that is all of them
     curve: list[dict[str, float]] # One row every `log_every` steps: `step`, every loss, `plan_entropy`
     averaged: dict[str, Tensor] # Running average of the weights, for `network.save_pretrained(path, averaged)`
+
+    def report(self) -> list[list[str]]: # Header first
+        "What each loss was at the first and at the last point of the curve"
+        if not self.curve: return [["loss"], ["no point of the curve yet"]]
+        first, last = self.curve[0], self.curve[-1]
+        return [["", f"step {first['step']}", f"step {last['step']}"], *([name, f"{first[name]:.3f}", f"{last[name]:.3f}"] for name in last if name != "step")]
+
+    def __repr__(self) -> str: # For a terminal
+        lines = [f"TrainingResult: {self.step} steps, {'finished' if self.finished else 'not finished'}"]
+        return "\n".join([*lines, *("  " + "  ".join(text.ljust(16) for text in row).rstrip() for row in self.report())])
+
+    def _repr_html_(self) -> str: # Shown by Jupyter
+        return html_block(f"<b>{escape(repr(self).splitlines()[0])}</b>", html_table(self.report()))
 
 # %% ../../nbs/34_coupling.training.ipynb #ec6d0599
 def resume_coupling(
