@@ -10,13 +10,15 @@ FIGURES ?= fig1 fig3 fig4 fig5 fig6 fig7 fig8 gallery explain_clip
 TABLES ?= table1 table2 table3 proxies mimic calibration
 PART ?=
 MINUTES ?= 60
+PORT ?= 8866
+EXPLORER ?= nbs/explorer.ipynb
 DEVICE ?= auto
 PYTHON ?= $(shell for p in python3.11 python3 python; do "$$p" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 BIN := .venv/bin
 READY := .venv/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup fig7 figures tables faithfulness quickstart train measure report test lint exported tidy notebooks pytest clean
+.PHONY: help setup fig7 figures tables faithfulness quickstart explorer train measure report test lint exported tidy notebooks pytest browser clean
 
 help: ## this list
 	@grep -E '^[a-z0-9]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,6 +58,15 @@ faithfulness: $(READY) ## every method on planted VLMs, row by row: interrupted,
 quickstart: $(READY) ## the method in one short notebook
 	papermill nbs/quickstart.ipynb out.ipynb
 
+# Only this machine reaches the page, and only with the token of the printed address, which plain voila does not ask for; no file beside the notebook is served. A page that is left ends its kernel: its goodbye carries
+# no _xsrf, so that check is off and the kernel's unguessable name must do; where the goodbye is lost, the kernel ends after an hour.
+# One page is kept warm, so that it opens at once. What the notebook says to its readers is left out: the page says what it needs itself.
+explorer: $(READY) ## the explorer as a page without code: click the address it prints, Ctrl-C ends it
+	@JUPYTER_PATH="$(CURDIR)/share/jupyter" voila "$(EXPLORER)" --Voila.ip=127.0.0.1 --port=$(PORT) --token --no-browser --strip_sources=True --show_tracebacks=False \
+	  --template=explorer --VoilaConfiguration.allow_template_override=NO --VoilaConfiguration.file_denylist=".*" --Voila.tornado_settings=disable_check_xsrf=True \
+	  --MappingKernelManager.cull_interval=300 --MappingKernelManager.cull_idle_timeout=3600 --preheat_kernel=True --pool_size=1 \
+	  --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags=prose
+
 train: $(READY) ## rebuild shipped weights: make train PART=vae MINUTES=60, make train PART=vlm VLM=gemma3
 	@test -n "$(PART)" || { echo "Which part? make train PART=vae (or world, generator, vlm, coupling, concepts; of the judges video, contrastive, frames; planted: all planted VLMs)"; exit 1; }
 	@case "$(PART)" in video|contrastive|frames) papermill nbs/train_encoders.ipynb out.ipynb -p part $(PART) -p device $(DEVICE) -p minutes $(MINUTES);; \
@@ -93,6 +104,9 @@ notebooks: $(READY) # Run All in fresh kernels; cells marked gpu, weights or slo
 
 pytest: $(READY)
 	OMP_NUM_THREADS=1 pytest -q tests/
+
+browser: $(READY) # the explorer in a real browser, started for the purpose; needs chromium
+	OMP_NUM_THREADS=1 EXPLORER_BROWSER=required pytest -q tests/test_explorer.py
 
 clean: ## remove the environment and every cache
 	rm -rf .venv out.ipynb build dist *.egg-info .pytest_cache .hypothesis .import_linter_cache

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WORD_COLOURS', 'SHOWN_SIDE', 'SHOWN_FRAMES', 'pair_between', 'Answers', 'read_answers', 'AnswerTable', 'Curve',
-           'draw_answers', 'draw_filmstrip', 'filmstrip_size', 'plain_text', 'figure_png', 'Explanation', 'run_facts',
-           'check_groups', 'check_coupled', 'Transporter', 'plain_pair', 'makes', 'check_request']
+           'draw_answers', 'draw_filmstrip', 'filmstrip_size', 'plain_text', 'figure_png', 'Explanation', 'shown_clips',
+           'run_facts', 'check_groups', 'check_coupled', 'Transporter', 'plain_pair', 'makes', 'check_request']
 
 # %% ../nbs/51_l2v.ipynb #3b79996d
 import io
@@ -270,12 +270,19 @@ def animate(self:Explanation,
 # %% ../nbs/51_l2v.ipynb #ef8b4542
 SHOWN_SIDE, SHOWN_FRAMES = 128, 16 # largest side and most frames of a clip inside a page (chosen: nine clips of the paper's size then take some MB, not some hundred)
 
+def shown_clips(
+    videos:Float[Tensor, "clips frames 3 height width"], # In [0, 1]
+) -> tuple[Float[Tensor, "clips shown_frames 3 shown_height shown_width"], int]: # Small enough for a page; and of how many frames one is shown
+    "Clips as a page holds them: large ones smaller, long ones with fewer frames"
+    side, every = max(videos.shape[-2:]), -(-videos.shape[1] // SHOWN_FRAMES)
+    small = videos if side <= SHOWN_SIDE else resize_video(videos, tuple(max(length * SHOWN_SIDE // side, 1) for length in videos.shape[-2:]))
+    return small[:, ::every], every
+
 @patch
 def moving(self:Explanation) -> MovingPicture: # As `animate`, smaller where the clips are large
     "The clips as they move on a page"
-    side, every = max(self.videos.shape[-2:]), -(-self.videos.shape[1] // SHOWN_FRAMES)
-    clips = self.videos if side <= SHOWN_SIDE else resize_video(self.videos, tuple(max(length * SHOWN_SIDE // side, 1) for length in self.videos.shape[-2:]))
-    return show_gif(clips[:, ::every], fps=6 / every, enlarge=max(96 // max(clips.shape[-2:]), 1), captions=[f"strength {label}" for label in self.labels])
+    clips, every = shown_clips(self.videos)
+    return show_gif(clips, fps=6 / every, enlarge=max(96 // max(clips.shape[-2:]), 1), captions=[f"strength {label}" for label in self.labels])
 
 @patch
 def alt(self:Explanation) -> str: # For those who do not see the picture
