@@ -161,6 +161,17 @@ def picture(page, name:str):
     page.set_viewport_size(size)
 
 
+def pictures(explorer, name:str):
+    "Keep a state of the explorer at each width, and make sure that nothing in it overlaps or is cut"
+    before = explorer.page.viewport_size
+    try:
+        for width, size in WIDTHS.items():
+            explorer.page.set_viewport_size(dict(zip(("width", "height"), size)))
+            picture(explorer.page, f"{name}_{width}")
+            assert not (found := explorer.crowded()), f"{name} at {width}:\n" + "\n".join(found)
+    finally: explorer.page.set_viewport_size(before)
+
+
 # Visible text that is cut, siblings that lie on each other, a page that scrolls sideways. In the page's own words: tag, classes and text.
 CROWDED = r"""
 (root) => {

@@ -4,7 +4,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from browser import CHROMIUM, OPENING, WIDTHS, Explorer, Watch, chromium, missing, picture, serve_lab, serve_voila
+from browser import CHROMIUM, OPENING, WIDTHS, Explorer, Watch, chromium, missing, picture, pictures, serve_lab, serve_voila
 
 HOSTILE = {"markup": '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>', "long": ("one large red ball " * 527)[:10_000], "emoji": "one large red 🎈 slides left slowly over a stone floor", "empty": ""}
 UNSHIPPED = ("ball", "cone") # No concept of the shipped bank leads there
@@ -131,7 +131,7 @@ def test_it_opens_with_a_video_and_without_code(explorer):
     for name in ("base", "steered"):
         width = explorer.part("videos", f"img.tnb-{name}").first.evaluate("(image) => image.decode().then(() => image.naturalWidth)")
         assert width > 0
-    picture(explorer.page, "voila_ready_desk")
+    pictures(explorer, "voila_ready")
 
 
 def test_the_slider_moves_video_and_answer_by_keyboard(explorer):
@@ -211,7 +211,7 @@ def test_a_second_concept_comes_and_goes(explorer):
     explorer.wait()
     end(explorer, "Home", which=rows)
     end(explorer, "End", which=rows)
-    picture(explorer.page, "voila_two_concepts_desk")
+    pictures(explorer, "voila_two_concepts")
     explorer.part("concept").nth(rows).locator("button.tnb-remove, .tnb-remove button").first.click()
     explorer.until(lambda: explorer.part("concept").count() == rows and len(explorer.strengths) == rows, complaint="the concept stays")
     explorer.wait()
@@ -257,8 +257,7 @@ def test_hostile_captions_are_text(explorer, kind):
     assert explorer.root.locator("img[src=x], script").count() == 0
     if kind == "markup": assert "<img" in message or "img" not in message, "the markup is not shown as it was typed"
     assert explorer.strengths == shown, "the last good video stays"
-    assert not explorer.crowded()
-    picture(explorer.page, f"voila_hostile_{kind}_desk")
+    pictures(explorer, f"voila_hostile_{kind}")
     field.fill(before)
     explorer.until(lambda: not explorer.part("problem").first.inner_text().strip(), complaint="the message stays")
     explorer.wait()
@@ -272,8 +271,7 @@ def test_learning_shows_progress_lets_sliders_move_and_is_cancelled(explorer, vo
         explorer.control("add").click()
         explorer.until(learning.is_visible, complaint=lambda: f"no learning: {explorer.state}, {explorer.words}")
         if _ == 0:
-            picture(explorer.page, "voila_learning_desk")
-            assert not (found := explorer.crowded()), "\n".join(found)
+            pictures(explorer, "voila_learning")
         began = time.monotonic()
         asked = explorer.press("Home" if _ else "End")
         explorer.until(lambda: abs(explorer.strengths[0] - asked) < 1e-6, 5_000, "the slider is frozen while a concept is learned")
@@ -283,17 +281,27 @@ def test_learning_shows_progress_lets_sliders_move_and_is_cancelled(explorer, vo
         explorer.wait()
         assert explorer.part("concept").count() == rows and len(explorer.strengths) == shown
         explorer.until(lambda: not [child for kernel in voila.kernels() for child in kernel.children(recursive=True)], 10_000, "a process goes on learning what was cancelled")
-    picture(explorer.page, "voila_cancelled_desk")
+    pictures(explorer, "voila_cancelled")
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-def test_nothing_overlaps_or_is_cut(explorer, width):
-    explorer.page.set_viewport_size(dict(zip(("width", "height"), WIDTHS[width])))
-    explorer.page.wait_for_timeout(400)
-    try:
-        picture(explorer.page, f"voila_ready_{width}")
-        assert not (found := explorer.crowded()), "\n".join(found)
-    finally: explorer.page.set_viewport_size(dict(zip(("width", "height"), WIDTHS["desk"])))
+def test_without_a_change_the_page_says_what_to_do(explorer):
+    explorer.root.locator(".tnb-concept button.tnb-remove").first.click()
+    explorer.wait("empty")
+    assert "Add this change" in explorer.words and explorer.strengths == [] and not explorer.root.locator("img.tnb-steered").count()
+    pictures(explorer, "voila_empty")
+    choose(explorer, "word", "red"); choose(explorer, "into", "blue")
+    explorer.control("add").click()
+    explorer.wait()
+
+
+def test_while_a_vlm_loads_nothing_can_be_chosen(explorer):
+    menu = explorer.control("vlm", "select")
+    menu.select_option(label=next(text for text in menu.locator("option").all_inner_texts() if "gemma3" in text))
+    explorer.wait("loading", "making", "ready")
+    if explorer.state == "loading": pictures(explorer, "voila_loading")
+    explorer.until(lambda: "gemma3" in explorer.words and explorer.state == "ready", 60_000)
+    menu.select_option(label=next(text for text in menu.locator("option").all_inner_texts() if "phi4" in text))
+    explorer.until(lambda: "phi4" in explorer.words and explorer.state == "ready", 60_000)
 
 
 def test_saving_and_the_line_that_makes_it_again(explorer):
@@ -314,7 +322,7 @@ def test_the_certificate_is_asked_for(explorer):
     explorer.wait("making", "ready")
     explorer.wait(timeout=60_000)
     assert explorer.part("certificate").first.inner_text().strip()
-    picture(explorer.page, "voila_certificate_desk")
+    pictures(explorer, "voila_certificate")
 
 
 def test_memory_is_bounded(explorer, voila):

@@ -203,11 +203,11 @@ STYLE = """
 .tnb-explorer .jupyter-widgets{overflow:visible;max-width:100%}
 .tnb-explorer h2{margin:0 0 2px;font-size:20px}.tnb-explorer h3{margin:10px 0 4px;font-size:15px}.tnb-explorer p{margin:2px 0}
 .tnb-explorer .tnb-body{display:grid;grid-template-columns:minmax(250px,330px) minmax(0,1fr);gap:4px 28px;align-items:start}
-@container (max-width:640px){.tnb-explorer .tnb-body{grid-template-columns:minmax(0,1fr)}}
+@container (max-width:640px){.tnb-explorer .tnb-body{grid-template-columns:minmax(0,1fr)}.tnb-explorer.tnb-explorer .tnb-words{grid-template-columns:repeat(2,minmax(0,1fr))}}
 .tnb-explorer .widget-inline-hbox{width:calc(100% - 4px);height:auto;min-height:30px}
 .tnb-explorer .widget-inline-hbox>.widget-label{width:7.6em;flex:none;white-space:normal;line-height:1.25;text-align:left;overflow:visible}
 .tnb-explorer select,.tnb-explorer input{min-width:0}
-.tnb-explorer .tnb-words{display:grid;grid-template-columns:repeat(auto-fill,minmax(146px,1fr));gap:0 14px}.tnb-explorer .tnb-words .widget-label{width:4.8em}.tnb-explorer .tnb-problem{min-height:0}
+.tnb-explorer .tnb-words{display:grid;grid-template-columns:repeat(4,minmax(0,1fr));gap:0 14px}.tnb-explorer .tnb-words .widget-label{width:4.8em}.tnb-explorer .tnb-problem{min-height:0}
 .tnb-explorer .tnb-concept{border-left:3px solid #D55E00;padding-left:8px;margin:4px 0;align-items:center;max-width:704px}.tnb-explorer .tnb-concept .widget-inline-hbox{flex:1 1 auto}.tnb-explorer .tnb-concept .widget-label{width:auto;max-width:14em;margin-right:10px;font-weight:600}
 .tnb-explorer .tnb-concept .slider-container{min-width:120px;flex:1}
 .tnb-explorer .noUi-handle:focus-visible,.tnb-explorer :is(button,select,input,a,summary):focus-visible{outline:3px solid #0072B2;outline-offset:2px}
