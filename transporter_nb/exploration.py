@@ -357,6 +357,7 @@ def lessons(
     shipped = ConceptBank.from_pretrained(path) if path.exists() else {}
     return {d.pair.name: d.meta["captions"] for d in directions if isinstance(d, Concept) and not (d.pair.name in shipped and torch.equal(d.vectors, shipped[d.pair.name].vectors))}
 
+# %% ../nbs/52_exploration.ipynb #5d3f1262
 def python_cell(
     request:Request, # What was asked
     rows:Sequence[Sequence[Real]], # At which strengths, one number a change
@@ -387,6 +388,7 @@ def papermill_line(
              **({"learn_from": sources.pop()} if sources - {request.caption} else {})}
     return f"papermill {notebook} out.ipynb " + " ".join(f"-p {key} {shlex.quote(str(value))}" for key, value in given.items())
 
+# %% ../nbs/52_exploration.ipynb #cf7f86d6
 def read_list(
     text:Any, # `"0.5; 1"`, `"red -> blue"`, or one number; what papermill hands over
 ) -> list[str]: # The parts, without blanks around them
