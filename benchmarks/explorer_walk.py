@@ -56,7 +56,7 @@ def walk(page, address:str):
     steps.click("the middle of the slider", lambda: page.mouse.click(box["x"] + box["width"] / 3, box["y"] + box["height"] / 2)) # a third of 1.5 is 0.5
     explorer.until(lambda: explorer.strengths and abs(explorer.strengths[0] - .5) < .06); explorer.wait()
     says(explorer, r"“blue” went from < \.01 to < \.01.*large → small, ball → cone") # red it says to the last shred
-    explorer.until(lambda: explorer.part("answers", "tr").nth(1).inner_text().count("> .99") == 2, complaint="p(red) is not above .99 of both clips")
+    explorer.until(lambda: explorer.part("answers", "tr").nth(1).inner_text().count("> .99") == 4, complaint="p(red) is not above .99 of both clips")
     steps.picture("half")
 
     steps.click("two thirds of the slider's way, strength 1", lambda: page.mouse.click(box["x"] + box["width"] * 2 / 3, box["y"] + box["height"] / 2))

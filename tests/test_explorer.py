@@ -10,18 +10,18 @@ HOSTILE = {"markup": '<img src=x onerror="window.hacked=1"><script>window.hacked
 UNSHIPPED = ("ball", "cone") # No concept of the shipped bank leads there
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def able():
     why = missing()
     if why and os.environ.get("EXPLORER_BROWSER") == "required": pytest.fail(f"EXPLORER_BROWSER=required, but {why}", pytrace=False)
     if why: pytest.skip(why)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def home(able, tmp_path_factory): return tmp_path_factory.mktemp("jupyter")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def context(home):
     from playwright.sync_api import sync_playwright
     with sync_playwright() as play:
@@ -32,14 +32,14 @@ def context(home):
         context.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def voila(home):
     server = serve_voila(home / "voila")
     yield server
     server.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def lab(home):
     server = serve_lab(home / "lab")
     yield server
@@ -56,7 +56,7 @@ def open_voila(context, voila, watch=None) -> Explorer:
     return Explorer(page).wait()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shared(context, voila):
     "One open page for the tests that leave it as they found it"
     kept = {}
