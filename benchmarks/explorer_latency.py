@@ -20,15 +20,14 @@ TIMED, MOVES, EACH, OPENINGS, PAUSE, KEPT = 200, 500, 50, 5, .25, 15 # moves tim
 SHIPPED = (("ball", "ring"), ("large", "small"), ("slides", "bounces"), ("left", "right"), ("slowly", "quickly"), ("red", "blue"))
 UNSHIPPED = (("ball", "cone"), ("slides", "climbs")) # learned alone, and learned while the slider moves
 
-# Runs in the page before its own scripts: when each cell arrived, when the first steered clip was painted, and how long a move took
+# Runs in the page before its own scripts: when the controls were there, when the first steered clip was painted, and how long a move took
 CLOCK = r"""
 (() => {
   const painted = () => new Promise((done) => requestAnimationFrame(() => { const port = new MessageChannel(); port.port1.onmessage = () => done(performance.now()); port.port2.postMessage(0) }))
   const images = () => [...document.querySelectorAll(".tnb-explorer .tnb-videos img")]
   const decoded = () => Promise.all(images().map((image) => image.decode().catch(() => null)))
-  const clock = window.clock = {cells: {}, root: null, first: null}
+  const clock = window.clock = {root: null, first: null}
   const early = new MutationObserver(() => {
-    for (const cell of document.querySelectorAll("[cell-index]")) clock.cells[cell.getAttribute("cell-index")] ??= performance.now()
     if (document.querySelector(".tnb-explorer .tnb-caption input")) clock.root ??= performance.now()
     if (document.querySelector(".tnb-explorer .tnb-videos img.tnb-steered")) { early.disconnect(); decoded().then(painted).then((now) => { clock.first = now }) }
   })

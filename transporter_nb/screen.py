@@ -29,7 +29,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from .contrasts import ContrastPair, parse_contrast
+from .certificate import short
+from .contrasts import ContrastPair
 from .exploration import Glimpse, Request, StrengthGrid, difference_map
 from .l2v import shown_clips
 from .video import contact_sheet
@@ -59,9 +60,9 @@ def clip_html(
             f'style="aspect-ratio:{video.shape[-1]}/{video.shape[-2]};animation-duration:{seconds:.3f}s;animation-timing-function:steps({n},jump-none);animation-delay:-{phase % seconds:.3f}s">')
 
 # %% ../nbs/80_screen.ipynb #668a4cfd
-def share(p:Real) -> str: # `".07"`; numbers that would round to 0 or 1 say so
-    "A probability, short"
-    return "< .01" if 0 < p < .005 else "> .99" if .995 <= p < 1 else f"{p:.2f}".replace("0.", ".") if p < 1 else "1"
+def share(p:Real) -> str: # `"0"`, `"< .01"`, `".07"`, `"1"`
+    "A probability, short; what would round to 0 or 1 says so"
+    return "< .01" if 0 < p < .005 else "> .99" if .995 <= p < 1 else short(p)
 
 def bar_html(
     p:Real, # Probability, re-encoded

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
+from mimetypes import guess_type
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ class Explorer(w.VBox):
         self.l2v, self.scale, self.device, self.folder, self.own = None, scale, device, repo_path(str(folder)), l2v
         self.maker, self.student, self.desk = Worker(background), Worker(background), Worker(background, newest=False)
         self.closed, self.shown, self.strip_key, self.request, self.turn, self.quiet, self.axis, self.stopped_at, self.grid, self.queue, self.learns = False, None, None, None, 0, False, 0, None, None, {}, None
-        self.grids, self.certificates, self.sliders, self.base_tokens = OrderedDict(), OrderedDict(), {}, None
+        self.grids, self.certificates, self.sliders, self.learned_here, self.base_tokens = OrderedDict(), OrderedDict(), {}, {}, None
         self.loop = running_loop()
         changes = [change] if isinstance(change, str) else list(change)
         amounts = list(strengths) if isinstance(strengths, Sequence) else [strengths] * len(changes)
@@ -265,7 +266,7 @@ def prepare(self:Explorer,
     l2v:Transporter, # Who makes it
     request:Request, # What is asked
     row:tuple[float, ...], # Where the sliders stand
-) -> Any: # A grid that holds the row; without changes, the unsteered clip
+) -> StrengthGrid|Unsteered: # A grid that holds the row; without changes, the unsteered clip
     "Make what a request needs first; runs on a worker"
     if not request.changes: return unsteered(l2v, request)
     key = self.key(l2v, request)
@@ -286,11 +287,12 @@ def key(self:Explorer,
 
 @patch
 def prepared(self:Explorer,
-    result:Any, # From `prepare`
+    result:StrengthGrid|Unsteered, # From `prepare`
 ):
     "Show the first clips of a request"
     self.grid = result if isinstance(result, StrengthGrid) else None
     self.base_tokens = result.base[2] if self.grid else result.vlm_embeddings
+    self.learned_here = lessons(result.l2v, result.directions) if self.grid else {} # reads a file: once a request, not once a move
     self.offer()
     if self.grid: self.follow()
     else: self.show_unsteered(result)
@@ -382,7 +384,7 @@ def show(self:Explorer):
 # %% ../nbs/80_widgets.ipynb #a896def9
 @patch
 def show_unsteered(self:Explorer,
-    result:Any, # From `unsteered`
+    result:Unsteered, # What there is to see
 ):
     "The page before anything changes"
     out = self.out
@@ -400,10 +402,9 @@ def show_recipe(self:Explorer):
     if names.get("vlm") not in VLMS:
         self.out.recipe.value = '<p class="tnb-note">This Transporter was not loaded by a name of the package, so no line can load it again.</p>'
         return
-    learned = lessons(grid.l2v, grid.directions)
-    try: line = papermill_line(grid.request, row, names, learned)
+    try: line = papermill_line(grid.request, row, names, self.learned_here)
     except ValueError as error: line = f"# {error}"
-    cell = python_cell(grid.request, [grid.zero, row], names, learned)
+    cell = python_cell(grid.request, [grid.zero, row], names, self.learned_here)
     self.out.recipe.value = (f'<p class="tnb-note">In a shell, at the root of the repository:</p><pre class="tnb-papermill">{html.escape(line)}</pre>'
                              f'<p class="tnb-note">In a notebook:</p><pre class="tnb-python">{html.escape(cell)}</pre>')
 
@@ -621,8 +622,7 @@ def save(self:Explorer):
     stem = self.folder / f"{words}_{config_hash({'request': grid.request, 'row': row})[:6]}" # what differs in anything has a name of its own
     held = f"{', '.join(amounts)}, {vlm}, seed {seed}"
     def write(e): self.folder.mkdir(parents=True, exist_ok=True); return e.save(stem)
-    kinds = {".png": "image/png", ".gif": "image/gif", ".mp4": "video/mp4", ".json": "application/json"}
-    def link(path): return f'<a download="{html.escape(path.name)}" href="data:{kinds[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}">{path.suffix[1:].upper()}</a>'
+    def link(path): return f'<a download="{html.escape(path.name)}" href="data:{guess_type(path.name)[0]};base64,{base64.b64encode(path.read_bytes()).decode()}">{path.suffix[1:].upper()}</a>'
     def links(paths): self.out.files.value = f'<p class="tnb-links">{" ".join(map(link, paths))}<br><small>{html.escape(held)}; also in the folder {html.escape(self.folder.name)}, as {html.escape(stem.name)}</small></p>'
     self.whole(write, links, self.out.files, "Writing the files …")
 
