@@ -2,11 +2,13 @@
 import asyncio
 import gc
 import json
+import os
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
@@ -148,10 +150,95 @@ def test_a_closed_explorer_lets_go(phi4):
     assert not explorer.grids and explorer.grid is None and not explorer.queue
 
 
-def test_python_ends_in_order_while_clips_are_made(tmp_path):
-    code = "from transporter_nb.l2v import Transporter; from transporter_nb.widgets import Explorer; import time; e = Explorer(l2v=Transporter.load('phi4')); time.sleep(1); print('end')"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert ended.returncode == 0 and ended.stdout.strip() == "end", ended.stderr[-500:]
+@pytest.fixture
+def busy():
+    "Two loops that keep two cores busy, until the test ends or whoever runs it is gone"
+    loop = f"import os\nwhile os.getppid() == {os.getpid()}: pass"
+    loops = [subprocess.Popen([sys.executable, "-c", loop]) for _ in range(2)]
+    yield
+    for process in loops:
+        process.kill()
+        process.wait()
+
+
+OPEN = """
+import sys, time
+from transporter_nb.l2v import Transporter
+from transporter_nb.widgets import Explorer
+
+explorer = Explorer(l2v=Transporter.load("phi4"))
+"""
+AT_WORK = { # what runs when Python ends
+    "clips": "time.sleep(1)",
+    "certificate": "assert explorer.maker.join(); explorer.certify(); time.sleep(.3)",
+    "learning": """
+assert explorer.maker.join()
+explorer.set.word.value, explorer.set.into.value = "stone", "snowy"
+explorer.add()
+time.sleep(3)
+import psutil
+print(*[child.pid for child in psutil.Process().children()])
+""",
+    "long job": """
+import torch
+def job():
+    values, until = torch.eye(300), time.monotonic() + 8
+    while time.monotonic() < until: values = torch.tanh(values @ values)
+assert explorer.maker.join()
+explorer.desk.ask(job)
+time.sleep(.5)
+""",
+}
+
+
+def end_while(work:str, folder:Path) -> subprocess.CompletedProcess:
+    "A Python of its own that opens an explorer and ends while it works"
+    ended = subprocess.run([sys.executable, "-c", OPEN + AT_WORK[work] + "\nprint('end')"],
+                           capture_output=True, text=True, timeout=300, cwd=folder)
+    assert ended.returncode == 0, f"status {ended.returncode}: {ended.stderr[-500:]}"
+    assert ended.stdout.split()[-1] == "end"
+    assert not ended.stderr.strip(), ended.stderr[-2000:]
+    return ended
+
+
+@pytest.mark.parametrize("turn", range(3)) # how threads take turns is a matter of chance
+def test_python_ends_in_order_while_clips_are_made(turn, busy, tmp_path):
+    end_while("clips", tmp_path)
+
+
+def test_python_waits_for_a_job_however_long_it_takes(tmp_path):
+    end_while("long job", tmp_path)
+
+
+def test_python_ends_in_order_while_a_certificate_is_made(busy, tmp_path):
+    end_while("certificate", tmp_path)
+
+
+def test_python_ends_in_order_while_a_concept_is_learned(busy, tmp_path):
+    children = end_while("learning", tmp_path).stdout.split()[:-1]
+    assert children, "the concept was not being learned"
+    assert not any(psutil.pid_exists(int(child)) for child in children)
+
+
+def test_a_closed_explorer_ends_a_certificate_at_its_next_step(explorer):
+    "Not after all its clips"
+    gate, steps = threading.Event(), []
+    generator = explorer.l2v.generator
+    velocity = generator.velocity
+    def slow(*args):
+        steps.append(len(args[0]))
+        gate.wait(20)
+        return velocity(*args)
+    generator.velocity = slow
+    try:
+        explorer.certify()
+        until = time.monotonic() + 20
+        while not steps and time.monotonic() < until: time.sleep(.01)
+        explorer.close()
+        gate.set()
+        assert explorer.desk.join(60)
+        assert len(steps) == 1, f"{len(steps)} steps, one was running"
+    finally: del generator.velocity
 
 
 def test_learning_can_be_cancelled_and_begun_again(explorer, phi4):

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from .answers import answer_divergence, pair_ids, word_answers
 from .contrasts import ContrastPair, changed_words, parse_contrast
-from .core import load_checkpoint, save_checkpoint, seeded_generator
+from .core import load_checkpoint, save_checkpoint, seeded_generator, still_wanted
 from .distances import answer_distance
 from .generators.base import PromptCondition, VideoGenerator, integrate
 from .pages import html_block, html_table
@@ -47,7 +47,9 @@ def counted(
     steps = count(1)
     with tqdm(total=total, desc=what, disable=progress is not True, leave=False) as bar:
         def done(note:str=""):
-            bar.set_postfix_str(note, refresh=False), bar.update()
+            still_wanted()
+            bar.set_postfix_str(note, refresh=False)
+            bar.update()
             if callable(progress): progress(what, next(steps), total)
         yield done
 

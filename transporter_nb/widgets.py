@@ -32,8 +32,10 @@ from .exploration import (Request, StrengthGrid, Unsteered, alternatives, change
 from .faithfulness.plants import CUES, FAMILY, load_planted
 from .l2v import Transporter
 from .registry import VLMS, find_adapter, shipped_vlm_names
-from .screen import (DIRECTIONS, STEP, STRIP, STYLE, Cancelled, Controls, Names, Outputs, Worker, answers_html, brief, clip_html, message, share,
-                                   strip_html, tagged, videos_html)
+from transporter_nb.screen import (
+    DIRECTIONS, ENDING, STEP, STRIP, STYLE, Cancelled, Controls, Names, Outputs, Worker,
+    answers_html, brief, clip_html, message, share, strip_html, tagged, videos_html,
+)
 from .shaping import with_word
 from .steering import MAX_STRENGTH, check_strengths
 from .world import EXAMPLE, SLOTS, Scene, caption, parse_caption
@@ -134,7 +136,8 @@ def deliver(self:Explorer,
     call:Callable, # What touches widgets
     *args:Any, # Its arguments
 ):
-    "Run on the kernel's thread, soon"
+    "Run on the kernel's thread, soon; once Python ends, nobody looks any more"
+    if ENDING.is_set(): return
     if self.loop is not None and self.loop.is_running() and self.maker.background: self.loop.call_soon_threadsafe(call, *args)
     else: call(*args)
 

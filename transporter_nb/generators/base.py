@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from jaxtyping import Bool, Float
 from fastcore.basics import patch
 
-from ..core import seeded_generator
+from ..core import seeded_generator, still_wanted
 
 # %% ../../nbs/20_generators.base.ipynb #a8f74c2a
 @dataclass(frozen=True, eq=False)
@@ -138,6 +138,7 @@ def integrate(
     if not 0 <= start_step <= stop_step <= steps: raise ValueError(f"need 0 <= start_step <= stop_step <= {steps}, got {start_step} and {stop_step}")
     grid, latents = times.tolist(), noise
     for step in range(start_step, stop_step):
+        still_wanted()
         latents = latents + (grid[step + 1] - grid[step]) * velocity_fn(latents, grid[step]).to(latents.dtype)
         changed = on_step(step, grid[step + 1], latents) if on_step is not None else None
         latents = latents if changed is None else changed
