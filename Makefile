@@ -12,6 +12,7 @@ PART ?=
 MINUTES ?= 60
 PORT ?= 8866
 EXPLORER ?= nbs/explorer.ipynb
+KERNELS ?= 4
 DEVICE ?= auto
 PYTHON ?= $(shell for p in python3.11 python3 python; do "$$p" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 BIN := .venv/bin
@@ -58,14 +59,12 @@ faithfulness: $(READY) ## every method on planted VLMs, row by row: interrupted,
 quickstart: $(READY) ## the method in one short notebook
 	papermill nbs/quickstart.ipynb out.ipynb
 
-# Only this machine reaches the page, and only with the token of the printed address, which plain voila does not ask for; no file beside the notebook is served. A page that is left ends its kernel: its goodbye carries
-# no _xsrf, so that check is off and the kernel's unguessable name must do; where the goodbye is lost, the kernel ends after an hour.
-# One page is kept warm, so that it opens at once. What the notebook says to its readers is left out: the page says what it needs itself.
+# All other options of Voila stand in share/jupyter/voila/voila.py, the only configuration that is
+# read. KERNELS: how many pages may be open at once, the one kept warm included.
 explorer: $(READY) ## the explorer as a page without code: click the address it prints, Ctrl-C ends it
-	@JUPYTER_PATH="$(CURDIR)/share/jupyter" voila "$(EXPLORER)" --Voila.ip=127.0.0.1 --port=$(PORT) --token --no-browser --strip_sources=True --show_tracebacks=False \
-	  --template=explorer --VoilaConfiguration.allow_template_override=NO --VoilaConfiguration.file_denylist=".*" --Voila.tornado_settings=disable_check_xsrf=True \
-	  --MappingKernelManager.cull_interval=300 --MappingKernelManager.cull_idle_timeout=3600 --preheat_kernel=True --pool_size=1 \
-	  --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags=prose
+	@JUPYTER_PATH="$(CURDIR)/share/jupyter" voila "$(EXPLORER)" --port=$(PORT) \
+	  --Voila.config_file_paths="$(CURDIR)/share/jupyter/voila" \
+	  --LimitedKernelManager.limit=$(KERNELS)
 
 train: $(READY) ## rebuild shipped weights: make train PART=vae MINUTES=60, make train PART=vlm VLM=gemma3
 	@test -n "$(PART)" || { echo "Which part? make train PART=vae (or world, generator, vlm, coupling, concepts; of the judges video, contrastive, frames; planted: all planted VLMs)"; exit 1; }
