@@ -275,3 +275,25 @@ def test_no_temporary_file_is_tracked_and_git_ignores_them():
     assert not [name for name in listed if re.search(r"(^|/)\.[^/]*\.part", name) and (ROOT / name).exists()]
     ignored = [".fig7_phi4.123.part.png", "figures/.fig7_phi4.123.part.png", "runs/.x.1.part"]
     assert subprocess.run(["git", "check-ignore", *ignored], cwd=ROOT, capture_output=True, text=True).stdout.split() == ignored
+
+
+# ---- benchmarks
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_a_benchmark_reaches_what_is_shipped_only_if_asked(path):
+    code = path.read_text(encoding="utf-8")
+    assert '"--install", action="store_true"' in code
+    assert not re.search(r'(repo_path\(|/ )"figures"', code)
+    shipped_folder = re.findall(r"PICTURES\b(?! =)[^\n]*", code)
+    assert all(".install else" in line for line in shipped_folder)
+
+
+def test_a_try_of_a_benchmark_is_saved_here(tmp_path):
+    before = shipped()
+    words = ["--only", "method=ours,N=256,d=64,P=50,mode=forward", "--threads", "1"]
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "transport.py", *words], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    saved = [Path(line) for line in done.stdout.split("\n") if line.endswith(ENDINGS)]
+    assert sorted(path.suffix for path in saved) == [".json", ".png"]
+    assert all(path.parent == tmp_path and re.fullmatch("transport_[0-9a-f]{6}", path.stem) for path in saved)
+    assert shipped() == before
