@@ -36,7 +36,7 @@ $(READY): settings.ini setup.py constraints.txt
 
 # It shows what the notebook prints, and so where the picture is.
 fig7: $(READY) ## figure 7 with the answers of one VLM, saved here: make fig7 VLM=phi4
-	papermill --stdout-file - nbs/fig7.ipynb out.ipynb -p vlm $(VLM)
+	papermill --no-progress-bar --stdout-file - nbs/fig7.ipynb out.ipynb -p vlm $(VLM)
 
 # One papermill run a notebook and VLM; a failure does not stop the others. `install`: these targets make again what the repository ships.
 define each
