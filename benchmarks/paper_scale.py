@@ -1,12 +1,14 @@
 """Time and memory of every stage at the paper's real sizes, with random weights, beside what `plan` predicts.
 
-    python benchmarks/paper_scale.py --scale paper --device cuda      # an NVIDIA GPU; writes figures/paper_scale_<device>.json
-    python benchmarks/paper_scale.py --scale mini --device cpu        # the same code, small; writes figures/paper_scale_mini_cpu.json
+    python benchmarks/paper_scale.py --scale paper --device cuda      # an NVIDIA GPU; writes paper_scale_paper_<device>.json here
+    python benchmarks/paper_scale.py --scale mini --device cpu        # the same code, small; writes paper_scale_mini_cpu.json here
+
+With --install the record goes into figures/.
 
 Each stage runs in a process of its own under a cap on memory. Measured on a GPU: `torch.cuda.max_memory_allocated` above what was there before the call; on a CPU: what torch's allocator hands out during the call, by
 `torch.profiler`. Weights and inputs are added to both sides of the comparison. Random weights are drawn on the device in the type they are used in and never pass through main memory.
 """
-import argparse, json, multiprocessing, os, platform, sys
+import argparse, multiprocessing, os, platform, sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -79,9 +81,9 @@ def in_a_process(timeout: float, device: str, *given) -> dict:
 
 def device_name(device: str) -> str:
     "What the numbers were measured on"
-    if device == "cuda":
+    if device == "cuda": # asked by a process of its own: ours would hold memory of the GPU from then on
         import torch
-        return torch.cuda.get_device_name(0)
+        with multiprocessing.get_context("spawn").Pool(1) as pool: return pool.apply(torch.cuda.get_device_name, (0,))
     return f"CPU {platform.machine()}, one thread"
 
 
@@ -92,7 +94,8 @@ def main() -> int:
     parser.add_argument("--vlm", default="gemma3,videollama3,phi4", help="names, separated by commas")
     parser.add_argument("--cap-gib", type=float, help="memory a stage may use; default 97 %% of the GPU")
     parser.add_argument("--timeout", type=float, default=900, help="seconds a stage may take")
-    parser.add_argument("--out", help="file name; default figures/paper_scale_<device>.json")
+    parser.add_argument("--out", default="", help="file name without ending; default paper_scale_<device>, with six digits if options differ")
+    parser.add_argument("--install", action="store_true", help="put the record in the place of the shipped one")
     given = parser.parse_args()
 
     import torch
@@ -101,8 +104,11 @@ def main() -> int:
         if not torch.cuda.is_available(): parser.error("--device cuda was asked for and torch sees no CUDA device. Use --device cpu --scale mini.")
     elif given.scale == "paper": parser.error("the paper's sizes on a CPU would take days. Use --device cuda, or --scale mini.")
     if given.device == "cpu": import transporter_nb.plan  # once, for all processes
-    from transporter_nb.core import repo_path, write_aside
-    from transporter_nb.figures import provenance
+    from transporter_nb.figures import figure_stem, save_record
+    device = device_name(given.device)
+    label = "mini_cpu" if (given.scale, given.device) == ("mini", "cpu") else f"{given.scale}_{device.replace(' ', '_')}"
+    usual = {key: parser.get_default(key) for key in ("vlm", "cap_gib", "timeout")}
+    stem = figure_stem(f"paper_scale_{label}", vars(given), usual, given.install, given.out.removesuffix(".json"))
     names, rows = given.vlm.split(","), []
     for stage, changes in VARIANTS:
         for vlm in names if stage in ("look", "answer", "coupling", "coupling_step") else names[:1]:
@@ -112,11 +118,8 @@ def main() -> int:
                     "target": 0.1, "better": "lower", "n": 1}
             rows.append(card | row)
             print(row["stage"], row["options"] or "", row["vlm"], row.get("failed") or f"{row['measured']['seconds']:.3f} s, peak {row['measured']['peak'] / 2**30:.3f} GiB, predicted / measured {row['ratio_peak']:.3f}", flush=True)
-    label = "mini_cpu" if (given.scale, given.device) == ("mini", "cpu") else f"{given.scale}_{device_name(given.device).replace(' ', '_')}"
-    path = repo_path("figures") / (given.out or f"paper_scale_{label}.json")
-    record = {"what": "predicted: computed on the meta device; measured: on the device named", "device": device_name(given.device), "scale": given.scale, "weights": "random", "rows": rows, "provenance": provenance()}
-    with write_aside(path) as aside: aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {path.name}: {sum('measured' in row for row in rows)} of {len(rows)} stages measured")
+    record = {"what": "predicted: computed on the meta device; measured: on the device named", "device": device, "scale": given.scale, "weights": "random", "rows": rows}
+    print(f"wrote {save_record(stem, record)}: {sum('measured' in row for row in rows)} of {len(rows)} stages measured")
     return 0 if any("measured" in row for row in rows) else 1
 
 

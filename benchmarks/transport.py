@@ -1,8 +1,10 @@
 """Time and memory of rho-OT against the ways it was or could be computed: dense, in chunks, with POT, with GeomLoss.
 
-    python benchmarks/transport.py                  # the whole grid, below 25 minutes with --threads 1; figures/transport.json and .png
-    python benchmarks/transport.py --quick          # N = 256 and 1024, d = 64, P = 100, about a minute; prints, writes below runs/
-    python benchmarks/transport.py --device cuda    # our kernels alone, on an NVIDIA GPU; figures/transport_cuda.json
+    python benchmarks/transport.py                  # the whole grid, below 25 minutes with --threads 1; writes transport.json and .png here
+    python benchmarks/transport.py --quick          # N = 256 and 1024, d = 64, P = 100, about a minute; prints, writes transport_<digits>.json and .png here
+    python benchmarks/transport.py --device cuda    # our kernels alone, on an NVIDIA GPU; writes transport_cuda.json here
+
+With --install the whole grid goes into figures/.
 
 Every method gets the same inputs and is timed from scores to transported tokens, or further to the gradients of both scores and of the values. Each measurement has a process of its own, forked from a server that has
 imported everything and computed nothing; peak memory is that process's largest resident set, as a whole and above what lay there when the inputs were ready. At every point of the grid ours is measured
@@ -574,20 +576,24 @@ def draw(found: dict):
     return figure
 
 
-def save(given, folder: Path, stem: str, rows: list[dict], measured: list[dict], missing: list[dict], figure=None, **more) -> None:
+def stem_of(given, name: str):
+    "Where the record goes; options other than the usual ones make a name of their own"
+    from transporter_nb.figures import figure_stem
+    chosen = ("quick", "only") if given.install else ("quick", "only", "threads", "memory_gb", "rival_seconds", "retries", "long")
+    return figure_stem(name, vars(given), {key: given.usual[key] for key in chosen}, given.install)
+
+
+def save(given, stem, rows: list[dict], measured: list[dict], missing: list[dict], figure=None, **more) -> None:
     "The record, and the picture beside it"
-    from transporter_nb.core import write_aside
-    from transporter_nb.figures import plain_values, provenance
+    from transporter_nb.figures import save_figure, save_record
     from importlib.metadata import version
     versions = {name: version(package) for name, package in (("numba", "numba"), ("pot", "pot"), ("geomloss", "geomloss"))}
     setting = {"tau": TAU, "rounds": ROUNDS, "dtype": "float32", "machine": platform.machine(), "cores": os.cpu_count(), "threads": given.threads, "memory_gb": given.memory_gb, "rival_seconds": given.rival_seconds, "complete": not (given.quick or given.only)}
     hours = (max(row["at"] for row in measured) - min(row["at"] for row in measured)) / 3600 if measured and "at" in measured[0] else None
     record = {"what": "seconds from scores to transported tokens, or to gradients of scores and values; times with `extrapolated_from` are scaled up from that many projections", **setting, **more, "hours_from_first_to_last": hours, "busiest_share_of_others": max((row.get("others", 0) for row in measured), default=None), "rows": rows,
-              "measurements": [{key: value for key, value in row.items() if key != "samples"} for row in measured], "missing": missing, "provenance": provenance() | versions}
-    if figure:
-        with write_aside(folder / f"{stem}.png") as aside: figure.savefig(aside)
-    with write_aside(folder / f"{stem}.json") as aside: aside.write_text(json.dumps(plain_values(record), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    print(f"wrote {stem}.json below {folder.name}/: {len(measured)} measurements, {len(missing)} kinds left out")
+              "measurements": [{key: value for key, value in row.items() if key != "samples"} for row in measured], "missing": missing, "versions": versions}
+    saved = save_figure(figure, stem, record) if figure else [save_record(stem, record)]
+    print(*saved, f"{len(measured)} measurements, {len(missing)} kinds left out", sep="\n")
 
 
 def shortfalls(rows: list[dict]) -> None:
@@ -644,8 +650,7 @@ def main_cuda(given) -> int:
         print(f"ours on {torch.cuda.get_device_name(0)}: N {point[0]}, d {point[1]}, P {point[2]}, {point[3]}: {1e3 * row['seconds']:.3f} ms, {row['peak_bytes_above_inputs'] / 1e9:.3f} GB, {100 * row.get('roofline_share', math.nan):.0f} % of the roofline", flush=True)
     targets = {(4096, 3584, 100, MODES[0]): 1.5, (4096, 3584, 100, MODES[1]): 5.}
     rows = [card(f"milliseconds on {torch.cuda.get_device_name(0)}, {row['mode']}: N = {row['tokens']}, d = {row['width']}, P = {row['projections']}", 1e3 * row["seconds"], targets.get((row["tokens"], row["width"], row["projections"], row["mode"])), "lower", row["n"]) for row in measured]
-    from transporter_nb.core import repo_path
-    save(given, repo_path("figures"), "transport_cuda", rows, measured, [], device=torch.cuda.get_device_name(0))
+    save(given, stem_of(given, "transport_cuda"), rows, measured, [], device=torch.cuda.get_device_name(0))
     shortfalls(rows)
     return 0
 
@@ -654,15 +659,18 @@ def parse() -> argparse.Namespace:
     "Command line"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda measures ours (Triton) alone, with events; written on a machine without a GPU and never run there")
-    parser.add_argument("--quick", action="store_true", help="N = 256 and 1024 at d = 64, P = 100; writes below runs/, not figures/")
-    parser.add_argument("--only", help="such as method=ours/naive,N=1024,d=64,P=100,mode=forward; writes below runs/")
+    parser.add_argument("--quick", action="store_true", help="N = 256 and 1024 at d = 64, P = 100")
+    parser.add_argument("--only", help="such as method=ours/naive,N=1024,d=64,P=100,mode=forward")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every method")
     parser.add_argument("--memory-gb", type=float, default=16, help="that a rival may use, by estimate")
     parser.add_argument("--rival-seconds", type=float, default=10, help="that one call of a rival may take at d = 64, P = 100 before it gets fewer projections")
     parser.add_argument("--retries", type=int, default=1, help="of a measurement during which others took more than a tenth of our cores")
     parser.add_argument("--long", action="store_true", help="also what takes long and is left out else: ours at N = 16384 with large d, rivals at N = 4096 or large d with P = 50 or 400")
     parser.add_argument("--fresh", action="store_true", help="forget what was measured before")
-    return parser.parse_args()
+    parser.add_argument("--install", action="store_true", help="put the result in the place of the shipped one")
+    given = parser.parse_args()
+    given.usual = {action.dest: action.default for action in parser._actions}
+    return given
 
 
 def main() -> int:
@@ -671,13 +679,14 @@ def main() -> int:
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"): os.environ[name] = str(given.threads) # before anything that reads them is imported
     if given.device == "cuda": return main_cuda(given)
     from transporter_nb.core import repo_path
-    partial, started = given.quick or given.only, time.perf_counter()
+    started = time.perf_counter()
     kept = Kept(repo_path("runs", "transport", "measurements.jsonl"), given.fresh, given.retries)
     named = {task.method for point in points(given) for task in tasks(given, point)}
     rows = accuracy_rows(given, kept, [name for name in METHODS if name in named and name != "product"])
     found, missing = run_grid(given, kept)
     rows += speed_rows(found) + scaling_rows(found) + memory_rows(found) + other_rows(found)
-    save(given, repo_path("runs", "transport") if partial else repo_path("figures"), "transport", rows, list(found.values()), grouped(missing) + [NOT_INSTALLED], draw(found))
+    stem = stem_of(given, "transport") # not before: its imports would lie in the memory of every measurement, which is kept anyhow
+    save(given, stem, rows, list(found.values()), grouped(missing) + [NOT_INSTALLED], draw(found))
     shortfalls(rows)
     failed = [row for row in missing if "failed" in row]
     busy = [row for row in found.values() if row["others"] > BUSY]

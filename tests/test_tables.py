@@ -222,7 +222,7 @@ def test_a_table_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
     before = [path.read_bytes() for path in paths]
     def full(*_, **__):
         raise OSError("No space left on device")
-    monkeypatch.setattr(tables, "provenance", full)
+    monkeypatch.setattr(tables, "record_text", full)
     with pytest.raises(OSError):
         save_table(table, tmp_path / "t", {"seed": 2})
     assert [path.read_bytes() for path in paths] == before and sorted(tmp_path.iterdir()) == sorted(paths)

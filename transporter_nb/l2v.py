@@ -302,12 +302,14 @@ def _repr_html_(self:Explanation) -> str: # Shown by Jupyter
 def save(
     self:Explanation,
     stem:str|Path, # Path without ending; `.png`, `.gif`, `.mp4` and `.json` are added
+    run:str|None=None, # Name of the run, kept in the record, by which `figures.figure_stem` knows it
 ) -> list[Path]: # The files written
     "Write the explanation and everything needed to make it again, each file whole or not at all"
     if stem is None or not str(stem) or str(stem).endswith(("/", ".")): raise ValueError(f"save needs a path with a file name, such as 'red_to_blue', got {stem!r}.")
     paths = {ending: Path(f"{stem}.{ending}") for ending in ("png", "gif", "mp4", "json")}
     record = as_config({"caption": self.caption, "target_caption": self.target_caption, "change": self.pair.name, "strengths": self.strengths.tolist(),
                         "settings": self.settings, "answers": list(self.answers), **({"certificate": self.certificate.as_dict()} if self.is_certified else {})})
+    if run is not None: record["run"] = run
     paths["json"].unlink(missing_ok=True) # the record is written last: where it is, everything else is of the same run
     with write_aside(paths["png"]) as aside: self.filmstrip(dpi=150).savefig(aside, format="png")
     save_gif(paths["gif"], self.side_by_side())

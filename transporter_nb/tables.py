@@ -38,7 +38,7 @@ from matplotlib.textpath import text_to_path
 from torch import Tensor
 
 from .core import as_config, config_hash, load_checkpoint, repo_path, save_checkpoint, seeded_generator, write_aside
-from .figures import INK, inch_text, plain_values, provenance
+from .figures import INK, Stem, inch_text, plain_values, provenance, record_text, stem_path
 
 # %% ../nbs/71_tables.ipynb #b27f372b
 def seal_entry(
@@ -786,7 +786,7 @@ def content(
 # %% ../nbs/71_tables.ipynb #11d14914
 def save_table(
     table:Table, # To be saved
-    stem:str|Path, # File name without ending, below `figures/`; an absolute path is taken as it is
+    stem:Stem|str|Path, # As for `stem_path`
     facts:Mapping[str, Any], # Parameters, seed, summary of the cache, as plain values
     vlm:str|None=None, # Which VLM the table is of
     targets:Mapping[tuple[Any, str], tuple[float|int, str]]|None=None, # As for `Table.records`
@@ -795,10 +795,11 @@ def save_table(
     more:Sequence[Mapping[str, Any]]=(), # Further rows for the scorecard, such as differences between rows
 ) -> list[Path]: # PNG, PDF, CSV and the record
     "Save a table in all its forms with everything needed to make it again, whole or not at all"
-    path, rows = repo_path("figures") / stem, [*table.records(vlm, targets, name), *plain_values(as_config(list(more)))]
-    taken = sorted({"table", "rows", "files", "provenance"} & set(facts))
-    if taken: raise ValueError(f"facts must leave the names table, rows, files and provenance to the record, got {taken}. Rename them.")
-    facts, figure, page = plain_values(as_config(facts)), table.figure(style), table.csv()
+    path, rows = stem_path(stem), [*table.records(vlm, targets, name), *as_config(list(more))]
+    taken = sorted({"table", "rows", "files"} & set(facts))
+    if taken:
+        raise ValueError(f"facts must leave the names table, rows and files to the record, got {taken}. Rename them.")
+    facts, figure, page = as_config(facts), table.figure(style), table.csv()
     paths = [Path(f"{path}.{ending}") for ending in ("png", "pdf", "csv", "json")]
     with ExitStack() as stack, matplotlib.rc_context({"pdf.fonttype": 42}): # 42: letters stay text
         asides = [stack.enter_context(write_aside(place)) for place in reversed(paths)][::-1] # left in reverse order: the record takes its place last
@@ -806,8 +807,8 @@ def save_table(
         figure.savefig(asides[1], format="pdf", metadata={"CreationDate": None})
         asides[2].write_text(page, encoding="utf-8", newline="")
         files = {place.name: hashlib.sha256(aside.read_bytes()).hexdigest() for place, aside in zip(paths[:3], asides)}
-        record = {**facts, "table": table.content(), "rows": rows, "files": files, "provenance": provenance()}
-        asides[3].write_text(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        record = {**facts, "table": table.content(), "rows": rows, "files": files}
+        asides[3].write_text(record_text(stem, record), encoding="utf-8")
     return paths
 
 # %% ../nbs/71_tables.ipynb #dd9105a2
