@@ -10,6 +10,7 @@ __all__ = ['Progress', 'Placement', 'counted', 'ChangedTokens', 'changed_tokens'
            'ConceptBank']
 
 # %% ../nbs/40_concepts.ipynb #b6b84066
+import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -28,10 +29,11 @@ from tqdm import tqdm
 
 from .answers import answer_divergence, pair_ids, word_answers
 from .contrasts import ContrastPair, changed_words, parse_contrast
-from .core import load_checkpoint, save_checkpoint, seeded_generator, still_wanted
+from .core import load_checkpoint, save_checkpoint, seeded_generator, still_wanted, widen
 from .distances import answer_distance
 from .generators.base import PromptCondition, VideoGenerator, integrate
 from .pages import html_block, html_table
+from .pairing import check_concepts, made_for
 from .vlms.base import VideoLanguageModel
 
 # %% ../nbs/40_concepts.ipynb #ee29533a
@@ -270,7 +272,8 @@ def shift(
     if len(condition) != 1: raise ValueError(f"shift takes one caption at a time, got {len(condition)} rows. Use condition.index(k).")
     added = torch.einsum("rd,dtw->rtw", strengths.to(offsets), offsets)
     mask = condition.mask | (offsets != 0).any(-1).any(0) # a longer target prompt uses tokens that were padding
-    return PromptCondition(condition.embeds + added.to(condition.embeds), mask.expand(len(strengths), -1).clone())
+    embeds = widen(condition.embeds)
+    return PromptCondition(embeds + added.to(embeds), mask.expand(len(strengths), -1).clone())
 
 # %% ../nbs/40_concepts.ipynb #bd70c88a
 @torch.no_grad()
@@ -279,12 +282,13 @@ def mean_token_difference(
     pair:ContrastPair, # What changes
     captions:Sequence[str], # Source captions, all changing the same number of words
     placement:str="word", # As in `token_slots`
-) -> Float[Tensor, "slots text_dim"]: # One vector a slot
+) -> Float[Tensor, "slots text_dim"]: # One vector a slot, float32
     "How the embeddings of the changed words differ, averaged over captions"
     rows = []
     for caption in captions:
         target_caption = pair.apply(caption)
-        source, target = (generator.encode_prompt([text]).embeds[0] for text in (caption, target_caption))
+        source, target = (widen(generator.encode_prompt([text]).embeds[0])
+                          for text in (caption, target_caption))
         words = [target[word.target].mean(0) - source[word.source].mean(0) for word in changed_tokens(generator, caption, target_caption)]
         rows.append(target - source if placement == "sequence" else torch.stack(words))
     lengths = sorted({len(row) for row in rows})
@@ -305,7 +309,8 @@ def flow_loss(
     "Squared distance to the wanted velocity (paper eq. 8), in units of the velocity difference"
     wide = strength.view(-1, *[1] * (samples.latents.ndim - 1))
     wanted = (samples.source + wide * samples.difference).detach()
-    moved = condition.with_embeds(condition.embeds + strength[:, None, None] * (slots @ vectors))
+    added = strength[:, None, None] * (slots @ vectors)
+    moved = condition.with_embeds(widen(condition.embeds) + added)
     made = generator.velocity(samples.latents, moved, samples.t)
     return (wanted - made).square().mean() / samples.difference.square().mean().clamp(min=1e-12) # 1e-12: equal prompts
 
@@ -454,7 +459,18 @@ class ConceptBank(MutableMapping):
         "Read concepts from one file"
         tensors, config = load_checkpoint(path)
         if "concepts" not in config: raise ValueError(f"{Path(path).name} holds no concepts but {sorted(config)}. Give a file that ConceptBank.save_pretrained wrote.")
-        return cls([Concept(parse_contrast(name), tensors[name], ConceptConfig(**entry["config"]), entry["meta"]) for name, entry in config["concepts"].items()], **config["facts"])
+        entries = config["concepts"].items()
+        silent = [name for name, entry in entries if not entry["meta"].get("made_for")]
+        if silent:
+            some = ", ".join(map(repr, silent[:3])) + " ..." * (len(silent) > 3)
+            warnings.warn(
+                f"{Path(path).name} does not say which generator its concepts were learned on: "
+                f"{some}. Only their sizes can be checked. bank.learn and bank.adopt record it.",
+                stacklevel=2)
+        def concept(name, entry):
+            config = ConceptConfig(**entry["config"])
+            return Concept(parse_contrast(name), tensors[name], config, entry["meta"])
+        return cls([concept(*item) for item in entries], **config["facts"])
 
     @property
     def title(self) -> str: # In words
@@ -494,8 +510,9 @@ def learn(
     config:ConceptConfig|None=None, # None takes `ConceptConfig.mini()`
     progress:Progress=True, # Show progress bars, or call a function after each step, see `counted`; an exception of its own ends the learning and leaves the bank as it was
 ) -> Concept: # Also kept in the bank; one of the same name is replaced
-    "Learn a concept and keep it"
+    "Learn a concept and keep it, with a record of the models it was made for"
     concept = learn_concept(generator, vlm, coupling, pair, captions, config, progress)
+    concept = replace(concept, meta={**concept.meta, "made_for": made_for(generator, vlm)})
     self[concept.pair] = concept
     return concept
 
@@ -505,7 +522,7 @@ def learn(
 def adopt(
     self:ConceptBank,
     concept:Concept, # Learned with any VLM, at uniform strengths
-    generator:VideoGenerator, # The one it was learned on
+    generator:VideoGenerator, # The one it was learned on; another is refused
     vlm:VideoLanguageModel, # Whose answers are measured
     coupling:nn.Module|None=None, # Phi of that VLM, or None for decode and re-encode
 ) -> Concept: # Kept in the bank
@@ -513,8 +530,11 @@ def adopt(
     pair, config = concept.pair, concept.config
     if config.strengths != "uniform":
         raise ValueError(f"{pair.name!r} was learned at strengths={config.strengths!r}, so its vectors belong to the VLM {concept.meta.get('vlm')!r}. Learn it anew with bank.learn(...).")
+    check_concepts([concept], generator, vlm, answers=False)
     divergence = gather(generator, vlm, coupling, pair, concept.meta["captions"], replace(config, states_per_seed=1)).divergence
-    measured = {"divergence": divergence.mean().item(), "divergence_sd": divergence.std().item(), "vlm": vlm.name, "coupled": coupling is not None}
+    measured = {"divergence": divergence.mean().item(), "divergence_sd": divergence.std().item(),
+                "vlm": vlm.name, "coupled": coupling is not None,
+                "made_for": made_for(generator, vlm)}
     self[pair] = replace(concept, meta={**concept.meta, **measured})
     return self[pair]
 
