@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from .answers import answer_divergence, pair_ids, word_answers
 from .contrasts import ContrastPair, changed_words, parse_contrast
-from .core import load_checkpoint, save_checkpoint, seeded_generator
+from .core import load_checkpoint, save_checkpoint, seeded_generator, widen
 from .distances import answer_distance
 from .generators.base import PromptCondition, VideoGenerator, integrate
 from .pages import html_block, html_table
@@ -268,7 +268,8 @@ def shift(
     if len(condition) != 1: raise ValueError(f"shift takes one caption at a time, got {len(condition)} rows. Use condition.index(k).")
     added = torch.einsum("rd,dtw->rtw", strengths.to(offsets), offsets)
     mask = condition.mask | (offsets != 0).any(-1).any(0) # a longer target prompt uses tokens that were padding
-    return PromptCondition(condition.embeds + added.to(condition.embeds), mask.expand(len(strengths), -1).clone())
+    embeds = widen(condition.embeds)
+    return PromptCondition(embeds + added.to(embeds), mask.expand(len(strengths), -1).clone())
 
 # %% ../nbs/40_concepts.ipynb #bd70c88a
 @torch.no_grad()
@@ -277,12 +278,13 @@ def mean_token_difference(
     pair:ContrastPair, # What changes
     captions:Sequence[str], # Source captions, all changing the same number of words
     placement:str="word", # As in `token_slots`
-) -> Float[Tensor, "slots text_dim"]: # One vector a slot
+) -> Float[Tensor, "slots text_dim"]: # One vector a slot, float32
     "How the embeddings of the changed words differ, averaged over captions"
     rows = []
     for caption in captions:
         target_caption = pair.apply(caption)
-        source, target = (generator.encode_prompt([text]).embeds[0] for text in (caption, target_caption))
+        source, target = (widen(generator.encode_prompt([text]).embeds[0])
+                          for text in (caption, target_caption))
         words = [target[word.target].mean(0) - source[word.source].mean(0) for word in changed_tokens(generator, caption, target_caption)]
         rows.append(target - source if placement == "sequence" else torch.stack(words))
     lengths = sorted({len(row) for row in rows})
@@ -303,7 +305,8 @@ def flow_loss(
     "Squared distance to the wanted velocity (paper eq. 8), in units of the velocity difference"
     wide = strength.view(-1, *[1] * (samples.latents.ndim - 1))
     wanted = (samples.source + wide * samples.difference).detach()
-    moved = condition.with_embeds(condition.embeds + strength[:, None, None] * (slots @ vectors))
+    added = strength[:, None, None] * (slots @ vectors)
+    moved = condition.with_embeds(widen(condition.embeds) + added)
     made = generator.velocity(samples.latents, moved, samples.t)
     return (wanted - made).square().mean() / samples.difference.square().mean().clamp(min=1e-12) # 1e-12: equal prompts
 

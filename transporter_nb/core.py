@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Scale', 'package_path', 'repo_path', 'check_scale', 'resolve_device', 'seeded_generator', 'as_config', 'config_hash',
-           'count_parameters', 'write_aside', 'tensor_digest', 'save_checkpoint', 'Checkpoint', 'load_checkpoint',
-           'checkpoint_path', 'flatten_optimizer', 'save_training', 'TrainingState', 'load_training',
+           'count_parameters', 'widen', 'write_aside', 'tensor_digest', 'save_checkpoint', 'Checkpoint',
+           'load_checkpoint', 'checkpoint_path', 'flatten_optimizer', 'save_training', 'TrainingState', 'load_training',
            'unflatten_optimizer']
 
 # %% ../nbs/00_core.ipynb #1aea03dc
@@ -108,6 +108,13 @@ def count_parameters(
 ) -> int: # Number of scalars
     "How many parameters a module has"
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable_only)
+
+# %% ../nbs/00_core.ipynb #9b7c41e2
+def widen(
+    values:Tensor, # Of any type
+) -> Tensor: # float32 for float16 and bfloat16; otherwise the same tensor
+    "Half precision to float32, differentiable"
+    return values.float() if values.is_floating_point() and values.element_size() < 4 else values
 
 # %% ../nbs/00_core.ipynb #7e32d67c
 @contextmanager

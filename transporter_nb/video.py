@@ -36,7 +36,7 @@ from av.sidedata.sidedata import Type as SideDataType
 from PIL import Image
 from torch import Tensor
 
-from .core import write_aside
+from .core import widen, write_aside
 from .pages import html_block, html_image
 
 # %% ../nbs/11_video.ipynb #562f0b9e
@@ -88,14 +88,15 @@ def resize_video(
     video:Float[Tensor, "batch frames 3 height width"], # Values in [0, 1]
     size:Size, # New height and width in pixels; one number for both
     mode:str="bicubic", # `"bicubic"` (smooth, antialiased when shrinking) or `"nearest"` (pixels stay squares)
-) -> Float[Tensor, "batch frames 3 new_height new_width"]: # Values in [0, 1], differentiable
-    "Resize every frame"
+) -> Float[Tensor, "batch frames 3 new_height new_width"]: # In [0, 1] and the type of `video`
+    "Resize every frame, differentiably, half precision in float32"
     height, width = both_sides(size)
     if mode not in ("bicubic", "nearest"): raise ValueError(f"resize wants mode 'bicubic' or 'nearest', got {mode!r}.")
     batch, frames = check_video(video).shape[:2]
-    images = video.flatten(0, 1)
+    images = widen(video).flatten(0, 1)
     options = {"align_corners": False, "antialias": True} if mode == "bicubic" else {}
-    return F.interpolate(images, (height, width), mode=mode, **options).clamp(0, 1).unflatten(0, (batch, frames))
+    resized = F.interpolate(images, (height, width), mode=mode, **options).clamp(0, 1)
+    return resized.unflatten(0, (batch, frames)).to(video.dtype)
 
 # %% ../nbs/11_video.ipynb #2c84a621
 def frames_to_uint8(

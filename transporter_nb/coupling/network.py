@@ -128,8 +128,11 @@ def forward(
     condition_mask:Bool[Tensor, "batch prompt_tokens"], # True on the prompt's own tokens; all False is "no text"
     reencoded:Float[Tensor, "batch vlm_tokens vlm_dim"], # The VLM's tokens of the decoded latents, as they come
     t:float|Float[Tensor, "*clips"]|None=None, # Flow time in [0, 1] of latents and re-encoded tokens, 0 is noise; None is 1
-) -> CouplingOutput: # Everything in the VLM's own units
+) -> CouplingOutput: # In the VLM's own units and the type of the network's weights
     "From the generator's side to tokens the VLM can read (paper §3.2); the input `t` is our addition"
+    own = self.centre.dtype
+    latents, condition_embeds = latents.to(own), condition_embeds.to(own)
+    reencoded = reencoded.to(own)
     t = check_flow_time(t, latents)[:, 0]
     projected = self.projection(latents, condition_embeds, condition_mask, t)
     structured = self.structure(self.normalise(reencoded), t)

@@ -103,10 +103,12 @@ def forward(
     condition_embeds:Float[Tensor, "batch prompt_tokens text_dim"], # Text-encoder states
     condition_mask:Bool[Tensor, "batch prompt_tokens"], # True on the prompt's own tokens; all False is "no text"
     t:float|Float[Tensor, "batch"]|None=None, # Flow time in [0, 1] of the latents; None is 1, finished latents
-) -> Float[Tensor, "batch vlm_tokens vlm_dim"]: # The VLM's tokens, guessed
+) -> Float[Tensor, "batch vlm_tokens vlm_dim"]: # The VLM's tokens, guessed; type of the weights
     "Guess the VLM's tokens from latents and prompt"
     if latents.shape[1:] != self.latent_shape or condition_embeds.shape[2] != self.text_dim:
         raise ValueError(f"built for latents {self.latent_shape} and text_dim {self.text_dim}, got {tuple(latents.shape[1:])} and {condition_embeds.shape[2]}.")
+    own = self.offset.dtype
+    latents, condition_embeds = latents.to(own), condition_embeds.to(own)
     text, mask = pad_prompt(condition_embeds, condition_mask, self.prompt_tokens)
     tokens = torch.cat([self.embed_latents(latent_tokens(latents, self.patch)), self.embed_text(text)], 1)
     tokens = tokens + self.positions + self.embed_time(check_flow_time(t, latents))[:, None]

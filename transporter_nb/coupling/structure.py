@@ -72,11 +72,12 @@ def forward(
     self:TokenStructure,
     reencoded:Float[Tensor, "batch vlm_tokens vlm_dim"], # The VLM's tokens of the decoded latents
     t:float|Float[Tensor, "*clips"]|None=None, # Flow time in [0, 1] of the latents, one or one per clip; None is 1, finished latents
-) -> Float[Tensor, "batch vlm_tokens vlm_dim"]: # Tokens with the relations of the clean video's
+) -> Float[Tensor, "batch vlm_tokens vlm_dim"]: # With the relations of the clean video's
     "Refine re-encoded tokens"
     expected = len(self.positions), self.embed.in_features
     if reencoded.shape[1:] != expected:
         raise ValueError(f"built for {expected[0]} tokens of width {expected[1]}, got {tuple(reencoded.shape[1:])}. Rebuild with vlm_tokens and vlm_dim of this VLM.")
+    reencoded = reencoded.to(self.positions.dtype)
     times = torch.as_tensor(1. if t is None else t, dtype=reencoded.dtype, device=reencoded.device).expand(len(reencoded))
     tokens = self.embed(reencoded) + self.positions + self.embed_time(times[:, None])[:, None]
     for block in self.blocks: tokens = block(tokens)

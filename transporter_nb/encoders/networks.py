@@ -87,7 +87,8 @@ class Trunk(nn.Module):
         self.to_features = nn.Linear(widths[-1], config.n_features)
 
     def forward(self, x:Float[Tensor, "batch 3 *grid"]) -> tuple: # features "batch features", list of three layers
-        layers = [self.norm(self.stem(2 * x - 1)).relu()] # colours around 0
+        colours = x.to(self.stem.weight.dtype) # clips come in any float type
+        layers = [self.norm(self.stem(2 * colours - 1)).relu()] # colours around 0
         for block in self.blocks: layers.append(block(layers[-1]))
         return self.to_features(layers[-1].float().flatten(2).mean(-1)), layers[1:]
 

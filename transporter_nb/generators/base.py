@@ -146,6 +146,7 @@ def integrate(
 # %% ../../nbs/20_generators.base.ipynb #8f9bdf83
 class VideoGenerator(nn.Module, ABC):
     "A text-to-video generator seen through flow matching: t = 0 is noise, t = 1 is data, velocity = data - noise"
+    name:str = "" # As in the registry; names it in messages and files
     text_dim:int # Width of a text token
     latent_channels:int # Channels of the latents
     boundary:float|None = None # Flow time after which a second expert takes over; None with one expert
@@ -194,6 +195,13 @@ def noise(
     if isinstance(seeds, int): raise ValueError(f"seeds is a list, one seed a clip, got {seeds}. Write [{seeds}].")
     if len(seeds) == 0: raise ValueError("seeds is empty; give one seed a clip")
     return torch.cat([torch.randn(self.latent_shape(1), generator=seeded_generator(int(seed))) for seed in seeds]).to(self.device)
+
+@patch
+def probe_latents(
+    self:VideoGenerator,
+) -> Float[Tensor, "1 channels latent_frames latent_height latent_width"]: # Or a corner of it
+    "Fixed latents that a generator is told from another by, see `29_pairing`"
+    return self.noise([0])
 
 # %% ../../nbs/20_generators.base.ipynb #ab591037
 @patch

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['SPECIAL_TOKENS', 'WAN_MEAN', 'WAN_STD', 'PAPER_FIELDS', 'ENCODER_CHUNK', 'VAE_LOCK', 'TIED', 'PARTS', 'WanVAEConfig',
            'WanTransformerConfig', 'WanTextConfig', 'size_errors', 'WanConfig', 'world_words', 'config_from_dict',
-           'to_timestep', 'run_expert', 'flow_times', 'word_tokenizer', 'tokenize', 'tokens_covering', 'check_clip',
-           'build_vae', 'build_transformer', 'build_text_encoder', 'WanGenerator', 'latent_size', 'encode_words',
-           'wan_velocity', 'latent_scale', 'encode_video', 'decode_latents', 'part_tensors', 'fit_tensors',
-           'load_files', 'OneAtATime', 'place', 'load_hub', 'blank_generator']
+           'to_timestep', 'kept_in_float32', 'compute_dtype', 'run_expert', 'flow_times', 'word_tokenizer', 'tokenize',
+           'tokens_covering', 'check_clip', 'build_vae', 'build_transformer', 'build_text_encoder', 'WanGenerator',
+           'latent_size', 'encode_words', 'wan_velocity', 'latent_scale', 'encode_video', 'decode_latents',
+           'part_tensors', 'fit_tensors', 'load_files', 'OneAtATime', 'place', 'load_hub', 'widen_kept',
+           'blank_generator']
 
 # %% ../../nbs/21_generators.wan.ipynb #f06f1f08
 from collections.abc import Mapping, Sequence
@@ -24,9 +25,11 @@ from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import (AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase,
+                          PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel)
 
-from ..core import as_config, check_scale, checkpoint_path, load_checkpoint, resolve_device, save_checkpoint, tensor_digest
+from ..core import (as_config, check_scale, checkpoint_path, load_checkpoint,
+                                 resolve_device, save_checkpoint, tensor_digest, widen)
 from .base import PromptCondition, VideoGenerator, per_clip
 from ..hub import DTYPES, SOURCES, LoadOptions, find_source, require
 from ..world import FRAMES, SIZE, SLOTS
@@ -163,6 +166,25 @@ def to_timestep(
     "Turn our flow time into Wan's timestep"
     return (1 - t) * num_train_timesteps
 
+def kept_in_float32(
+    network:nn.Module, # Of diffusers, of transformers, or any other
+    dtype:torch.dtype, # In which it is loaded
+) -> tuple[str, ...]: # Parts of the names of weights
+    "What the libraries leave in float32 when they load a network"
+    named = tuple(getattr(network, "_keep_in_fp32_modules", None) or ())
+    if not isinstance(network, PreTrainedModel): return named
+    strict = tuple(getattr(network, "_keep_in_fp32_modules_strict", None) or ())
+    return strict + named * (dtype == torch.float16)
+
+def compute_dtype(
+    network:nn.Module, # With weights
+) -> torch.dtype: # Of the weights that are not kept in float32
+    "The type in which a network computes"
+    kept = set(kept_in_float32(network, torch.float16))
+    types = [value.dtype for name, value in network.named_parameters()
+             if kept.isdisjoint(name.split("."))]
+    return types[0] if types else next(network.parameters()).dtype
+
 def run_expert(
     transformer:nn.Module, # A `WanTransformer3DModel`
     latents:Float[Tensor, "batch channels latent_frames latent_height latent_width"], # z_t
@@ -170,7 +192,7 @@ def run_expert(
     timestep:Float[Tensor, "batch"], # Wan's timestep, one a clip
 ) -> Float[Tensor, "batch channels latent_frames latent_height latent_width"]: # data - noise, in the type of `latents`
     "Velocity in our direction from one of Wan's transformers"
-    dtype = next(transformer.parameters()).dtype
+    dtype = compute_dtype(transformer)
     return -transformer(latents.to(dtype), timestep, embeds.to(dtype), return_dict=False)[0].to(latents.dtype)
 
 # %% ../../nbs/21_generators.wan.ipynb #684c2e8d
@@ -265,6 +287,7 @@ def build_text_encoder(
 # %% ../../nbs/21_generators.wan.ipynb #757bfd4e
 class WanGenerator(VideoGenerator):
     "Wan behind the generator interface: t = 0 is noise, t = 1 is data, velocity = data - noise"
+    name = "wan"
     def __init__(self, config:WanConfig, vae:nn.Module, transformer:nn.Module, text_encoder:nn.Module,
                  tokenizer:PreTrainedTokenizerBase, transformer_2:nn.Module|None=None):
         super().__init__()
@@ -315,14 +338,22 @@ def latent_size(
     vae = config.vae
     return (vae.z_dim, 1 + (config.frames - 1) // vae.scale_factor_temporal, config.height // vae.scale_factor_spatial, config.width // vae.scale_factor_spatial)
 
+@patch
+def probe_latents(
+    self:WanGenerator,
+) -> Float[Tensor, "1 channels latent_frames latent_height latent_width"]: # At most 2 x 8 x 8
+    "A corner of fixed latents: Wan's networks take any size, and a whole clip takes minutes"
+    return self.noise([0])[:, :, :2, :8, :8]
+
 def encode_words(
     generator:WanGenerator, # Whose text encoder reads
     prompts:Sequence[str], # One a row
-) -> PromptCondition: # Text tokens; exactly zero on padding
+) -> PromptCondition: # Text tokens, always float32; exactly zero on padding
     "Encode prompts the way Wan's pipeline does"
     ids, mask = tokenize(generator.tokenizer, prompts, generator.config.prompt_tokens)
     ids, mask = ids.to(generator.device), mask.to(generator.device)
-    states = generator.text_encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+    encoded = generator.text_encoder(input_ids=ids, attention_mask=mask.long())
+    states = widen(encoded.last_hidden_state)
     return PromptCondition(states * mask.unsqueeze(-1).to(states.dtype), mask)
 
 def wan_velocity(
@@ -333,7 +364,7 @@ def wan_velocity(
 ) -> Float[Tensor, "batch channels latent_frames latent_height latent_width"]: # data - noise
     "Velocity from the expert that is responsible for each clip's noise level"
     embeds = condition.expand_to(len(latents)).embeds
-    t = per_clip(t, latents).view(-1).expand(len(latents))
+    t = per_clip(t, widen(latents)).view(-1).expand(len(latents)) # in bfloat16, 877 would be 876
     timestep, early = to_timestep(t), t <= (1 if generator.boundary is None else generator.boundary)
     if bool(early.all()): return run_expert(generator.transformer, latents, embeds, timestep)
     if not bool(early.any()): return run_expert(generator.transformer_2, latents, embeds, timestep)
@@ -359,8 +390,8 @@ def encode_video(
 ) -> Float[Tensor, "batch channels latent_frames latent_height latent_width"]: # Normalised latents, float32, differentiable
     "Latents of videos: the mode of the posterior, normalised"
     check_clip(generator.config, video.shape)
-    dtype = next(generator.vae.parameters()).dtype
-    with VAE_LOCK: latents = generator.vae.encode((2 * video - 1).transpose(1, 2).to(dtype)).latent_dist.mode().float()
+    colours = (2 * widen(video) - 1).transpose(1, 2).to(compute_dtype(generator.vae))
+    with VAE_LOCK: latents = generator.vae.encode(colours).latent_dist.mode().float()
     mean, std = latent_scale(generator, latents)
     return (latents - mean) / std
 
@@ -369,8 +400,10 @@ def decode_latents(
     latents:Float[Tensor, "batch channels latent_frames latent_height latent_width"], # Normalised latents
 ) -> Float[Tensor, "batch frames 3 height width"]: # In [0, 1], float32, differentiable where not saturated
     "Videos from normalised latents"
+    latents = widen(latents)
     mean, std = latent_scale(generator, latents)
-    with VAE_LOCK: video = generator.vae.decode((latents * std + mean).to(next(generator.vae.parameters()).dtype)).sample.float()
+    own = (latents * std + mean).to(compute_dtype(generator.vae))
+    with VAE_LOCK: video = generator.vae.decode(own).sample.float()
     return ((video + 1) / 2).transpose(1, 2)
 
 # %% ../../nbs/21_generators.wan.ipynb #89372ef1
@@ -476,6 +509,15 @@ def load_hub(
 # %% ../../nbs/21_generators.wan.ipynb #d8e054bc
 PARTS = ("text_encoder", "transformer", "transformer_2", "vae")
 
+def widen_kept(
+    network:nn.Module, # Built in a type, changed in place
+    dtype:torch.dtype, # That type
+):
+    "Give a blank network the types that it would be loaded with"
+    kept = set(kept_in_float32(network, dtype))
+    for name, value in network.named_parameters():
+        if not kept.isdisjoint(name.split(".")): value.data = value.data.float()
+
 def blank_generator(
     scale:str="paper", # Whose sizes: "paper" or "mini"
     config:WanConfig|None=None, # Other sizes
@@ -489,12 +531,12 @@ def blank_generator(
     build, built = {"vae": build_vae, "text_encoder": build_text_encoder}, {}
     for part in PARTS:
         before = torch.get_default_dtype()
-        torch.set_default_dtype(DTYPES[options.vae_dtype if part == "vae" else options.dtype])
+        dtype = DTYPES[options.vae_dtype if part == "vae" else options.dtype]
+        torch.set_default_dtype(dtype)
         try:
             with torch.device(device): built[part] = build.get(part, build_transformer)(config) if part in parts else nn.Identity() if part != "transformer_2" else None
         finally: torch.set_default_dtype(before)
-        for name, module in [] if built[part] is None else built[part].named_modules(): # as `from_pretrained` does
-            if name.split(".")[-1] in (getattr(built[part], "_keep_in_fp32_modules", None) or ()): module.float()
+        if built[part] is not None: widen_kept(built[part], dtype)
     generator = WanGenerator(config, built["vae"], built["transformer"], built["text_encoder"], word_tokenizer(config.words), built["transformer_2"]).freeze()
     generator.runs_on = torch.device(device)
     if options.vae_tiling and "vae" in parts: generator.vae.enable_tiling(); generator.vae.enable_slicing()

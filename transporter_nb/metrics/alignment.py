@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core import check_scale
+from ..core import check_scale, widen
 from .video import Estimate, bootstrap_statistic, in_chunks, world_encoder
 from ..video import check_video
 
@@ -64,7 +64,7 @@ class FrameAlignment:
         video:Float[Tensor, "batch frames 3 height width"], # Values in [0, 1]
     ) -> Float[Tensor, "batch dim"]: # Mean over frames of unit vectors, so norm at most 1
         "Where clips lie"
-        frames = F.normalize(self.embed_images(check_video(video).flatten(0, 1)), dim=-1)
+        frames = F.normalize(self.embed_images(widen(check_video(video)).flatten(0, 1)), dim=-1)
         return frames.unflatten(0, video.shape[:2]).mean(1)
 
     def embed_text(self,
@@ -118,7 +118,9 @@ def aesthetic_score(
     if model is None:
         raise ValueError("the aesthetic score needs a regression to AVA ratings on CLIP ViT-L/14 features, which is not in the package and has no stand-in. It comes from "
                          "https://github.com/christophschuhmann/improved-aesthetic-predictor (sac+logos+ava1-l14-linearMSE.pth) with CLIP from https://huggingface.co/openai/clip-vit-large-patch14; give both as one function of images.")
-    return in_chunks(lambda part: model(check_video(part).flatten(0, 1)).unflatten(0, part.shape[:2]).mean(1), videos, chunk)
+    def scores(part):
+        return model(widen(check_video(part)).flatten(0, 1)).unflatten(0, part.shape[:2]).mean(1)
+    return in_chunks(scores, videos, chunk)
 
 # %% ../../nbs/61_metrics.alignment.ipynb #519666f6
 class EmbeddingSimilarity(NamedTuple):

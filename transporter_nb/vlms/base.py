@@ -18,7 +18,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from ..world import SLOTS
+from ..core import seeded_generator
+from ..world import FRAMES, SIZE, SLOTS
 
 # %% ../../nbs/24_vlms.base.ipynb #da64370f
 DESCRIBE = "describe the video"
@@ -119,6 +120,14 @@ class VideoLanguageModel(ABC, nn.Module):
         prefix:str="", # Words of the answer already said
     ) -> list[int]: # Ids of everything after the video, up to where the next word is predicted
         "A question in the VLM's chat format"
+
+# %% ../../nbs/24_vlms.base.ipynb #e7d25b94
+@patch
+def probe_clip(self:VideoLanguageModel,
+) -> Float[Tensor, "1 frames 3 height width"]: # In [0, 1], where the VLM computes
+    "A fixed clip that a VLM is told from another by"
+    clip = torch.rand(1, FRAMES, 3, SIZE, SIZE, generator=seeded_generator(0))
+    return clip.to(next((value.device for value in self.parameters()), clip.device))
 
 # %% ../../nbs/24_vlms.base.ipynb #3f4633b3
 @patch

@@ -7,6 +7,7 @@ __all__ = ['image_tokens', 'Phi4VLM']
 
 # %% ../../nbs/25_vlms.phi4.ipynb #c02e14f4
 import torch
+from accelerate.utils import align_module_device
 from fastcore.basics import patch_to
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -26,9 +27,11 @@ def image_tokens(
     side = images.shape[-1] // part.config.vision_config.patch_size
     features = part.get_img_features(images, attention_mask=images.new_ones(len(images), side, side, dtype=torch.bool))
     grid = features.unflatten(1, (round(features.shape[1]**0.5),) * 2)
-    row_end = part.sub_img_feature_extensor.expand(len(grid), grid.shape[1], 1, -1)
-    view = torch.cat([grid, row_end], 2).flatten(1, 2)
-    tokens = torch.cat([view, part.global_img_feature_extensor.expand(len(grid), 1, -1), view], 1)
+    with align_module_device(part): # offloaded weights come for its forward alone
+        row_end = part.sub_img_feature_extensor.expand(len(grid), grid.shape[1], 1, -1)
+        view = torch.cat([grid, row_end], 2).flatten(1, 2)
+        separator = part.global_img_feature_extensor.expand(len(grid), 1, -1)
+        tokens = torch.cat([view, separator, view], 1)
     return part.img_projection_down(nn.functional.gelu(part.img_projection_up(tokens)))
 
 # %% ../../nbs/25_vlms.phi4.ipynb #e66f680d

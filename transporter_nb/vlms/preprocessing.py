@@ -17,6 +17,8 @@ from fastcore.basics import patch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from ..core import widen
+
 # %% ../../nbs/23_vlms.preprocessing.ipynb #22853180
 def filter_weights(
     n_from:int, # Pixels of a side
@@ -54,11 +56,11 @@ def resize(
     antialias:bool=True, # Widen the filter when shrinking; Lanczos and rounded passes always do
     clip:bool=True, # Stay in [0, 1] as bytes do; the gradient is zero where a filter overshoots
     rounded:bool=False, # Give the bytes that a processor gives
-) -> Float[Tensor, "*batch 3 new_height new_width"]: # In [0, 1]
-    "Frames in another size, as processors resize them"
+) -> Float[Tensor, "*batch 3 new_height new_width"]: # In [0, 1], in the type of `images`
+    "Frames in another size, as processors resize them; half precision in float32"
     if mode not in ("bilinear", "bicubic", "lanczos") or min(height, width) < 1:
         raise ValueError(f"resize wants mode 'bilinear', 'bicubic' or 'lanczos' and a positive size, got {mode!r} and {height} x {width}.")
-    new = images.reshape(-1, *images.shape[-3:])
+    new = widen(images).reshape(-1, *images.shape[-3:])
     for axis, size in ((-1, width), (-2, height)):
         if new.shape[axis] == size: continue
         if rounded or mode == "lanczos":
@@ -66,7 +68,7 @@ def resize(
             new = (byte_product(lines, weights) if rounded else lines @ weights.T.to(lines)).transpose(axis, -1)
         else: new = nn.functional.interpolate(new, (new.shape[-2] if axis == -1 else height, width), mode=mode, antialias=antialias)
         if clip: new = new.clamp(0, 1)
-    return new.reshape(*images.shape[:-2], height, width)
+    return new.reshape(*images.shape[:-2], height, width).to(images.dtype)
 
 # %% ../../nbs/23_vlms.preprocessing.ipynb #50a31110
 CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711) # transformers.image_utils, OPENAI_CLIP_*
@@ -130,7 +132,7 @@ def take_frames(
     size:int, # px, of the shown frames
     mode:str="bilinear", # Filter, as for `resize`
     which:Sequence[int]|None=None, # Numbers of the frames to show, by a rule of the model's own; `even_frames` otherwise
-) -> Float[Tensor, "batch n_frames 3 size size"]: # In [0, 1]
+) -> Float[Tensor, "batch n_frames 3 size size"]: # In [0, 1]; float32 for half precision
     "The frames that a VLM is shown"
     if video.ndim != 5 or video.shape[2] != 3 or not len(video):
         raise ValueError(f"a video is (batch >= 1, frames, 3, height, width), got {tuple(video.shape)}.")
@@ -139,7 +141,7 @@ def take_frames(
     if not video.is_floating_point(): raise ValueError(f"a video has colours in [0, 1], got whole numbers ({video.dtype}). Divide bytes by 255.")
     low, high = (0., 1.) if video.is_meta else (value.item() for value in video.detach().aminmax()) # without numbers there is nothing to look at
     if not (low >= -SLACK and high <= 1 + SLACK): raise ValueError(f"a video has colours in [0, 1], got {low:.3g} to {high:.3g}. From [-1, 1], use (video + 1) / 2; clamp what a decoder overshoots; NaN comes from the model before.")
-    return resize(video[:, which], size, size, mode)
+    return resize(widen(video[:, which]), size, size, mode)
 
 # %% ../../nbs/23_vlms.preprocessing.ipynb #355430db
 def round_to_blocks(
