@@ -10,6 +10,7 @@ __all__ = ['Progress', 'Placement', 'counted', 'ChangedTokens', 'changed_tokens'
            'ConceptBank']
 
 # %% ../nbs/40_concepts.ipynb #b6b84066
+import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
-from fastcore.basics import listify, patch
+from fastcore.basics import listify, patch, patch_to
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -32,6 +33,7 @@ from .core import load_checkpoint, save_checkpoint, seeded_generator, widen
 from .distances import answer_distance
 from .generators.base import PromptCondition, VideoGenerator, integrate
 from .pages import html_block, html_table
+from .pairing import check_concepts, made_for
 from .vlms.base import VideoLanguageModel
 
 # %% ../nbs/40_concepts.ipynb #ee29533a
@@ -450,12 +452,6 @@ class ConceptBank(MutableMapping):
     def __delitem__(self, pair:str|ContrastPair): del self.concepts[self[pair].pair.name]
     def __iter__(self) -> Iterator[str]: return iter(self.concepts)
     def __len__(self) -> int: return len(self.concepts)
-    @classmethod
-    def from_pretrained(cls, path:str|Path) -> "ConceptBank": # The concepts that `save_pretrained` wrote to `path`
-        "Read concepts from one file"
-        tensors, config = load_checkpoint(path)
-        if "concepts" not in config: raise ValueError(f"{Path(path).name} holds no concepts but {sorted(config)}. Give a file that ConceptBank.save_pretrained wrote.")
-        return cls([Concept(parse_contrast(name), tensors[name], ConceptConfig(**entry["config"]), entry["meta"]) for name, entry in config["concepts"].items()], **config["facts"])
 
     @property
     def title(self) -> str: # In words
@@ -495,8 +491,9 @@ def learn(
     config:ConceptConfig|None=None, # None takes `ConceptConfig.mini()`
     progress:Progress=True, # Show progress bars, or call a function after each step, see `counted`; an exception of its own ends the learning and leaves the bank as it was
 ) -> Concept: # Also kept in the bank; one of the same name is replaced
-    "Learn a concept and keep it"
+    "Learn a concept and keep it, with a record of the models it was made for"
     concept = learn_concept(generator, vlm, coupling, pair, captions, config, progress)
+    concept = replace(concept, meta={**concept.meta, "made_for": made_for(generator, vlm)})
     self[concept.pair] = concept
     return concept
 
@@ -506,7 +503,7 @@ def learn(
 def adopt(
     self:ConceptBank,
     concept:Concept, # Learned with any VLM, at uniform strengths
-    generator:VideoGenerator, # The one it was learned on
+    generator:VideoGenerator, # The one it was learned on; another is refused
     vlm:VideoLanguageModel, # Whose answers are measured
     coupling:nn.Module|None=None, # Phi of that VLM, or None for decode and re-encode
 ) -> Concept: # Kept in the bank
@@ -514,8 +511,11 @@ def adopt(
     pair, config = concept.pair, concept.config
     if config.strengths != "uniform":
         raise ValueError(f"{pair.name!r} was learned at strengths={config.strengths!r}, so its vectors belong to the VLM {concept.meta.get('vlm')!r}. Learn it anew with bank.learn(...).")
+    check_concepts([concept], generator, vlm, answers=False)
     divergence = gather(generator, vlm, coupling, pair, concept.meta["captions"], replace(config, states_per_seed=1)).divergence
-    measured = {"divergence": divergence.mean().item(), "divergence_sd": divergence.std().item(), "vlm": vlm.name, "coupled": coupling is not None}
+    measured = {"divergence": divergence.mean().item(), "divergence_sd": divergence.std().item(),
+                "vlm": vlm.name, "coupled": coupling is not None,
+                "made_for": made_for(generator, vlm)}
     self[pair] = replace(concept, meta={**concept.meta, **measured})
     return self[pair]
 
@@ -528,3 +528,26 @@ def save_pretrained(
     "Write all concepts to one file"
     entries = {name: {"config": asdict(concept.config), "meta": dict(concept.meta)} for name, concept in self.concepts.items()}
     return save_checkpoint(path, {name: concept.vectors for name, concept in self.concepts.items()}, {"concepts": entries, "facts": self.facts})
+
+@patch_to(ConceptBank, cls_method=True)
+def from_pretrained(
+    cls:type[ConceptBank],
+    path:str|Path, # A file written by `save_pretrained`
+) -> ConceptBank: # Its concepts; which models they are for is checked by a `Transporter`
+    "Read concepts from one file"
+    tensors, config = load_checkpoint(path)
+    if "concepts" not in config:
+        raise ValueError(f"{Path(path).name} holds no concepts but {sorted(config)}. "
+                         "Give a file that ConceptBank.save_pretrained wrote.")
+    entries = config["concepts"].items()
+    silent = [name for name, entry in entries if not entry["meta"].get("made_for")]
+    if silent:
+        some = ", ".join(map(repr, silent[:3])) + " ..." * (len(silent) > 3)
+        warnings.warn(
+            f"{Path(path).name} does not say which generator its concepts were learned on: {some}. "
+            "Only their sizes can be checked. bank.learn and bank.adopt record it.", stacklevel=2)
+    def concept(name, entry):
+        config = ConceptConfig(**entry["config"])
+        return Concept(parse_contrast(name), tensors[name], config, entry["meta"])
+    return cls([concept(*item) for item in entries], **config["facts"])
+

@@ -41,6 +41,7 @@ from .coupling.network import CouplingNetwork
 from .generators.base import PromptCondition, VideoGenerator
 from .hub import SOURCES, LoadOptions
 from .pages import html_block, html_image, html_table
+from .pairing import check_concepts, check_coupling
 from .registry import GENERATORS, VLMS, find_adapter, load_generator, load_vlm, shipped_vlm_names
 from .shaping import WORD_GROUPS, ShapedConcept, ShapingConfig, measure_answers, with_word, word_of
 from .steering import MAX_STRENGTH, Steered, check_run, check_strengths, steer, window_weights
@@ -362,6 +363,8 @@ class Transporter:
         names:dict|None=None, # How the parts were loaded (`vlm`, `generator`, `scale`), kept in every record
     ):
         self.generator, self.vlm, self.coupling, self.bank, self.names = generator, vlm, coupling, ConceptBank() if bank is None else bank, names or {}
+        if coupling is not None: check_coupling(coupling, generator, vlm)
+        check_concepts(list(self.bank.values()), generator, vlm)
         self.word_groups, self.measured = WORD_GROUPS, {} # words that may matter to a shaped concept, and what the VLM answered to them
 
     @classmethod

@@ -6,16 +6,18 @@
 __all__ = ['CouplingConfig', 'CouplingOutput', 'CouplingNetwork']
 
 # %% ../../nbs/33_coupling.network.ipynb #3faf24d8
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from fastcore.basics import patch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ..core import count_parameters, load_checkpoint, save_checkpoint
+from ..core import as_config, count_parameters, load_checkpoint, save_checkpoint
 from .gromov import SlicedGromovTransport
 from .projection import GlobalProjection, check_flow_time
 from .structure import TokenStructure
@@ -80,6 +82,7 @@ class CouplingNetwork(nn.Module):
     ):
         super().__init__()
         self.config = c = config
+        self.made_for:Mapping[str, Any]|None = None # Of which models, from `29_pairing`
         self.projection = GlobalProjection(c.latent_shape, c.text_dim, c.prompt_tokens, c.vlm_tokens, c.vlm_dim, c.projection_width, c.projection_depth, c.projection_hidden, c.patch)
         self.structure = TokenStructure(c.vlm_tokens, c.vlm_dim, c.structure_width, c.structure_depth, c.structure_heads)
         if c.transport not in ("projected", "gromov"): raise ValueError(f'transport must be "projected" or "gromov", got {c.transport!r}.')
@@ -94,8 +97,17 @@ class CouplingNetwork(nn.Module):
     ) -> "CouplingNetwork": # In evaluation mode, frozen
         "Load a network with its configuration"
         tensors, config = load_checkpoint(path, device)
-        network = cls(CouplingConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in config.items()})).to(device)
+        made_for = config.pop("made_for", None)
+        settings = {name: tuple(value) if isinstance(value, list) else value
+                    for name, value in config.items()}
+        network = cls(CouplingConfig(**settings)).to(device)
         network.load_state_dict(tensors)
+        network.made_for = made_for
+        if made_for is None:
+            warnings.warn(
+                f"{Path(path).name} does not say which generator and VLM it was made for: only its "
+                "sizes can be checked. Save it once more with network.save_pretrained(path, "
+                "made_for=pairing.made_for(generator, vlm)).", stacklevel=2)
         return network.eval().requires_grad_(False)
 
 # %% ../../nbs/33_coupling.network.ipynb #86b19d2b
@@ -146,9 +158,12 @@ def save_pretrained(
     self:CouplingNetwork,
     path:str|Path, # Ends in `.safetensors`
     weights:dict[str, Tensor]|None=None, # A state dict to save in place of the network's own
+    made_for:Mapping[str, Any]|None=None, # From `29_pairing`; None keeps the network's own
 ) -> Path: # Where the file is
-    "Save weights and configuration, whole or not at all"
-    return save_checkpoint(path, self.state_dict() if weights is None else weights, self.config)
+    "Save weights, configuration and what it was made for, whole or not at all"
+    record = self.made_for if made_for is None else made_for
+    config = as_config(self.config) | ({} if record is None else {"made_for": record})
+    return save_checkpoint(path, self.state_dict() if weights is None else weights, config)
 
 # %% ../../nbs/33_coupling.network.ipynb #5d05b53d
 @patch
@@ -162,7 +177,13 @@ def report(
     rho = f"rho-OT: {c.n_projections} learned projections, average of {c.average}, tau {c.entropy_reg:g} of the mean cost, {c.n_iterations} rounds of Sinkhorn"
     places = f"; places with gain {c.position_gain:g}" if c.position_gain else "; no place vectors"
     spread = "unknown, the weights are on the meta device" if self.scale.is_meta else "not calibrated" if self.scale == 1 and not self.centre.any() else f"{self.scale.item():.3g} around the mean token"
-    return {"from": f"latents {by(c.latent_shape)}, up to {c.prompt_tokens} prompt tokens of width {c.text_dim}, re-encoded tokens", "to": f"{c.vlm_tokens} tokens of width {c.vlm_dim} for the VLM",
+    names = self.made_for or {}
+    both = f"the generator {names.get('generator')!r} and the VLM {names.get('vlm')!r}"
+    made_for = both if names else "not recorded"
+    return {"made for": made_for,
+            "from": f"latents {by(c.latent_shape)}, up to {c.prompt_tokens} prompt tokens "
+                    f"of width {c.text_dim}, re-encoded tokens",
+            "to": f"{c.vlm_tokens} tokens of width {c.vlm_dim} for the VLM",
             "projection": f"MLP-Mixer, {c.projection_depth} blocks of width {c.projection_width}, patch {by(c.patch)}: {size(self.projection)}",
             "structure": f"Transformer, {c.structure_depth} blocks of width {c.structure_width}, {c.structure_heads} heads: {size(self.structure)}",
             "transport": (rho if c.transport == "projected" else f"sliced Gromov-Wasserstein over {c.n_projections} projections, nothing learned") + places,
