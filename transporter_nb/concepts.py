@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
-from fastcore.basics import listify, patch
+from fastcore.basics import listify, patch, patch_to
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -454,23 +454,6 @@ class ConceptBank(MutableMapping):
     def __delitem__(self, pair:str|ContrastPair): del self.concepts[self[pair].pair.name]
     def __iter__(self) -> Iterator[str]: return iter(self.concepts)
     def __len__(self) -> int: return len(self.concepts)
-    @classmethod
-    def from_pretrained(cls, path:str|Path) -> "ConceptBank": # The concepts that `save_pretrained` wrote to `path`
-        "Read concepts from one file"
-        tensors, config = load_checkpoint(path)
-        if "concepts" not in config: raise ValueError(f"{Path(path).name} holds no concepts but {sorted(config)}. Give a file that ConceptBank.save_pretrained wrote.")
-        entries = config["concepts"].items()
-        silent = [name for name, entry in entries if not entry["meta"].get("made_for")]
-        if silent:
-            some = ", ".join(map(repr, silent[:3])) + " ..." * (len(silent) > 3)
-            warnings.warn(
-                f"{Path(path).name} does not say which generator its concepts were learned on: "
-                f"{some}. Only their sizes can be checked. bank.learn and bank.adopt record it.",
-                stacklevel=2)
-        def concept(name, entry):
-            config = ConceptConfig(**entry["config"])
-            return Concept(parse_contrast(name), tensors[name], config, entry["meta"])
-        return cls([concept(*item) for item in entries], **config["facts"])
 
     @property
     def title(self) -> str: # In words
@@ -547,3 +530,26 @@ def save_pretrained(
     "Write all concepts to one file"
     entries = {name: {"config": asdict(concept.config), "meta": dict(concept.meta)} for name, concept in self.concepts.items()}
     return save_checkpoint(path, {name: concept.vectors for name, concept in self.concepts.items()}, {"concepts": entries, "facts": self.facts})
+
+@patch_to(ConceptBank, cls_method=True)
+def from_pretrained(
+    cls:type[ConceptBank],
+    path:str|Path, # A file written by `save_pretrained`
+) -> ConceptBank: # Its concepts; which models they are for is checked by a `Transporter`
+    "Read concepts from one file"
+    tensors, config = load_checkpoint(path)
+    if "concepts" not in config:
+        raise ValueError(f"{Path(path).name} holds no concepts but {sorted(config)}. "
+                         "Give a file that ConceptBank.save_pretrained wrote.")
+    entries = config["concepts"].items()
+    silent = [name for name, entry in entries if not entry["meta"].get("made_for")]
+    if silent:
+        some = ", ".join(map(repr, silent[:3])) + " ..." * (len(silent) > 3)
+        warnings.warn(
+            f"{Path(path).name} does not say which generator its concepts were learned on: {some}. "
+            "Only their sizes can be checked. bank.learn and bank.adopt record it.", stacklevel=2)
+    def concept(name, entry):
+        config = ConceptConfig(**entry["config"])
+        return Concept(parse_contrast(name), tensors[name], config, entry["meta"])
+    return cls([concept(*item) for item in entries], **config["facts"])
+
