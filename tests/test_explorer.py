@@ -355,7 +355,14 @@ def menu(page, name, item):
 
 
 def run_all(page) -> Explorer:
-    menu(page, "Run", r"^Run All Cells$")
+    prompts = page.locator(".jp-Cell .jp-InputPrompt")
+    before = prompts.all_inner_texts()
+    for _ in range(10): # until its kernel is connected, JupyterLab drops what is asked for
+        menu(page, "Run", r"^Run All Cells$")
+        until = time.monotonic() + 5
+        while prompts.all_inner_texts() == before and time.monotonic() < until:
+            page.wait_for_timeout(100)
+        if prompts.all_inner_texts() != before: break
     try: page.wait_for_selector(".tnb-explorer .tnb-videos img", timeout=OPENING)
     finally: picture(page, "lab_run_desk")
     return Explorer(page).wait(timeout=OPENING)
