@@ -59,7 +59,7 @@ def ran(tmp_path_factory):
         words = [word for key, value in given.items() for word in ("-p", key, value)]
         out = folder / f"{label}.ipynb"
         done = subprocess.run([BIN / "papermill", "--no-progress-bar", ROOT / "nbs" / f"{name}.ipynb", out, *words],
-                              cwd=folder, capture_output=True, text=True, timeout=600)
+                              cwd=folder, capture_output=True, text=True, timeout=1800)
         assert done.returncode == 0, done.stderr[-3000:]
         said = "\n".join(o.get("text", "") for cell in nbformat.read(out, as_version=4).cells for o in cell.get("outputs", []))
         return {line.strip() for line in said.split("\n") if line.strip().endswith(ENDINGS) and " " not in line.strip()}
