@@ -1,5 +1,5 @@
 """The explorer as people meet it: Voila and JupyterLab in a real Chromium, moved by mouse and keyboard, read from the page. Screenshots lie in `runs/explorer/`."""
-import os, re, time, urllib.error, urllib.request
+import math, os, re, time, urllib.error, urllib.request
 from urllib.parse import urlsplit
 
 import pytest
@@ -355,16 +355,30 @@ def menu(page, name, item):
 
 
 def run_all(page) -> Explorer:
-    prompts = page.locator(".jp-Cell .jp-InputPrompt")
-    before = prompts.all_inner_texts()
-    for _ in range(10): # until its kernel is connected, JupyterLab drops what is asked for
-        menu(page, "Run", r"^Run All Cells$")
-        until = time.monotonic() + 5
-        while prompts.all_inner_texts() == before and time.monotonic() < until:
-            page.wait_for_timeout(100)
-        if prompts.all_inner_texts() != before: break
-    try: page.wait_for_selector(".tnb-explorer .tnb-videos img", timeout=OPENING)
-    finally: picture(page, "lab_run_desk")
+    """Run All until the explorer stands there
+
+    While its kernel connects, JupyterLab drops what is asked for, or marks the cells and then
+    forgets them. So this asks again whenever nothing runs and a cell has not been run.
+    """
+    prompts = page.locator(".jp-Cell.jp-CodeCell .jp-InputPrompt")
+    video = page.locator(".tnb-explorer .tnb-videos img").first
+    until = time.monotonic() + OPENING / 1000
+    ran, quiet = False, math.inf # whether cells were seen at work; s of rest since then
+    while True:
+        said = prompts.all_inner_texts()
+        busy = any("*" in text for text in said)
+        ran, quiet = ran or busy, 0 if busy else quiet
+        complete = ran and not busy and all(re.search(r"[0-9]", text) for text in said)
+        if complete and video.is_visible(): break
+        if time.monotonic() > until:
+            picture(page, "lab_run_desk")
+            raise AssertionError(f"no video {OPENING / 1000:.0f} s after Run All; cells: {said}")
+        if quiet > 5 and not complete:
+            menu(page, "Run", r"^Run All Cells$")
+            ran, quiet = False, 0
+        page.wait_for_timeout(100)
+        quiet += .1
+    picture(page, "lab_run_desk")
     return Explorer(page).wait(timeout=OPENING)
 
 
