@@ -186,12 +186,13 @@ def training_step(
     batch:WorldBatch, # What to learn
     settings:VLMTraining, # How
     step:int, # Counted from 0
+    answer_loss:Callable=VideoLanguageModel.answer_loss, # Of a VLM, its embeddings and `batch.turns`
 ) -> float: # The loss of this step, in nats an answer token once words are learned
     "One step of training"
     optimizer.set_share(settings.rate(step))
     embeddings = student["vlm"].embed(batch.video.to(next(student.parameters()).device))
     located = student["locator"](embeddings, batch.scenes)
-    loss = located if step < settings.locate_steps else student["vlm"].answer_loss(embeddings, batch.turns) + settings.locate_weight * located
+    loss = located if step < settings.locate_steps else answer_loss(student["vlm"], embeddings, batch.turns) + settings.locate_weight * located
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(optimizer.parameters_of("adamw"), settings.clip_norm)
@@ -207,12 +208,14 @@ def train_vlm(
     minutes:float=math.inf, # Stop after this time, to be continued by another call
     save_every:int=500, # Steps
     report:Callable[[int, float], None]|None=None, # Called each step with the step and its loss
+    locator:Callable[[VideoLanguageModel], nn.Module]=FrameLocator, # Makes what reads frames
+    answer_loss:Callable=VideoLanguageModel.answer_loss, # Of a VLM, its embeddings and `batch.turns`
 ) -> list[float]: # Loss of every step since the very start
     "Teach a VLM to answer, resumable to the same numbers"
     batches = batches or (lambda step: world_batch(step, settings.batch_size, settings.seed))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        student = nn.ModuleDict({"vlm": vlm, "locator": FrameLocator(vlm).to(next(vlm.parameters()).device)}).train().requires_grad_(True)
+        student = nn.ModuleDict({"vlm": vlm, "locator": locator(vlm).to(next(vlm.parameters()).device)}).train().requires_grad_(True)
     optimizer = vlm_optimizer(student, settings)
     average, losses, step = {name: value.detach().clone() for name, value in vlm.named_parameters()}, [], 0
     if resume_path and Path(resume_path).exists():
@@ -221,7 +224,7 @@ def train_vlm(
     start, save = time.monotonic(), lambda: resume_path and save_training(resume_path, step, student, optimizer, average, extra={"losses": losses})
     with matmul_precision(settings.matmul):
         while step < settings.steps and time.monotonic() - start < 60 * minutes:
-            losses.append(training_step(student, optimizer, batches(step), settings, step))
+            losses.append(training_step(student, optimizer, batches(step), settings, step, answer_loss))
             update_average(average, vlm, step, settings.ema_decay)
             step += 1
             if report: report(step, losses[-1])
