@@ -15,7 +15,7 @@ from fastcore.docments import docments
 
 # %% ../../nbs/0_core/05_docstrings.ipynb #995833bc
 def short_type(
-    annotation, # Of a parameter, or `inspect.Parameter.empty`
+    annotation:object, # Of a parameter, or `inspect.Parameter.empty`
 ) -> str: # "" where there is none
     "A type as a reader would write it"
     if annotation is inspect.Parameter.empty or annotation is None: return ""
