@@ -9,35 +9,52 @@ __all__ = ['pair_between', 'plain_pair', 'makes']
 from ..world.contrasts import PLURALS, SINGULARS, ContrastPair, changed_words
 
 # %% ../../nbs/5_explain/05_changes.ipynb #25505b63
+def _follows(source, target):
+    "Whether a changed word only follows another by grammar: an article, or a number's plural"
+    if {source, target} == {"a", "an"}: return True
+    return target in (PLURALS.get(source), SINGULARS.get(source))
+
 def pair_between(
-    caption:str, # What the video is
-    target_caption:str, # What it shall become
+    caption:str, # Describes the video
+    target_caption:str, # Describes the video that it shall become
 ) -> ContrastPair: # A pair whose `apply` makes the target caption
     "The contrast between two captions"
-    spans = [(caption[span.source_start:span.source_end], target_caption[span.target_start:span.target_end]) for span in changed_words(caption, target_caption)]
-    words = list(dict.fromkeys((source.strip(".,;:!?"), target.strip(".,;:!?")) for source, target in spans))
+    words = {} # in order, without repetitions
+    for span in changed_words(caption, target_caption):
+        source = caption[span.source_start:span.source_end].strip(".,;:!?")
+        target = target_caption[span.target_start:span.target_end].strip(".,;:!?")
+        words[source, target] = None
     if not words or not all(word for pair in words for word in pair):
-        raise ValueError(f"the target caption must replace words of {caption!r} by others, got {target_caption!r}. Words that are only added or dropped have no counterpart to compare.")
-    follows = [pair for pair in words if set(pair) == {"a", "an"} or pair[1] in (PLURALS.get(pair[0]), SINGULARS.get(pair[0]))]
-    for chosen in ([pair for pair in words if pair not in follows], words):
-        if len({source for source, _ in chosen}) == len(chosen) > 0:
-            pair = ContrastPair(*("+".join(side) for side in zip(*chosen)))
-            if pair.apply(caption) == target_caption: return pair
-    raise ValueError(f"no contrast of whole words turns {caption!r} into {target_caption!r}; the words that differ are {words}. Does one of them stand there twice?")
+        raise ValueError(
+            f"the target caption must replace words of {caption!r} by others, got "
+            f"{target_caption!r}. Words that are only added or dropped have no counterpart "
+            "to compare.")
+    leading = [pair for pair in words if not _follows(*pair)]
+    for chosen in (leading, list(words)): # all words, where the leading ones are not enough
+        if not chosen or len({source for source, _ in chosen}) < len(chosen): continue
+        pair = ContrastPair(*("+".join(side) for side in zip(*chosen)))
+        if pair.apply(caption) == target_caption: return pair
+    raise ValueError(
+        f"no contrast of whole words turns {caption!r} into {target_caption!r}; the words that "
+        f"differ are {list(words)}. Does one of them stand there twice?")
 
 # %% ../../nbs/5_explain/05_changes.ipynb #1dc78507
 def plain_pair(
     pair:ContrastPair, # As a reader wrote it
 ) -> ContrastPair: # In small letters and in the singular, as banks keep it
-    "The form of a pair under which it is looked up"
-    lower = [[word.lower() for word in words] for words in zip(*pair.words)]
-    return ContrastPair(*("+".join(SINGULARS.get(word, word) for word in words) for words in lower))
+    "The form of a pair under which a bank keeps it"
+    sides = []
+    for words in zip(*pair.words):
+        lower = [word.lower() for word in words]
+        sides.append("+".join(SINGULARS.get(word, word) for word in lower))
+    return ContrastPair(*sides)
 
+# %% ../../nbs/5_explain/05_changes.ipynb #48f8c444
 def makes(
     pair:ContrastPair, # A contrast
-    caption:str, # What the video is
-    target_caption:str, # What it shall become
+    caption:str, # Describes the video
+    target_caption:str, # Describes the video that it shall become
 ) -> bool: # Whether the pair turns one into the other
-    "Whether a contrast is what lies between two captions"
+    "Whether a contrast turns one caption into another, in any spelling"
     try: return pair.apply(caption).lower() == target_caption.lower()
     except ValueError: return False # the caption does not hold its words
