@@ -20,41 +20,49 @@ from ..world.contrasts import ContrastPair
 
 # %% ../../nbs/5_explain/06_answer_table.ipynb #aa496c19
 class Answers(NamedTuple):
-    "What a VLM said about the clips of a sweep, seen in one way"
-    source: Float[Tensor, "strengths words"] # Probability of each source word, out of the vocabulary
+    "A VLM's answers to the clips of a sweep, seen in one way"
+    source: Float[Tensor, "strengths words"] # Probability of each source word, of the vocabulary
     target: Float[Tensor, "strengths words"] # Probability of each target word
     divergence: Float[Tensor, "strengths"] # Answer divergence to the unsteered clip
-    captions: list[str] # What it says about each clip
+    captions: list[str] # Its caption for each clip
 
 @torch.no_grad()
 def read_answers(
     vlm:VideoLanguageModel, # Frozen
     vlm_embeddings:Float[Tensor, "strengths vlm_tokens vlm_dim"], # Of the clips of a sweep
     base_embeddings:Float[Tensor, "1 vlm_tokens vlm_dim"], # Of the unsteered clip
-    pair:ContrastPair, # What changes
+    pair:ContrastPair, # The change that is asked for
     caption:str, # The source caption
     distance:str="hellinger", # As in `answer_divergence`
     over:str="pair", # As in `answer_divergence`
 ) -> Answers: # On the CPU
     "Ask the VLM about every clip of a sweep"
-    n, ids = len(vlm_embeddings), pair_ids(vlm, pair, caption)
-    log_probs = word_answers(vlm, torch.cat([base_embeddings, vlm_embeddings]), pair, caption).cpu()
-    base, log_probs = log_probs[:1].expand(n, -1, -1), log_probs[1:]
-    divergence = answer_divergence(base, log_probs, ids.expand(n, -1, -1), distance, over)
-    source, target = log_probs.exp().gather(-1, ids.expand(n, -1, -1)).unbind(-1)
+    n = len(vlm_embeddings)
+    ids = pair_ids(vlm, pair, caption).expand(n, -1, -1)
+    tokens = torch.cat([base_embeddings, vlm_embeddings])
+    base, log_probs = word_answers(vlm, tokens, pair, caption).cpu().split([1, n])
+    divergence = answer_divergence(base.expand(n, -1, -1), log_probs, ids, distance, over)
+    source, target = log_probs.exp().gather(-1, ids).unbind(-1)
     return Answers(source, target, divergence, vlm.caption(vlm_embeddings))
 
 # %% ../../nbs/5_explain/06_answer_table.ipynb #fd20e99a
+def _cell(value, width):
+    "A number or a text in one cell"
+    if isinstance(value, float): return f"{value:.3f}"
+    return "".join(" " if category(c) in ("Cc", "Zl", "Zp") else c for c in str(value))[:width]
+
 class AnswerTable(list):
     "Rows with equal keys, shown as a table"
-    def cells(self, width:int=60) -> list[list[str]]: # Header first; long texts are cut at `width`
+    def cells(self,
+        width:int=60, # Characters; longer texts are cut
+    ) -> list[list[str]]: # Header first
         "Rows as text"
-        def show(value): return f"{value:.3f}" if isinstance(value, float) else "".join(" " if category(c) in ("Cc", "Zl", "Zp") else c for c in str(value))[:width] # a VLM may say anything, line breaks and control characters too
-        return [list(self[0]), *([show(value) for value in row.values()] for row in self)] if self else []
+        if not self: return []
+        return [list(self[0]), *([_cell(value, width) for value in row.values()] for row in self)]
 
     def __repr__(self) -> str:
         cells = self.cells()
         widths = [max(map(len, column)) for column in zip(*cells)]
-        return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in cells)
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
 
     def _repr_html_(self) -> str: return html_block(html_table(self.cells(200)))
