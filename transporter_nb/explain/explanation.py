@@ -36,63 +36,83 @@ from ..world.video import MovingPicture, save_gif, save_mp4, show_gif
 # %% ../../nbs/5_explain/08_explanation.ipynb #bfb115f7
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    "One caption, one change, a sweep over strengths: the videos, and what the VLM says to them"
-    caption: str # What the unsteered video was asked to be
-    target_caption: str # What strength 1 aims at
+    "One caption, one change, a sweep over strengths: the videos, and the VLM's answers to them"
+    caption: str # The prompt of the unsteered video
+    target_caption: str # The caption that strength 1 aims at
     pair: ContrastPair # All words that change
     strengths: Float[Tensor, "strengths directions"] # One row a clip
-    latents: Float[Tensor, "strengths channels latent_frames latent_height latent_width"] # On the CPU
+    # On the CPU
+    latents: Float[Tensor, "strengths channels latent_frames latent_height latent_width"]
     videos: Float[Tensor, "strengths frames 3 height width"] # In [0, 1], on the CPU
     phi: Answers # Through the coupling
     reencoded: Answers # Through decode and re-encode
-    distance: Float[Tensor, "strengths"] # Root mean square difference of pixels to the unsteered video, 0 to 1
+    distance: Float[Tensor, "strengths"] # Root mean square of pixels to the unsteered video, 0 to 1
     settings: dict = field(default_factory=dict) # Everything else needed to make it again
-    made_by: Any = field(default=None, repr=False) # The `Transporter` and the directions behind it, for the certificate; saved nowhere
+    # The `Transporter` and the directions behind it, for the certificate; saved nowhere
+    made_by: Any = field(default=None, repr=False)
 
-    def __getstate__(self) -> dict: return {**vars(self), "made_by": None} # models do not belong into a pickle
+    def __getstate__(self) -> dict: # Models do not belong into a pickle
+        "Everything but the models"
+        return {**vars(self), "made_by": None}
 
     @property
-    def labels(self) -> list[str]: # Such as `"0.25"`, or `"0.25, 1"` where two directions differ; where an answer of 0.3 was asked for, `"0.25 for 0.3"`
+    def labels(self) -> list[str]: # "0.25"; "0.25, 1" for two directions; "0.25 for 0.3" if wanted
         "A short name for each row of strengths"
-        rows = [row[:1] if len(set(row)) == 1 else row for row in self.strengths.tolist()]
-        wanted = [f" for {found['wanted']:g}" for found in self.settings.get("calibration", {}).get("found", [])] or [""] * len(rows)
-        return [", ".join(f"{round(value, 3):g}" for value in row) + answer for row, answer in zip(rows, wanted)]
+        found = self.settings.get("calibration", {}).get("found", [])
+        wanted = [f" for {each['wanted']:g}" for each in found] or [""] * len(self.strengths)
+        names = []
+        for row, answer in zip(self.strengths.tolist(), wanted):
+            shown = row[:1] if len(set(row)) == 1 else row # equal for all directions: once
+            names.append(", ".join(f"{round(value, 3):g}" for value in shown) + answer)
+        return names
 
-    @property
-    def answers(self) -> AnswerTable: # Strength, probabilities, divergence, distance, captions
-        "One row a strength: what the VLM says, seen both ways"
-        rows = AnswerTable()
-        for k, label in enumerate(self.labels):
-            row = {"strength": label}
-            for way, said in (("", self.phi), (", re-encoded", self.reencoded)):
-                for w, words in enumerate(self.pair.words):
-                    row |= {f"p({word}){way}": side[k, w].item() for word, side in zip(words, (said.source, said.target))}
-                row[f"divergence{way}"] = said.divergence[k].item()
-            rows.append(row | {"distance": self.distance[k].item(), "caption": self.phi.captions[k], "caption, re-encoded": self.reencoded.captions[k]})
-        return rows
+# %% ../../nbs/5_explain/08_explanation.ipynb #c8f7581b
+@patch(as_prop=True)
+def answers(self:Explanation) -> AnswerTable: # Probabilities, divergence, distance, captions
+    "One row a strength: the VLM's answers, seen both ways"
+    table = AnswerTable()
+    for k, label in enumerate(self.labels):
+        row = {"strength": label}
+        for way, said in (("", self.phi), (", re-encoded", self.reencoded)):
+            for w, (source, target) in enumerate(self.pair.words):
+                row |= {f"p({source}){way}": said.source[k, w].item()}
+                row |= {f"p({target}){way}": said.target[k, w].item()}
+            row[f"divergence{way}"] = said.divergence[k].item()
+        row |= {"distance": self.distance[k].item(), "caption": self.phi.captions[k]}
+        row["caption, re-encoded"] = self.reencoded.captions[k]
+        table.append(row)
+    return table
 
-    def __repr__(self) -> str: return f"Explanation of {self.pair.name!r} for {self.caption!r}, seed {self.settings.get('seed')}\n{self.answers!r}"
+@patch
+def __repr__(self:Explanation) -> str: # For a terminal
+    title = f"Explanation of {self.pair.name!r} for {self.caption!r}"
+    return f"{title}, seed {self.settings.get('seed')}\n{self.answers!r}"
 
 # %% ../../nbs/5_explain/08_explanation.ipynb #864103ee
 @patch
 def curves(self:Explanation) -> list[Curve]: # One for each target word
-    "What is drawn below the filmstrip"
-    return [Curve(target, self.phi.target[:, w].tolist(), self.reencoded.target[:, w].tolist()) for w, (_, target) in enumerate(self.pair.words)]
+    "The curves below the filmstrip"
+    return [Curve(target, self.phi.target[:, w].tolist(), self.reencoded.target[:, w].tolist())
+            for w, (_, target) in enumerate(self.pair.words)]
 
 @patch
 def filmstrip(
     self:Explanation,
-    frames:Sequence[int]|None=None, # Which frames to show; None takes the first, the middle and the last
+    frames:Sequence[int]|None=None, # Frames to show; None: the first, the middle and the last
     dpi:int=76, # Dots an inch
 ) -> Figure: # A figure by itself, known to no window
     "The clips over strengths, with the VLM's answers below"
     ends = sorted({0, len(self.videos) - 1})
     notes = [f"strength {self.labels[k]}: the VLM says “{self.phi.captions[k]}”" for k in ends]
-    size = filmstrip_size(len(self.videos), len(frames or (0, 1, 2)), len(self.pair.words), len(notes))
-    return draw_filmstrip(Figure(size, dpi=dpi), self.videos, self.labels, self.curves(), frames, f"{self.pair.name}:  {self.caption}", notes)
+    n_frames = len(frames or (0, 1, 2))
+    size = filmstrip_size(len(self.videos), n_frames, len(self.pair.words), len(notes))
+    title = f"{self.pair.name}:  {self.caption}"
+    return draw_filmstrip(
+        Figure(size, dpi=dpi), self.videos, self.labels, self.curves(), frames, title, notes)
 
+# %% ../../nbs/5_explain/08_explanation.ipynb #3188bbcd
 @patch
-def side_by_side(self:Explanation) -> Float[Tensor, "frames 3 height wide"]: # White columns of one pixel between
+def side_by_side(self:Explanation) -> Float[Tensor, "frames 3 height wide"]: # White columns between
     "All strengths as one clip"
     gap = torch.ones_like(self.videos[0, ..., :1])
     return torch.cat([part for clip in self.videos for part in (clip, gap)][:-1], dim=-1)
@@ -102,27 +122,16 @@ def animate(self:Explanation,
     enlarge:int=3, # Each pixel becomes a square of this many pixels
 ) -> MovingPicture: # Shows itself in a notebook
     "All strengths side by side, looping"
-    return show_gif(self.videos, enlarge=enlarge, captions=[f"strength {label}" for label in self.labels])
+    captions = [f"strength {label}" for label in self.labels]
+    return show_gif(self.videos, enlarge=enlarge, captions=captions)
 
-# %% ../../nbs/5_explain/08_explanation.ipynb #25636617
 @patch
 def moving(self:Explanation) -> MovingPicture: # As `animate`, smaller where the clips are large
     "The clips as they move on a page"
     clips, every = shown_clips(self.videos)
-    return show_gif(clips, fps=6 / every, enlarge=max(96 // max(clips.shape[-2:]), 1), captions=[f"strength {label}" for label in self.labels])
-
-@patch
-def alt(self:Explanation) -> str: # For those who do not see the picture
-    "What the filmstrip shows, in words"
-    said = "; ".join(f"strength {label}: {', '.join(f'p({curve.word}) {curve.phi[k]:.2f}, re-encoded {curve.reencoded[k]:.2f}' for curve in self.curves())}, “{self.phi.captions[k]}”" for k, label in enumerate(self.labels))
-    return f"Filmstrip of {self.pair.name}, one column a strength, time downward, the VLM's answers below. {said}"
-
-@patch
-def _repr_html_(self:Explanation) -> str: # Shown by Jupyter
-    strip = html_image(figure_png(self.filmstrip()), self.alt())
-    card = self.certificate._repr_html_() if self.is_certified else ""
-    return html_block(f"<b>{escape(self.pair.name)}</b>: {escape(self.caption)}<br/><small>strength 1 aims at: {escape(self.target_caption)}; seed {escape(str(self.settings.get('seed')))}</small>",
-                      self.moving()._repr_html_(), strip, self.answers._repr_html_(), card)
+    enlarge = max(96 // max(clips.shape[-2:]), 1)
+    captions = [f"strength {label}" for label in self.labels]
+    return show_gif(clips, fps=6 / every, enlarge=enlarge, captions=captions)
 
 # %% ../../nbs/5_explain/08_explanation.ipynb #096ceb68
 @patch(as_prop=True)
@@ -131,43 +140,93 @@ def is_certified(self:Explanation) -> bool: # Whether looking costs nothing any 
     return "kept_certificate" in vars(self)
 
 @patch(as_prop=True)
-def certificate(self:Explanation) -> Certificate: # Of the last strength; made at first sight, then kept
-    "One look: does the VLM follow, what changed, and is that what the VLM answers to"
-    if not self.is_certified:
-        if self.made_by is None: raise ValueError("this explanation does not know the Transporter that made it, got made_by=None, so no clips can be made for its certificate. Make it with Transporter.explain.")
-        l2v, directions = self.made_by
-        run = {name: self.settings[name] for name in ("start_step", "frame_window", "steps", "guidance")}
-        asked = self.settings.get("calibration") # the last answer asked for, judged in the way it was measured
-        vars(self)["kept_certificate"] = certify(l2v.generator, l2v.vlm, l2v.coupling, self.caption, directions, self.strengths[-1].tolist(), self.settings["seed"], self.pair,
-                                                 asked["found"][-1]["wanted"] if asked else None, run, through=asked["through"] if asked else "reencoded")
-    return vars(self)["kept_certificate"]
+def certificate(self:Explanation) -> Certificate: # Of the last strength; made once, then kept
+    "One look: does the VLM follow, which attributes changed, and does the VLM answer to those"
+    if self.is_certified: return vars(self)["kept_certificate"]
+    if self.made_by is None:
+        raise ValueError(
+            "this explanation does not know the Transporter that made it, got made_by=None, so "
+            "no clips can be made for its certificate. Make it with Transporter.explain.")
+    l2v, directions = self.made_by
+    run = {name: self.settings[name]
+           for name in ("start_step", "frame_window", "steps", "guidance")}
+    asked = self.settings.get("calibration") # the last answer asked for, judged as it was measured
+    wanted = asked["found"][-1]["wanted"] if asked else None
+    made = certify(
+        l2v.generator, l2v.vlm, l2v.coupling, self.caption, directions, self.strengths[-1].tolist(),
+        self.settings["seed"], self.pair, wanted, run,
+        through=asked["through"] if asked else "reencoded")
+    vars(self)["kept_certificate"] = made
+    return made
+
+# %% ../../nbs/5_explain/08_explanation.ipynb #25636617
+@patch
+def alt(self:Explanation) -> str: # For readers who cannot see the picture
+    "The filmstrip in words"
+    parts = []
+    for k, label in enumerate(self.labels):
+        answers = [f"p({curve.word}) {curve.phi[k]:.2f}, re-encoded {curve.reencoded[k]:.2f}"
+                   for curve in self.curves()]
+        parts.append(f"strength {label}: {', '.join(answers)}, “{self.phi.captions[k]}”")
+    return (f"Filmstrip of {self.pair.name}, one column a strength, time downward, "
+            f"the VLM's answers below. {'; '.join(parts)}")
+
+@patch
+def _repr_html_(self:Explanation) -> str: # Shown by Jupyter
+    strip = html_image(figure_png(self.filmstrip()), self.alt())
+    card = self.certificate._repr_html_() if self.is_certified else ""
+    seed = escape(str(self.settings.get("seed")))
+    return html_block(
+        f"<b>{escape(self.pair.name)}</b>: {escape(self.caption)}<br/><small>strength 1 aims at: "
+        f"{escape(self.target_caption)}; seed {seed}</small>",
+        self.moving()._repr_html_(), strip, self.answers._repr_html_(), card)
 
 # %% ../../nbs/5_explain/08_explanation.ipynb #596f6807
+@patch
+def _record(self:Explanation) -> dict: # Plain values
+    "Everything behind the pictures"
+    certificate = {"certificate": self.certificate.as_dict()} if self.is_certified else {}
+    return as_config({
+        "caption": self.caption, "target_caption": self.target_caption, "change": self.pair.name,
+        "strengths": self.strengths.tolist(), "settings": self.settings,
+        "answers": list(self.answers), **certificate})
+
 @patch
 def save(
     self:Explanation,
     stem:str|Path, # Path without ending; `.png`, `.gif`, `.mp4` and `.json` are added
-    run:str|None=None, # Name of the run, kept in the record, by which `figures.figure_stem` knows it
+    run:str|None=None, # Name of the run, kept in the record; `figures.figure_stem` looks for it
 ) -> list[Path]: # The files written
-    "Write the explanation and everything needed to make it again, each file whole or not at all"
-    if stem is None or not str(stem) or str(stem).endswith(("/", ".")): raise ValueError(f"save needs a path with a file name, such as 'red_to_blue', got {stem!r}.")
-    paths = {ending: Path(f"{stem}.{ending}") for ending in ("png", "gif", "mp4", "json")}
-    record = as_config({"caption": self.caption, "target_caption": self.target_caption, "change": self.pair.name, "strengths": self.strengths.tolist(),
-                        "settings": self.settings, "answers": list(self.answers), **({"certificate": self.certificate.as_dict()} if self.is_certified else {})})
-    if run is not None: record["run"] = run
-    paths["json"].unlink(missing_ok=True) # the record is written last: where it is, everything else is of the same run
-    with write_aside(paths["png"]) as aside: self.filmstrip(dpi=150).savefig(aside, format="png")
-    save_gif(paths["gif"], self.side_by_side())
-    save_mp4(paths["mp4"], self.side_by_side())
-    with write_aside(paths["json"]) as aside: aside.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return list(paths.values())
+    "Write the explanation and everything to make it again, each file whole or not at all"
+    if stem is None or not str(stem) or str(stem).endswith(("/", ".")):
+        raise ValueError("save needs a path with a file name, such as 'red_to_blue', "
+                         f"got {stem!r}.")
+    png, gif, mp4, record = (Path(f"{stem}.{ending}") for ending in ("png", "gif", "mp4", "json"))
+    kept = self._record()
+    if run is not None: kept["run"] = run
+    record.unlink(missing_ok=True)
+    with write_aside(png) as aside: self.filmstrip(dpi=150).savefig(aside, format="png")
+    save_gif(gif, self.side_by_side())
+    save_mp4(mp4, self.side_by_side())
+    text = json.dumps(kept, indent=1, ensure_ascii=False) + "\n"
+    with write_aside(record) as aside: aside.write_text(text, encoding="utf-8")
+    return [png, gif, mp4, record]
 
 # %% ../../nbs/5_explain/08_explanation.ipynb #d278f35f
-def run_facts() -> dict: # Versions of what computes, and the commit of the clone if there is one
-    "What a result depends on besides its settings"
-    def of(name):
-        try: return version(name)
-        except PackageNotFoundError: return None
-    try: commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=repo_path(), capture_output=True, text=True, timeout=10).stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired): commit = None
-    return {"commit": commit, "python": platform.python_version(), **{name: of(name) for name in ("transporter_nb", "torch", "diffusers", "transformers")}}
+def _version(name):
+    "Of a library, None where it is not installed"
+    try: return version(name)
+    except PackageNotFoundError: return None
+
+def _commit():
+    "Of the clone, None where there is none"
+    git = ["git", "rev-parse", "HEAD"]
+    try: asked = subprocess.run(git, cwd=repo_path(), capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired): return None
+    return asked.stdout.strip() or None
+
+def run_facts() -> dict: # Versions of the libraries, and the commit of the clone if there is one
+    "Everything a result depends on besides its settings"
+    names = ("transporter_nb", "torch", "diffusers", "transformers")
+    versions = {name: _version(name) for name in names}
+    return {"commit": _commit(), "python": platform.python_version(), **versions}
