@@ -20,7 +20,8 @@ def measure(stage: str, changes: dict, vlm: str, scale: str, device: str, cap: f
     "One stage in this process"
     import torch
     from transporter_nb.core.hub import LoadOptions
-    from transporter_nb.explain.plan import DEVICES, measured_workspace, nbytes, prepare, stage_cost
+    from transporter_nb.explain.plan import DEVICES
+    from transporter_nb.explain.stages import measured_workspace, nbytes, prepare, stage_cost
 
     options = LoadOptions(dtype="float32" if scale == "mini" else "bfloat16", **changes)
     cost = stage_cost(stage, vlm, scale, options, device)

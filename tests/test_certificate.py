@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from transporter_nb.explain import certificate
-from transporter_nb.explain.certificate import Certificate, Exchange, RandomLike, Sighting, certify, vlm_reader
+from transporter_nb.explain.card import Certificate, Exchange, Sighting
+from transporter_nb.explain.certificate import RandomLike, certify, vlm_reader
 from transporter_nb.world.contrasts import parse_contrast
 from transporter_nb.concepts.directions import TargetCaption, VelocitySlider
-from transporter_nb.explain.transporter import Answers, Explanation, Transporter
+from transporter_nb.explain.answer_table import Answers
+from transporter_nb.explain.explanation import Explanation
+from transporter_nb.explain.transporter import Transporter
 from transporter_nb.world.words import EXAMPLE, SLOTS, UNREADABLE, caption
 
 RED = caption(EXAMPLE)

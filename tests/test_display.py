@@ -7,12 +7,14 @@ import pytest
 import torch
 from IPython.core.formatters import DisplayFormatter
 
-from transporter_nb.explain.certificate import Certificate, Exchange, Sighting
+from transporter_nb.explain.card import Certificate, Exchange, Sighting
 from transporter_nb.concepts.bank import Concept, ConceptBank, ConceptConfig
 from transporter_nb.world.contrasts import parse_contrast
 from transporter_nb.coupling.network import CouplingConfig, CouplingNetwork
 from transporter_nb.coupling.training import TrainingResult
-from transporter_nb.explain.transporter import Answers, AnswerTable, Explanation, Transporter
+from transporter_nb.explain.answer_table import AnswerTable, Answers
+from transporter_nb.explain.explanation import Explanation
+from transporter_nb.explain.transporter import Transporter
 from transporter_nb.core.pages import html_image, html_table
 from transporter_nb.world.video import demo_video, show_gif
 

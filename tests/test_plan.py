@@ -3,7 +3,9 @@ import pytest
 import torch
 
 from transporter_nb.core.hub import SOURCES, LoadOptions, require
-from transporter_nb.explain.plan import Account, MetaRun, measured_workspace, plan, prepare, stage_calls, stage_cost
+from transporter_nb.explain.accounts import Account, MetaRun
+from transporter_nb.explain.plan import plan, stage_calls
+from transporter_nb.explain.stages import measured_workspace, prepare, stage_cost
 
 MINI = LoadOptions(dtype="float32")
 

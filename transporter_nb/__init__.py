@@ -10,7 +10,7 @@ HOMES = { # name -> module
     "ConceptBank": "concepts.bank",
     "ContrastPair": "world.contrasts",
     "CouplingNetwork": "coupling.network",
-    "Explanation": "explain.transporter",
+    "Explanation": "explain.explanation",
     "Explorer": "app.widgets",
     "Transporter": "explain.transporter",
     "load_generator": "models.registry",

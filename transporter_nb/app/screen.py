@@ -28,11 +28,11 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from ..explain.certificate import short
+from ..explain.card import short
 from ..world.contrasts import ContrastPair
 from ..core.base import WANTED
 from ..explain.exploration import Glimpse, Request, StrengthGrid, difference_map
-from ..explain.transporter import shown_clips
+from ..explain.drawing import shown_clips
 from ..world.video import contact_sheet
 from ..world.words import FRAMES, SLOTS
 

@@ -27,8 +27,12 @@ from fastcore.basics import patch
 
 from ..world.contrasts import changed_words, find_word, parse_contrast
 from ..core.base import config_hash, repo_path
-from ..explain.exploration import (Request, StrengthGrid, Unsteered, alternatives, changeable_words, check_caption, learn_apart, lessons, open_token, papermill_line, python_cell,
-                                        split_changes, stops, unsteered)
+from transporter_nb.explain.exploration import (
+    Request, StrengthGrid, Unsteered, alternatives, changeable_words, check_caption, open_token,
+    split_changes, stops, unsteered,
+)
+from ..explain.learning_apart import learn_apart
+from ..explain.recipe import lessons, papermill_line, python_cell
 from ..evaluate.faithfulness.plants import CUES, FAMILY, load_planted
 from ..explain.transporter import Transporter
 from ..models.registry import VLMS, find_adapter, shipped_vlm_names

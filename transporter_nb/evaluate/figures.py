@@ -34,7 +34,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..core.base import as_config, config_hash, repo_path, write_aside
-from ..explain.transporter import WORD_COLOURS, Explanation, run_facts
+from ..explain.drawing import WORD_COLOURS
+from ..explain.explanation import Explanation, run_facts
 from ..world.video import check_video, encode_gif, frames_to_uint8, resize_video
 
 # %% ../../nbs/6_evaluate/16_figures.ipynb #fb942777

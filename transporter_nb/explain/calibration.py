@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOGIT_LIMIT', 'MARGIN', 'GUARD', 'BUDGET', 'TOLERANCE', 'FIRST', 'target_answer', 'logit', 'find_bracket', 'between',
-           'next_strength', 'Calibrated', 'check_probabilities', 'check_evaluations', 'explain_miss', 'Calibration',
+           'next_strength', 'check_probabilities', 'check_evaluations', 'explain_miss', 'Calibrated', 'Calibration',
            'nearest', 'calibrate', 'pool_neighbours', 'AnswerScale', 'interpolate', 'Traversal', 'perceptual_traversal']
 
 # %% ../../nbs/5_explain/02_calibration.ipynb #da6f2fe1
@@ -22,8 +22,8 @@ from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from ..models.answers import pair_ids, word_answers
-from ..world.contrasts import ContrastPair
 from ..models.vlms.base import VideoLanguageModel
+from ..world.contrasts import ContrastPair
 
 # %% ../../nbs/5_explain/02_calibration.ipynb #f463b1e8
 @torch.no_grad()
@@ -39,9 +39,7 @@ def target_answer(
     return log_probs.gather(-1, targets)[..., 0].exp().mean(-1)
 
 # %% ../../nbs/5_explain/02_calibration.ipynb #2de03c25
-LOGIT_LIMIT = 1e-6 # probabilities nearer than this to 0 or 1 count as this far (chosen: float32 has no more digits near 1)
-MARGIN = .02 # m as a share of the logits' range (chosen on development captions: from .01 to .1 hardly any difference)
-GUARD = .05 # a proposal keeps this share of the bracket away from its ends (chosen: false position may creep from one end)
+LOGIT_LIMIT = 1e-6 # probabilities nearer to 0 or 1 count as this far (chosen: float32 ends there)
 
 def logit(
     probability:float, # In [0, 1]
@@ -50,13 +48,20 @@ def logit(
     p = min(max(probability, LOGIT_LIMIT), 1 - LOGIT_LIMIT)
     return math.log(p / (1 - p))
 
+# %% ../../nbs/5_explain/02_calibration.ipynb #4f600d7d
 def find_bracket(
     tried:Mapping[float, float], # Strength -> measured answer, in [0, 1]
     wanted:float, # Answer, in (0, 1)
-) -> tuple[float, float]|None: # Neighbouring strengths with the wanted answer between theirs; None: not among these
-    "The first pair of neighbours between which an answer lies: the smallest change that gives it"
+) -> tuple[float, float]|None: # Neighbouring strengths around the answer; None: not among these
+    "The first neighbours between which an answer lies: the smallest change that gives it"
     strengths = sorted(tried)
-    return next(((a, b) for a, b in zip(strengths, strengths[1:]) if (tried[a] - wanted) * (tried[b] - wanted) <= 0), None)
+    for a, b in zip(strengths, strengths[1:]):
+        if (tried[a] - wanted) * (tried[b] - wanted) <= 0: return a, b
+    return None
+
+# %% ../../nbs/5_explain/02_calibration.ipynb #9cf9366d
+MARGIN = .02 # m as a share of the logits' range (chosen on development captions: .01 to .1 alike)
+GUARD = .05 # share of the bracket kept from its ends (chosen: false position may creep from one)
 
 def between(
     tried:Mapping[float, float], # Strength -> measured answer; the bracket's ends among them
@@ -68,7 +73,8 @@ def between(
     low, high = min(logits.values()), max(logits.values())
     margin = MARGIN * (high - low)
     def straight(y): return math.log((y - low + margin) / (high - y + margin))
-    (a, b), y = bracket, min(max(logit(wanted), low), high)
+    a, b = bracket
+    y = min(max(logit(wanted), low), high)
     at_a, at_b = straight(logits[a]), straight(logits[b])
     share = .5 if at_a == at_b else (straight(y) - at_a) / (at_b - at_a)
     return a + (b - a) * min(max(share, GUARD), 1 - GUARD)
@@ -79,37 +85,34 @@ def next_strength(
     wanted:float, # Answer, in (0, 1)
     top:float, # Largest strength allowed
     inside:Callable=between, # Of the points, a bracket and the wanted answer: a strength in it
-) -> float|None: # What to try next; None: nothing that could help
+) -> float|None: # None: no strength could help
     "The next strength to try for an answer"
     bracket, strengths = find_bracket(tried, wanted), sorted(tried)
-    if bracket: return inside(tried, bracket, wanted) if bracket[1] - bracket[0] > 1e-6 * top else None # 1e-6: strengths are float32
+    if bracket:
+        narrow = bracket[1] - bracket[0] <= 1e-6 * top # strengths are float32
+        return None if narrow else inside(tried, bracket, wanted)
     if tried[strengths[0]] > wanted: return None
     if strengths[-1] < top: return top
     best = strengths.index(max(tried, key=tried.get))
-    gaps = [(b - a, (a + b) / 2) for a, b in zip(strengths[max(best - 1, 0):], strengths[max(best - 1, 0) + 1:best + 2])]
+    beside = strengths[max(best - 1, 0):best + 2]
+    gaps = [(b - a, (a + b) / 2) for a, b in zip(beside, beside[1:])]
     return max(gaps)[1]
 
 # %% ../../nbs/5_explain/02_calibration.ipynb #cd3093d4
-BUDGET = 8 # generated clips an answer, the unsteered one included (chosen: what a reader will wait for; the target is 8)
-TOLERANCE = .02 # in probability (chosen: below half of the error that is asked for, .05)
-FIRST = (0., .5, .75) # the first batch (chosen on development captions: most curves cross near ½, and the top is seldom needed)
-
-class Calibrated(NamedTuple):
-    "One wanted answer, and the strength that came nearest"
-    wanted: float # Probability asked for
-    strength: float # At which it was found
-    answer: float # Probability measured there
-    reached: bool # Whether it is within the tolerance
-    evaluations: int # Clips generated for it, the first batch included
-    note: str = "" # What could not be done, and what can
+BUDGET = 8 # generated clips an answer, the unsteered one included (chosen: a reader's patience)
+TOLERANCE = .02 # in probability (chosen: below half of the allowed error, .05)
+FIRST = (0., .5, .75) # the first batch (chosen on development captions: most curves cross near ½)
 
 def check_probabilities(
     wanted:Any, # A number or several, each in (0, 1)
 ) -> list[float]: # At least one
     "Wanted answers as a list"
     found = listify(wanted.tolist() if hasattr(wanted, "tolist") else wanted)
-    if not found or not all(isinstance(p, Real) and not isinstance(p, bool) and 0 < p < 1 for p in found):
-        raise ValueError(f"target_probability must be one or more numbers above 0 and below 1, got {wanted!r}. No strength makes a VLM certain; .99 is nearly so.")
+    def is_answer(p): return isinstance(p, Real) and not isinstance(p, bool) and 0 < p < 1
+    if not found or not all(map(is_answer, found)):
+        raise ValueError(
+            "target_probability must be one or more numbers above 0 and below 1, "
+            f"got {wanted!r}. No strength makes a VLM certain; .99 is nearly so.")
     return [float(p) for p in found]
 
 def check_evaluations(
@@ -117,33 +120,52 @@ def check_evaluations(
     first:int=len(FIRST), # Clips of the first batch
 ) -> int: # The same
     "Refuse a budget that is no number of clips, or too small for the first batch"
-    if isinstance(evaluations, Integral) and not isinstance(evaluations, bool) and evaluations >= first: return int(evaluations)
-    raise ValueError(f"evaluations must be a whole number of clips, and a search takes at least its first batch of {first}, got evaluations={evaluations!r}. The default is {BUDGET}.")
+    whole = isinstance(evaluations, Integral) and not isinstance(evaluations, bool)
+    if whole and evaluations >= first: return int(evaluations)
+    raise ValueError(
+        "evaluations must be a whole number of clips, and a search takes at least its first "
+        f"batch of {first}, got evaluations={evaluations!r}. The default is {BUDGET}.")
 
+# %% ../../nbs/5_explain/02_calibration.ipynb #9252e781
 def explain_miss(
     tried:Mapping[float, float], # Strength -> measured answer
     wanted:float, # Answer, in (0, 1)
     evaluations:int, # Spent on it
-) -> str: # Two sentences
-    "Why an answer was not found, and what can be done"
+) -> str: # A few sentences
+    "Why an answer was not found, and what the reader can do"
     bracket, low, high = find_bracket(tried, wanted), min(tried.values()), max(tried.values())
     if bracket:
         a, b = bracket
-        return (f"{evaluations} evaluations did not settle on an answer of {wanted:g}: it lies between strengths {a:.4f} (answer {tried[a]:.3f}) and {b:.4f} (answer {tried[b]:.3f}). "
-                "The nearest clip is kept. Allow more evaluations, or take another seed.")
+        return (f"{evaluations} evaluations did not settle on an answer of {wanted:g}: it lies "
+                f"between strengths {a:.4f} (answer {tried[a]:.3f}) and {b:.4f} (answer "
+                f"{tried[b]:.3f}). The nearest clip is kept. Allow more evaluations, "
+                "or take another seed.")
     way = "reverse the contrast" if wanted < low else "take another direction or seed"
-    return f"an answer of {wanted:g} is out of reach: strengths {min(tried):g} to {max(tried):g} gave answers from {low:.3f} to {high:.3f}. The nearest clip is kept. Ask for an answer in this range, or {way}."
+    return (f"an answer of {wanted:g} is out of reach: strengths {min(tried):g} to {max(tried):g} "
+            f"gave answers from {low:.3f} to {high:.3f}. The nearest clip is kept. "
+            f"Ask for an answer in this range, or {way}.")
 
 # %% ../../nbs/5_explain/02_calibration.ipynb #79363067
+class Calibrated(NamedTuple):
+    "One wanted answer, and the strength that came nearest"
+    wanted: float # Probability asked for
+    strength: float # At which it was found
+    answer: float # Probability measured there
+    reached: bool # Whether it is within the tolerance
+    evaluations: int # Clips generated for it, the first batch included
+    note: str = "" # Why it was not reached, and the answers that can be
+
 @dataclass(frozen=True)
 class Calibration:
-    "What a search found, and everything it tried"
+    "The answers that a search found, and every strength that it tried"
     found: tuple[Calibrated, ...] # In the order asked for
     tried: dict[float, float] # Strength -> measured answer, in the order tried
 
     def record(self) -> dict: # Plain values
         "For a JSON file"
-        return {"found": [answer._asdict() for answer in self.found], "tried": [list(point) for point in self.tried.items()], "evaluations": len(self.tried)}
+        found = [answer._asdict() for answer in self.found]
+        tried = [list(point) for point in self.tried.items()]
+        return {"found": found, "tried": tried, "evaluations": len(self.tried)}
 
 def nearest(
     tried:Mapping[float, float], # Strength -> measured answer
@@ -154,11 +176,12 @@ def nearest(
     "The point nearest to a wanted answer; of equals the weakest"
     strength = min(sorted(tried), key=lambda s: abs(tried[s] - wanted))
     reached = abs(tried[strength] - wanted) <= tolerance
-    return Calibrated(wanted, strength, tried[strength], reached, evaluations, "" if reached else explain_miss(tried, wanted, evaluations))
+    note = "" if reached else explain_miss(tried, wanted, evaluations)
+    return Calibrated(wanted, strength, tried[strength], reached, evaluations, note)
 
 # %% ../../nbs/5_explain/02_calibration.ipynb #1e503a01
 def calibrate(
-    answer:Callable[[list[float]], Sequence[float]], # Measures the answer at each of some strengths, as one batch
+    answer:Callable[[list[float]], Sequence[float]], # Measures at some strengths, as one batch
     wanted:Real|Sequence[Real], # In (0, 1)
     top:float, # Largest strength allowed, above the largest of `first`
     evaluations:int=BUDGET, # At most, for each wanted answer
@@ -168,21 +191,25 @@ def calibrate(
 ) -> Calibration: # One result an answer, and all points
     "Find the strengths at which a VLM gives wanted answers"
     targets, first = check_probabilities(wanted), sorted({float(strength) for strength in first})
-    if len(first) < 2: raise ValueError(f"a search begins with at least two different strengths, got first={first}.")
+    if len(first) < 2:
+        raise ValueError("a search begins with at least two different strengths, "
+                         f"got first={first}.")
     evaluations = check_evaluations(evaluations, len(first))
     tried = dict(zip(first, map(float, answer(first))))
     spent = [len(first)] * len(targets)
+    def is_open(k):
+        off = min(abs(p - targets[k]) for p in tried.values())
+        return spent[k] < evaluations and off > tolerance
     while True:
-        asked = {}
-        for k, target in enumerate(targets):
-            if spent[k] < evaluations and min(abs(p - target) for p in tried.values()) > tolerance:
-                strength = next_strength(tried, target, top, inside)
-                if strength is not None: asked[k] = strength
+        asked = {k: next_strength(tried, target, top, inside)
+                 for k, target in enumerate(targets) if is_open(k)}
+        asked = {k: strength for k, strength in asked.items() if strength is not None}
         if not asked: break
         batch = [strength for strength in dict.fromkeys(asked.values()) if strength not in tried]
         tried |= dict(zip(batch, map(float, answer(batch))))
         for k in asked: spent[k] += 1
-    return Calibration(tuple(nearest(tried, target, tolerance, n) for target, n in zip(targets, spent)), tried)
+    found = [nearest(tried, target, tolerance, n) for target, n in zip(targets, spent)]
+    return Calibration(tuple(found), tried)
 
 # %% ../../nbs/5_explain/02_calibration.ipynb #7c90291c
 def pool_neighbours(
@@ -200,15 +227,21 @@ class AnswerScale(NamedTuple):
     departure: float # Largest change of an answer that monotony took, in probability
 
     @classmethod
-    def fit(cls, points:Sequence[tuple[float, float]]|Mapping[float, float]) -> "AnswerScale":
-        "From measured (strength, answer) points, in any order; answers at equal strengths are averaged"
+    def fit(cls,
+        points:Sequence[tuple[float, float]]|Mapping[float, float], # Strengths and measured answers
+    ) -> "AnswerScale": # Answers at equal strengths are averaged
+        "From measured points in any order"
         at = {}
-        for strength, answer in (points.items() if isinstance(points, Mapping) else points): at.setdefault(float(strength), []).append(float(answer))
-        if len(at) < 2: raise ValueError(f"a scale needs points at two or more strengths, got {len(at)}. The `tried` of a Calibration has them.")
+        for strength, answer in points.items() if isinstance(points, Mapping) else points:
+            at.setdefault(float(strength), []).append(float(answer))
+        if len(at) < 2:
+            raise ValueError(f"a scale needs points at two or more strengths, got {len(at)}. "
+                             "The `tried` of a Calibration has them.")
         strengths = sorted(at)
         means = [sum(at[strength]) / len(at[strength]) for strength in strengths]
         answers = pool_neighbours(means, [float(len(at[strength])) for strength in strengths])
-        return cls(tuple(strengths), tuple(answers), max(abs(a - b) for a, b in zip(means, answers)))
+        departure = max(abs(a - b) for a, b in zip(means, answers))
+        return cls(tuple(strengths), tuple(answers), departure)
 
     @property
     def reach(self) -> tuple[float, float]: # Least and largest
@@ -224,15 +257,18 @@ def interpolate(
     "A straight line between neighbours; where several `xs` are equal, the first of them"
     k = bisect_left(xs, x)
     if k == 0 or k == len(xs): return ys[min(k, len(xs) - 1)]
-    return ys[k] if xs[k] == x else ys[k - 1] + (ys[k] - ys[k - 1]) * (x - xs[k - 1]) / (xs[k] - xs[k - 1])
+    if xs[k] == x: return ys[k]
+    return ys[k - 1] + (ys[k] - ys[k - 1]) * (x - xs[k - 1]) / (xs[k] - xs[k - 1])
 
+# %% ../../nbs/5_explain/02_calibration.ipynb #28581e02
 @patch
 def answer(
     self:AnswerScale,
     strength:float, # Clipped to the strengths measured
 ) -> float: # In [0, 1]
     "The answer to expect at a strength"
-    return 1 / (1 + math.exp(-interpolate(strength, self.strengths, [logit(p) for p in self.answers])))
+    logits = [logit(p) for p in self.answers]
+    return 1 / (1 + math.exp(-interpolate(strength, self.strengths, logits)))
 
 @patch
 def strength(
@@ -244,12 +280,14 @@ def strength(
 
 # %% ../../nbs/5_explain/02_calibration.ipynb #16e1996c
 class Traversal(NamedTuple):
-    "Positions from 0, the source, to 1, the saturated clip, at equal perceptual steps (after arXiv 2511.00103, inferred)"
+    "Equal perceptual steps from source to saturation (after arXiv 2511.00103, inferred)"
     strengths: tuple[float, ...] # Rising, up to saturation
     positions: tuple[float, ...] # Nondecreasing from 0 to 1
 
     @property
-    def saturation(self) -> float: return self.strengths[-1] # Strength beyond which more distance brings no more alignment
+    def saturation(self) -> float: # Beyond it, more distance brings no more alignment
+        "The largest strength"
+        return self.strengths[-1]
 
     def strength(self, position:float) -> float: # 0 to 1; clipped
         "The weakest strength at a position"
@@ -262,12 +300,17 @@ def perceptual_traversal(
     ratio:float=.9, # Least alignment gained per distance moved, as a share of the best (chosen)
 ) -> Traversal: # Its range and its spacing
     "Where a slider saturates, and strengths at equal perceptual steps before"
-    if not len(strengths) == len(alignment) == len(distance) > 1 or list(strengths) != sorted(strengths):
-        raise ValueError(f"give rising strengths with one alignment and one distance each, got {len(strengths)}, {len(alignment)} and {len(distance)}.")
+    n = len(strengths)
+    if not n == len(alignment) == len(distance) > 1 or list(strengths) != sorted(strengths):
+        raise ValueError("give rising strengths with one alignment and one distance each, "
+                         f"got {n}, {len(alignment)} and {len(distance)}.")
     gain = [value - alignment[0] for value in alignment]
-    clear = {k: gain[k] / distance[k] for k in range(1, len(strengths)) if gain[k] > max(gain) / 2 and distance[k] > 0}
-    last = max([k for k, value in clear.items() if value >= ratio * max(clear.values())], default=len(strengths) - 1) # none: the whole range, as the re-implementation does
+    clear = {k: gain[k] / distance[k] for k in range(1, n)
+             if gain[k] > max(gain) / 2 and distance[k] > 0}
+    enough = [k for k, value in clear.items() if value >= ratio * max(clear.values())]
+    last = max(enough, default=n - 1) # none: the whole range, as the re-implementation does
     moved = pool_neighbours(distance[:last + 1])
     span = moved[-1] - moved[0]
-    positions = [(value - moved[0]) / span if span > 0 else k / last for k, value in enumerate(moved)]
+    positions = [(value - moved[0]) / span if span > 0 else k / last
+                 for k, value in enumerate(moved)]
     return Traversal(tuple(strengths[:last + 1]), tuple(positions))

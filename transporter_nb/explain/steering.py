@@ -7,7 +7,6 @@ __all__ = ['MAX_STRENGTH', 'Steering', 'check_strengths', 'window_weights', 'Pus
            'Sorted', 'sort_directions', 'push_terms', 'Steered', 'shifted_prompts', 'check_run', 'steer']
 
 # %% ../../nbs/5_explain/01_steering.ipynb #c6bfb81f
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,18 +23,24 @@ from ..models.generators.base import PromptCondition, VideoGenerator, integrate
 MAX_STRENGTH = 1.5 # chosen: half as far again as training went
 
 def check_strengths(
-    strengths:float|int|Sequence|Float[Tensor, "rows *directions"], # A number, numbers, or rows of numbers
+    strengths:float|int|Sequence|Float[Tensor, "rows *directions"], # A number, numbers, or rows
     n_directions:int|None=None, # Directions that are driven; None takes as many as a row has
 ) -> Float[Tensor, "rows directions"]: # One row a clip to generate
-    "Strengths as a table, refusing what no concept was trained for"
+    "Strengths as a table, refusing those that no concept was trained for"
     try: table = torch.as_tensor(strengths, dtype=torch.float32)
-    except (TypeError, ValueError) as error: raise ValueError(f"strengths must be numbers, or rows of equal length, got {strengths!r}.") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError("strengths must be numbers, or rows of equal length, "
+                         f"got {strengths!r}.") from error
+    shape = tuple(table.shape)
     if n_directions is None: n_directions = table.shape[1] if table.ndim == 2 else 1
-    table = table.reshape(-1, 1).expand(-1, n_directions) if table.ndim < 2 else table
+    if table.ndim < 2: table = table.reshape(-1, 1).expand(-1, n_directions)
     if table.ndim != 2 or table.shape[1] != n_directions or not len(table):
-        raise ValueError(f"strengths must be numbers, or rows of {n_directions} (one a direction), got shape {tuple(torch.as_tensor(strengths).shape)}.")
+        raise ValueError(f"strengths must be numbers, or rows of {n_directions} "
+                         f"(one a direction), got shape {shape}.")
     if not table.isfinite().all() or table.min() < 0 or table.max() > MAX_STRENGTH:
-        raise ValueError(f"strengths must be from 0 (source) over 1 (target) to {MAX_STRENGTH}, got {table.unique().tolist()}. For the other way, reverse the contrast.")
+        raise ValueError(
+            f"strengths must be from 0 (source) over 1 (target) to {MAX_STRENGTH}, "
+            f"got {table.unique().tolist()}. For the other way, reverse the contrast.")
     return table.contiguous()
 
 # %% ../../nbs/5_explain/01_steering.ipynb #4e6e1c0d
@@ -43,98 +48,138 @@ def window_weights(
     frame_window:tuple[int, int], # First frame modulated, and one past the last
     n_frames:int, # Frames of the video
     n_latent_frames:int, # Frames of its latents
-) -> Float[Tensor, "latent_frames"]: # Share of each latent frame's frames that lie in the window, 0 to 1
+) -> Float[Tensor, "latent_frames"]: # Share of each latent frame's frames in the window, 0 to 1
     "How much each latent frame is modulated"
     first, end = frame_window if len(frame_window) == 2 else (None, None)
-    if not (isinstance(first, int) and isinstance(end, int) and 0 <= first < end <= n_frames):
-        raise ValueError(f"frame_window is (first, one past the last) with 0 <= first < end <= {n_frames}, got {tuple(frame_window)}.")
+    whole = isinstance(first, int) and isinstance(end, int)
+    if not (whole and 0 <= first < end <= n_frames):
+        raise ValueError(
+            "frame_window is (first, one past the last) with "
+            f"0 <= first < end <= {n_frames}, got {tuple(frame_window)}.")
     per_latent, rest = divmod(n_frames - 1, max(n_latent_frames - 1, 1))
-    if rest or n_latent_frames == 1 < n_frames: raise ValueError(f"{n_frames} frames do not divide into 1 + {n_latent_frames - 1} latent frames of equal length.")
+    if rest or n_latent_frames == 1 < n_frames:
+        raise ValueError(f"{n_frames} frames do not divide into 1 + {n_latent_frames - 1} "
+                         "latent frames of equal length.")
     inside = torch.zeros(n_frames)
     inside[first:end] = 1.
-    return torch.cat([inside[:1], inside[1:].view(n_latent_frames - 1, -1).mean(1)]) if n_frames > 1 else inside
+    if n_frames == 1: return inside
+    return torch.cat([inside[:1], inside[1:].view(n_latent_frames - 1, -1).mean(1)])
 
 # %% ../../nbs/5_explain/01_steering.ipynb #492aa6dc
 class PushTerm(NamedTuple):
-    "What one velocity push adds to a sweep"
+    "The part of a sweep's velocity that one velocity push adds"
     plus: PromptCondition # One row a clip
     minus: PromptCondition|None # Likewise; None: the source prompts themselves
     strengths: Float[Tensor, "rows"] # One a clip and strength, clip by clip
-    scale: float|None = None # How much of the difference at strength 1; None takes the guidance
+    scale: float|None = None # Share of the difference at strength 1; None takes the guidance
     first_step: int = 0 # Where it starts to act
 
-    def add(self, velocity:Tensor, plus:Tensor, minus:Tensor, guidance:float, weights:Tensor|None) -> Tensor: # All of one row a clip and strength
+    def add(self,
+        velocity:Tensor, # One row a clip and strength, as in `plus` and `minus`
+        plus:Tensor, # Under the plus prompt
+        minus:Tensor, # Under the minus prompt
+        guidance:float, # Taken where the push has no scale of its own
+        weights:Tensor|None, # From `window_weights`
+    ) -> Tensor: # As `velocity`
         "The velocity with the push"
-        amount = (guidance if self.scale is None else self.scale) * self.strengths.to(velocity).view(-1, 1, 1, 1, 1)
-        return velocity + (amount if weights is None else amount * weights.to(velocity)[:, None, None]) * (plus - minus)
+        scale = guidance if self.scale is None else self.scale
+        amount = scale * self.strengths.to(velocity).view(-1, 1, 1, 1, 1)
+        if weights is not None: amount = amount * weights.to(velocity)[:, None, None]
+        return velocity + amount * (plus - minus)
 
+# %% ../../nbs/5_explain/01_steering.ipynb #7bc57d52
 def step_branches(
-    states:Float[Tensor, "states channels latent_frames latent_height latent_width"], # One a clip, or one a clip and strength
-    steered:PromptCondition|None, # Shifted prompts, one row a clip and strength; None: no prompt is shifted
+    # One row a clip, or one a clip and strength
+    states:Float[Tensor, "states channels latent_frames latent_height latent_width"],
+    steered:PromptCondition|None, # Shifted prompts, a row a clip and strength; None: none is
     source:PromptCondition, # Source prompts, one row a clip
     null:PromptCondition|None, # What guidance moves away from; None: no guidance
     windowed:bool, # Whether some frames follow the source
     pushes:Sequence[PushTerm], # Those that act in this step
-    copies:int, # Rows a state
-) -> dict[Any, tuple[Tensor, PromptCondition]]: # By name: states and prompts of each branch, in the order of the batch
-    "What the generator must be asked in one step"
+    copies:int, # Rows a state: 1, or the number of strengths that share it
+) -> dict[Any, tuple[Tensor, PromptCondition]]: # States and prompts, in the order of the batch
+    "The branches that the generator computes in one step"
     n, branches = len(states), {}
     if steered is not None: branches["steered"] = states.repeat_interleave(copies, 0), steered
     if null is not None: branches["null"] = states, null.expand_to(n)
-    if steered is None or windowed or any(push.minus is None for push in pushes): branches["source"] = states, source.repeat(n // len(source))
+    if steered is None or windowed or any(push.minus is None for push in pushes):
+        branches["source"] = states, source.repeat(n // len(source))
     for k, push in enumerate(pushes):
         branches[k, "plus"] = states, push.plus.repeat(n // len(push.plus))
-        if push.minus is not None: branches[k, "minus"] = states, push.minus.repeat(n // len(push.minus))
+        if push.minus is not None:
+            branches[k, "minus"] = states, push.minus.repeat(n // len(push.minus))
     return branches
 
 # %% ../../nbs/5_explain/01_steering.ipynb #1177ddc0
 def steered_velocity(
     generator:VideoGenerator, # Frozen
-    states:Float[Tensor, "states channels latent_frames latent_height latent_width"], # One a clip, or one a clip and strength
-    steered:PromptCondition|None, # Shifted prompts, one row a clip and strength, clip by clip; None: no prompt is shifted
+    # One row a clip, or one a clip and strength
+    states:Float[Tensor, "states channels latent_frames latent_height latent_width"],
+    steered:PromptCondition|None, # Shifted prompts, clip by clip; None: no prompt is shifted
     source:PromptCondition, # Source prompts, one row a clip
     null:PromptCondition, # What guidance moves away from, one row
     t:float, # Flow time
     guidance:float|tuple[float, float]|None=None, # None takes the generator's own
-    weights:Float[Tensor, "latent_frames"]|None=None, # From `window_weights`; None modulates all frames
+    weights:Float[Tensor, "latent_frames"]|None=None, # From `window_weights`; None: all frames
     pushes:Sequence[PushTerm]=(), # Differences of velocities to add
-) -> Float[Tensor, "rows channels latent_frames latent_height latent_width"]: # One row a clip and strength
-    "Velocity of a sweep of steered clips"
-    if steered is None and not pushes: raise ValueError("nothing steers this step: give shifted prompts, or pushes. Without either, use generator.guided_velocity.")
-    rows, scale = len(steered if steered is not None else pushes[0].strengths), generator.guidance_at(guidance, t)
-    copies = rows // len(states)
-    branches = step_branches(states, steered, source, None if scale == 1 else null, weights is not None, pushes, copies)
+) -> Float[Tensor, "rows channels latent_frames latent_height latent_width"]:
+    "Velocity of a sweep of steered clips, one row a clip and strength"
+    if steered is None and not pushes:
+        raise ValueError("nothing steers this step: give shifted prompts, or pushes. "
+                         "Without either, use generator.guided_velocity.")
+    rows = len(steered if steered is not None else pushes[0].strengths)
+    copies, scale = rows // len(states), generator.guidance_at(guidance, t)
+    branches = step_branches(
+        states, steered, source, None if scale == 1 else null, weights is not None, pushes, copies)
+    latents = [latents for latents, _ in branches.values()]
     conditions = [condition.to(dtype=source.embeds.dtype) for _, condition in branches.values()]
-    found = generator.velocity(torch.cat([latents for latents, _ in branches.values()]), PromptCondition.cat(conditions), t).split([len(latents) for latents, _ in branches.values()])
-    wide = {name: velocity if name == "steered" else velocity.repeat_interleave(copies, 0) for name, velocity in zip(branches, found)}
+    answer = generator.velocity(torch.cat(latents), PromptCondition.cat(conditions), t)
+    wide = {}
+    for name, velocity in zip(branches, answer.split(list(map(len, latents)))):
+        wide[name] = velocity if name == "steered" else velocity.repeat_interleave(copies, 0)
     velocity = wide["source"] if steered is None else wide["steered"]
-    if weights is not None and steered is not None: velocity = torch.lerp(wide["source"], velocity, weights.to(velocity)[:, None, None])
+    if weights is not None and steered is not None:
+        velocity = torch.lerp(wide["source"], velocity, weights.to(velocity)[:, None, None])
     if scale != 1: velocity = wide["null"] + scale * (velocity - wide["null"])
-    for k, push in enumerate(pushes): velocity = push.add(velocity, wide[k, "plus"], wide["source"] if push.minus is None else wide[k, "minus"], scale, weights)
+    for k, push in enumerate(pushes):
+        minus = wide["source"] if push.minus is None else wide[k, "minus"]
+        velocity = push.add(velocity, wide[k, "plus"], minus, scale, weights)
     return velocity
 
 # %% ../../nbs/5_explain/01_steering.ipynb #22b87b09
 Steering = Direction|VelocityPush|Replacement # what `steer` takes
 
 class Sorted(NamedTuple):
-    "Columns of the table of strengths, by what they steer"
+    "Columns of the table of strengths, by the part of the run that they steer"
     prompts: list[int] # Directions added to the prompt
     pushes: list[int] # Added to the velocity
     replacements: list[int] # In the place of finished latents
+
+def _kind(direction) -> int|None:
+    "0: shifts the prompt; 1: pushes the velocity; 2: replaces latents; None: steers nothing"
+    kinds = (Direction, VelocityPush, Replacement)
+    return next((k for k, kind in enumerate(kinds) if isinstance(direction, kind)), None)
 
 def sort_directions(
     directions:Sequence, # In the order of the columns; anything, it is checked here
     start_step:int, # As the user gave it
     windowed:bool, # Whether the user chose frames
 ) -> Sorted: # Every column once
-    "Who acts on what"
-    kinds = [0 if isinstance(d, Direction) else 1 if isinstance(d, VelocityPush) else 2 if isinstance(d, Replacement) else None for d in directions]
+    "Sort directions by what they act on"
+    kinds = [_kind(direction) for direction in directions]
     if None in kinds or not kinds:
-        raise ValueError(f"directions must be one or more of: with offset (a concept), with prompts (a velocity push), with replace (a retrieved clip); got {[type(d).__name__ for d in directions]}.")
+        raise ValueError(
+            "directions must be one or more of: with offset (a concept), with prompts "
+            "(a velocity push), with replace (a retrieved clip); "
+            f"got {[type(d).__name__ for d in directions]}.")
     if 2 in kinds and (start_step or windowed):
-        raise ValueError(f"{type(directions[kinds.index(2)]).__name__} replaces a finished clip, which has no steps and frames to choose. Leave start_step and frame_window out.")
-    return Sorted(*([column for column, kind in enumerate(kinds) if kind == wanted] for wanted in range(3)))
+        raise ValueError(
+            f"{type(directions[kinds.index(2)]).__name__} replaces a finished clip, which has no "
+            "steps and frames to choose. Leave start_step and frame_window out.")
+    columns = [[column for column, kind in enumerate(kinds) if kind == k] for k in range(3)]
+    return Sorted(*columns)
 
+# %% ../../nbs/5_explain/01_steering.ipynb #7366db4a
 def push_terms(
     generator:VideoGenerator, # Encodes the prompts
     captions:Sequence[str], # One a clip
@@ -148,15 +193,20 @@ def push_terms(
     for direction, column in zip(directions, table.T):
         plus, minus = zip(*(direction.prompts(text) for text in captions))
         own_start = min(round(direction.start * steps), steps - 1)
-        terms.append(PushTerm(generator.encode_prompt(list(plus)), None if list(minus) == list(captions) else generator.encode_prompt(list(minus)),
-                              column.repeat(len(captions)), direction.scale, max(start_step, own_start)))
+        plus = generator.encode_prompt(list(plus))
+        minus = None if list(minus) == list(captions) else generator.encode_prompt(list(minus))
+        strengths = column.repeat(len(captions))
+        terms.append(
+            PushTerm(plus, minus, strengths, direction.scale, max(start_step, own_start)))
     return terms
 
 # %% ../../nbs/5_explain/01_steering.ipynb #55a6b063
 class Steered(NamedTuple):
-    "What came out of a sweep"
-    latents: Float[Tensor, "clips strengths channels latent_frames latent_height latent_width"] # Finished latents
-    condition: PromptCondition # Prompts they were made with, one row a clip and strength, clip by clip; the source prompts where nothing shifts them
+    "The clips of a sweep"
+    # Finished latents
+    latents: Float[Tensor, "clips strengths channels latent_frames latent_height latent_width"]
+    # Their prompts, one row a clip and strength, clip by clip; source prompts where none is shifted
+    condition: PromptCondition
     strengths: Float[Tensor, "strengths directions"] # One row a strength of the sweep
 
 def shifted_prompts(
@@ -165,39 +215,94 @@ def shifted_prompts(
     source:PromptCondition, # They, encoded
     directions:Sequence[Direction], # Those that shift the prompt
     table:Float[Tensor, "strengths directions"], # Their columns
-) -> PromptCondition|None: # One row a clip and strength, clip by clip; None: nothing shifts the prompt
-    "Prompts of a sweep"
+) -> PromptCondition|None: # None: nothing shifts the prompt
+    "Prompts of a sweep, one row a clip and strength, clip by clip"
     if not directions: return None
-    amounts = torch.stack([d.amount(column) if hasattr(d, "amount") else column for d, column in zip(directions, table.T)], 1)
-    return PromptCondition.cat([shift(source.index(k), torch.stack([d.offset(generator, text) for d in directions]), amounts) for k, text in enumerate(captions)])
+    columns = [d.amount(column) if hasattr(d, "amount") else column
+               for d, column in zip(directions, table.T)]
+    amounts, rows = torch.stack(columns, 1), []
+    for k, text in enumerate(captions):
+        offsets = torch.stack([d.offset(generator, text) for d in directions])
+        rows.append(shift(source.index(k), offsets, amounts))
+    return PromptCondition.cat(rows)
 
+# %% ../../nbs/5_explain/01_steering.ipynb #e645879f
 def check_run(
     generator:VideoGenerator, # Gives the number of steps and the shape of latents
-    noise:Float[Tensor, "clips channels latent_frames latent_height latent_width"], # One row a caption
+    # One row a caption
+    noise:Float[Tensor, "clips channels latent_frames latent_height latent_width"],
     n_captions:int, # Captions given
     start_step:int, # First steered step
     steps:int|None, # Steps of the run
 ) -> int: # Steps of the run
     "Refuse steps, noise or captions that make no run"
     steps = generator.default_steps if steps is None else steps
-    if not isinstance(steps, int) or steps < 1: raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}.")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}.")
     if not isinstance(start_step, int) or not 0 <= start_step < steps:
-        raise ValueError(f"start_step must be a whole number from 0 to {steps - 1} (steps - 1), got {start_step!r}. For a video without steering, use strength 0.")
-    if len(noise) != n_captions: raise ValueError(f"give one row of noise a caption, got {len(noise)} for {n_captions}. generator.noise([seed]) makes one.")
-    if noise.shape[1:] != tuple(generator.latent_shape(1)[1:]) or not noise.isfinite().all():
-        raise ValueError(f"noise must be finite, of shape (clips, {', '.join(map(str, generator.latent_shape(1)[1:]))}), got {tuple(noise.shape)}. Use generator.noise.")
+        raise ValueError(
+            f"start_step must be a whole number from 0 to {steps - 1} (steps - 1), "
+            f"got {start_step!r}. For a video without steering, use strength 0.")
+    if len(noise) != n_captions:
+        raise ValueError(f"give one row of noise a caption, got {len(noise)} for {n_captions}. "
+                         "generator.noise([seed]) makes one.")
+    shape = tuple(generator.latent_shape(1)[1:])
+    if noise.shape[1:] != shape or not noise.isfinite().all():
+        raise ValueError(
+            f"noise must be finite, of shape (clips, {', '.join(map(str, shape))}), "
+            f"got {tuple(noise.shape)}. Use generator.noise.")
     return steps
+
+# %% ../../nbs/5_explain/01_steering.ipynb #f5548f83
+class _Walk(NamedTuple):
+    "The flow of a sweep, from noise to latents"
+    generator: VideoGenerator # Frozen
+    source: PromptCondition # Source prompts, one row a clip
+    null: PromptCondition # What guidance moves away from, one row
+    guidance: float|tuple[float, float]|None # None takes the generator's own
+    steered: PromptCondition|None # From `shifted_prompts`
+    terms: list[PushTerm] # From `push_terms`
+    weights: Tensor|None # From `window_weights`
+    times: Tensor # From `generator.times`
+
+    def plain(self, latents:Tensor, t:float) -> Tensor:
+        "Velocity before any direction acts"
+        return self.generator.guided_velocity(latents, self.source, t, self.guidance, self.null)
+
+    def swept(self, latents:Tensor, t:float) -> Tensor:
+        "Velocity of all strengths"
+        grid = self.times.tolist()
+        acting = [term for term in self.terms if t >= grid[term.first_step]]
+        return steered_velocity(self.generator, latents, self.steered, self.source, self.null, t,
+                                self.guidance, self.weights, acting)
+
+    def split(self, start_step:int) -> int:
+        "The step at which the strengths of a clip part"
+        if self.steered is not None: return start_step
+        return min([term.first_step for term in self.terms], default=len(self.times) - 1)
+
+    def run(self, noise:Tensor, start_step:int, copies:int) -> Tensor:
+        "Finished latents, one row a clip and strength"
+        split, grid = self.split(start_step), self.times.tolist()
+        states = integrate(self.plain, noise, self.times, 0, split)
+        wide = states.repeat_interleave(copies, 0)
+        if split == len(grid) - 1: return wide
+        # the one step at which the strengths of a clip share their state
+        wide = wide + (grid[split + 1] - grid[split]) * self.swept(states, grid[split])
+        return integrate(self.swept, wide, self.times, split + 1)
 
 # %% ../../nbs/5_explain/01_steering.ipynb #579ec6d9
 @torch.no_grad()
 def steer(
     generator:VideoGenerator, # Frozen
     caption:str|Sequence[str], # Source caption, or one a clip
-    noise:Float[Tensor, "clips channels latent_frames latent_height latent_width"], # One row a caption; `generator.noise([seed])`
+    # One row a caption, from `generator.noise([seed])`
+    noise:Float[Tensor, "clips channels latent_frames latent_height latent_width"],
     directions:Steering|Sequence[Steering], # Concepts, or anything of `concepts.directions`
-    strengths:float|int|Sequence|Float[Tensor, "strengths *directions"], # 0 (source) to 1 (target), at most 1.5; numbers for all directions, or rows with one for each
+    # 0 (source) to 1 (target), at most 1.5: numbers for all directions, or rows with one for each
+    strengths:float|int|Sequence|Float[Tensor, "strengths *directions"],
     start_step:int=0, # Before this step the source prompt leads
-    frame_window:tuple[int, int]|None=None, # First frame modulated and one past the last; None modulates all
+    frame_window:tuple[int, int]|None=None, # First frame modulated, one past the last; None: all
     steps:int|None=None, # Euler steps of the run; None takes the generator's own
     guidance:float|tuple[float, float]|None=None, # None takes the generator's own
     negative_prompt:str="", # What guidance moves away from
@@ -205,20 +310,21 @@ def steer(
     "Generate a sweep over strengths in one batch, all from the same noise (paper §3.4)"
     captions, directions = listify(caption), listify(directions)
     kinds = sort_directions(directions, start_step, frame_window is not None)
-    table, steps = check_strengths(strengths, len(directions)), check_run(generator, noise, len(captions), start_step, steps)
-    weights = None if frame_window is None else window_weights(frame_window, generator.config.frames, noise.shape[2])
-    source, null, times = generator.encode_prompt(captions), generator.null_condition(1, negative_prompt), generator.times(steps)
-    steered = shifted_prompts(generator, captions, source, [directions[k] for k in kinds.prompts], table[:, kinds.prompts])
-    terms = push_terms(generator, captions, [directions[k] for k in kinds.pushes], table[:, kinds.pushes], start_step, steps)
-    split = start_step if steered is not None else min([term.first_step for term in terms], default=steps) # where strengths part
-    grid = times.tolist()
-    def plain(latents, t): return generator.guided_velocity(latents, source, t, guidance, null)
-    def swept(latents, t): return steered_velocity(generator, latents, steered, source, null, t, guidance, weights, [term for term in terms if t >= grid[term.first_step]])
-    states = integrate(plain, noise.to(generator.device), times, 0, split)
-    wide = states.repeat_interleave(len(table), 0)
-    if split < steps:
-        wide = wide + (grid[split + 1] - grid[split]) * swept(states, grid[split]) # the one step at which a clip's strengths share their state
-        wide = integrate(swept, wide, times, split + 1)
-    latents = wide.unflatten(0, (len(captions), len(table)))
-    for k in kinds.replacements: latents = torch.stack([directions[k].replace(generator, own, text, table[:, k]) for own, text in zip(latents, captions)])
+    table = check_strengths(strengths, len(directions))
+    steps = check_run(generator, noise, len(captions), start_step, steps)
+    weights = None
+    if frame_window is not None:
+        weights = window_weights(frame_window, generator.config.frames, noise.shape[2])
+    source = generator.encode_prompt(captions)
+    null, times = generator.null_condition(1, negative_prompt), generator.times(steps)
+    shifts, pushes = ([directions[k] for k in columns] for columns in kinds[:2])
+    steered = shifted_prompts(generator, captions, source, shifts, table[:, kinds.prompts])
+    terms = push_terms(generator, captions, pushes, table[:, kinds.pushes], start_step, steps)
+    walk = _Walk(generator, source, null, guidance, steered, terms, weights, times)
+    latents = walk.run(noise.to(generator.device), start_step, len(table))
+    latents = latents.unflatten(0, (len(captions), len(table)))
+    for k in kinds.replacements:
+        replaced = [directions[k].replace(generator, own, text, table[:, k])
+                    for own, text in zip(latents, captions)]
+        latents = torch.stack(replaced)
     return Steered(latents, source.repeat(len(table)) if steered is None else steered, table)
