@@ -25,46 +25,64 @@ from typing import Any
 import ipywidgets as w
 from fastcore.basics import patch
 
-from ..world.contrasts import changed_words, find_word, parse_contrast
-from ..core.base import config_hash, repo_path
+from transporter_nb.world.contrasts import changed_words, find_word, parse_contrast
+from transporter_nb.core.base import config_hash, repo_path
 from transporter_nb.explain.exploration import (
+<<<<<<< /tmp/tmpb1sjorns/o
     Request, StrengthGrid, Unsteered, alternatives, changeable_words, check_caption, open_token,
     split_changes, stops, unsteered,
 )
-from ..explain.learning_apart import learn_apart
-from ..explain.recipe import lessons, papermill_line, python_cell
-from ..evaluate.faithfulness.plants import CUES, FAMILY, load_planted
-from ..explain.transporter import Transporter
-from ..models.registry import VLMS, find_adapter, shipped_vlm_names
+from transporter_nb.explain.learning_apart import learn_apart
+from transporter_nb.explain.recipe import lessons, papermill_line, python_cell
+=======
+    Glimpse, Request, StrengthGrid, Unsteered, alternatives, changeable_words, check_caption,
+    learn_apart, lessons, open_token, papermill_line, python_cell, split_changes, stops, unsteered,
+)
+>>>>>>> /tmp/tmpb1sjorns/t
+from transporter_nb.evaluate.faithfulness.plants import CUES, FAMILY, load_planted
+from transporter_nb.explain.transporter import Transporter
+from transporter_nb.models.registry import VLMS, find_adapter, shipped_vlm_names
 from transporter_nb.app.screen import (
     DIRECTIONS, ENDING, STEP, STRIP, STYLE, Cancelled, Controls, Names, Outputs, Worker,
     answers_html, brief, clip_html, message, share, strip_html, tagged, videos_html,
 )
-from ..concepts.shaping import with_word
-from ..explain.steering import MAX_STRENGTH, check_strengths
-from ..world.words import EXAMPLE, SLOTS, Scene, caption, parse_caption
+from transporter_nb.concepts.shaping import with_word
+from transporter_nb.explain.steering import MAX_STRENGTH, check_strengths
+from transporter_nb.world.words import EXAMPLE, SLOTS, Scene, caption, parse_caption
 
 # %% ../../nbs/7_app/03_widgets.ipynb #b1562d7e
-MISLED = {"videollama3, misled": replace(CUES["colour_direction"], strength=1., way="tuned", seed=1)} # name on the page -> what was planted
+# name on the page -> what was planted
+MISLED = {
+    "videollama3, misled": replace(CUES["colour_direction"], strength=1., way="tuned", seed=1)}
 
 def load_transporter(
     name:str, # A VLM with all its parts, or one of `MISLED`
     scale:str="mini", # `"mini"` or `"paper"`
     device:str="auto", # `"auto"`, `"cpu"` or `"cuda"`
-) -> Transporter: # A misled one has the parts of the honest one but for the VLM, and no name to load it by
+) -> Transporter: # A misled VLM comes with the parts of the honest one, and no name to load it by
     "A Transporter as the page names it"
     if name not in MISLED: return Transporter.load(name, scale=scale, device=device)
-    honest = Transporter.load(FAMILY, device=device)
-    return Transporter(honest.generator, load_planted(MISLED[name], device), honest.coupling, honest.bank, {"scale": "mini"})
+    honest, vlm = Transporter.load(FAMILY, device=device), load_planted(MISLED[name], device)
+    names = {"scale": "mini"}
+    return Transporter(honest.generator, vlm, honest.coupling, honest.bank, names)
 
 # %% ../../nbs/7_app/03_widgets.ipynb #91a81b37
-DECIDED = ("The clips are the same for every VLM; the answers are {vlm}'s.", "The clips follow what {vlm} answers to, whatever the word says.") # by the generator; by the VLM
+# by the generator; by the VLM
+DECIDED = ("The clips are the same for every VLM; the answers are {vlm}'s.",
+           "The clips follow what {vlm} answers to, whatever the word says.")
+SHOWN = 4 # requests whose clips are kept (chosen: to go back and forth; 32 MiB each)
+_INTRODUCTION = (
+    "<h2>What does it mean by that word?</h2><p>Choose a word of the caption and what it "
+    "becomes, move the slider, and watch the video and the answer move together.</p>")
+_NOTHING = "There is nothing on screen yet. Add a change first."
+
 def running_loop() -> asyncio.AbstractEventLoop|None: # None in a script
     "The event loop that widgets belong to"
     try: return asyncio.get_running_loop()
     except RuntimeError: return None
 
-SHOWN = 4 # requests whose clips are kept (chosen: to go back and forth; 32 MiB each)
+def _note(text): return f'<p class="tnb-note">{text}</p>' # escaped before
+def _problem(text): return f'<span class="tnb-problem-text">{brief(text)}</span>'
 
 # %% ../../nbs/7_app/03_widgets.ipynb #fb71866e
 class Explorer(w.VBox):
@@ -73,47 +91,84 @@ class Explorer(w.VBox):
 
     def __init__(self,
         vlm:str="phi4", # Registry name of the VLM, or one of `MISLED`
-        caption:str=caption(EXAMPLE), # What the unsteered video is
+        caption:str=caption(EXAMPLE), # Of the unsteered video
         change:str|Sequence[str]="red -> blue", # Contrasts to begin with; empty: none
         strengths:Real|Sequence=1., # Where their sliders stand, one for all or one each, 0 to 1.5
         seed:int=0, # Of the noise
         start_step:int=0, # Before this step the source prompt leads
-        frame_window:tuple[int, int]|None=None, # First frame steered and one past the last; None: all
+        frame_window:tuple[int, int]|None=None, # First frame steered, one past the last; None: all
         vlm_weight:Real=0., # 0: eq. (8)'s concepts; 1: the VLM decides what they hold
         scale:str="mini", # `"mini"` or `"paper"`
         device:str="auto", # `"auto"`, `"cpu"` or `"cuda"`
-        l2v:Transporter|None=None, # One of the reader's own, in place of `vlm`, `scale` and `device`
-        folder:str|Path="explanations", # Where files are saved, from the root of the repository or the working directory
+        l2v:Transporter|None=None, # The reader's own, in place of `vlm`, `scale` and `device`
+        folder:str|Path="explanations", # For files, from the root of the repository
         background:bool=True, # False computes in place, for scripts
     ):
         super().__init__()
         if l2v is None and vlm not in MISLED: find_adapter("vlm", vlm, VLMS)
-        self.l2v, self.scale, self.device, self.folder, self.own = None, scale, device, repo_path(str(folder)), l2v
-        self.maker, self.student, self.desk = Worker(background), Worker(background), Worker(background, newest=False)
-        self.closed, self.shown, self.strip_key, self.request, self.turn, self.quiet, self.axis, self.stopped_at, self.grid, self.queue, self.learns = False, None, None, None, 0, False, 0, None, None, {}, None
-        self.grids, self.certificates, self.sliders, self.learned_here, self.base_tokens = OrderedDict(), OrderedDict(), {}, {}, None
-        self.loop = running_loop()
+        self.scale, self.device, self.own = scale, device, l2v
+        self.folder = repo_path(str(folder))
+        self._begin(background)
         changes = [change] if isinstance(change, str) else list(change)
         amounts = list(strengths) if isinstance(strengths, Sequence) else [strengths] * len(changes)
-        if len(amounts) != len(changes): raise ValueError(f"give one strength for all changes or one for each, got {len(amounts)} for {len(changes)}.")
+        if len(amounts) != len(changes):
+            raise ValueError("give one strength for all changes or one for each, "
+                             f"got {len(amounts)} for {len(changes)}.")
         check_strengths(amounts or [0.])
-        self.first = dict(changes=dict(zip([one for one in changes if one], amounts)), start_step=start_step, frame_window=frame_window)
-        names = [l2v.names.get("vlm", l2v.vlm.name)] if l2v else list(dict.fromkeys([*shipped_vlm_names(), *MISLED, vlm])) if scale == "mini" else list(VLMS)
-        self.set = Controls(names, names[0] if l2v else vlm, caption, (scale if l2v is None else l2v.names.get("scale")) == "mini")
-        if vlm_weight not in (0, 1): self.set.direction.options = [*DIRECTIONS, (f"both, {vlm_weight:g} the VLM", vlm_weight)]
-        self.set.direction.value, self.set.seed.value = vlm_weight, seed
-        self.out, self.names = Outputs(self.open_word, self.become, self.set.rows), Names()
-        self.children = [w.HTML(f"<style>{STYLE}</style><h2>What does it mean by that word?</h2><p>Choose a word of the caption and what it becomes, move the slider, and watch the video and the answer move together.</p>"),
-                         self.set.asked, tagged(w.Box([self.set.box, self.out.box]), "body"), self.names]
-        tagged(self, "explorer"); self.connect(); self.load()
+        named = dict(zip([one for one in changes if one], amounts))
+        self.first = dict(changes=named, start_step=start_step, frame_window=frame_window)
+        self._lay_out(vlm, caption, seed, vlm_weight)
+        self.connect()
+        self.load()
 
-    def __repr__(self): return f"Explorer of {self.set.vlm.value} at {self.set.caption.value[:200]!r}; shown in a notebook"
+    def __repr__(self):
+        said = self.set.caption.value[:200]
+        return f"Explorer of {self.set.vlm.value} at {said!r}; shown in a notebook"
+
+# %% ../../nbs/7_app/03_widgets.ipynb #54d42f2c
+@patch
+def _begin(self:Explorer,
+    background:bool, # False computes in place
+):
+    "The state before the first request"
+    self.maker, self.student = Worker(background), Worker(background)
+    self.desk = Worker(background, newest=False)
+    self.loop, self.closed, self.quiet = running_loop(), False, False
+    self.l2v, self.request, self.turn = None, None, 0
+    self.grid, self.shown, self.strip_key, self.base_tokens = None, None, None, None
+    self.axis, self.stopped_at = 0, None
+    self.learns, self.queue, self.learned_here = None, {}, {}
+    self.grids, self.certificates, self.sliders = OrderedDict(), OrderedDict(), {}
+
+@patch
+def _lay_out(self:Explorer,
+    vlm:str, # As in `Explorer`
+    text:str, # The caption
+    seed:int, # Of the noise
+    vlm_weight:Real, # As in `Explorer`
+):
+    "Put the page together"
+    names, mini = list(VLMS), self.scale == "mini"
+    if mini: names = list(dict.fromkeys([*shipped_vlm_names(), *MISLED, vlm]))
+    if self.own:
+        vlm = self.own.names.get("vlm", self.own.vlm.name)
+        names, mini = [vlm], self.own.names.get("scale") == "mini"
+    self.set, self.names = Controls(names, vlm, text, mini), Names()
+    if vlm_weight not in (0, 1):
+        both = (f"both, {vlm_weight:g} the VLM", vlm_weight)
+        self.set.direction.options = [*DIRECTIONS, both]
+    self.set.direction.value, self.set.seed.value = vlm_weight, seed
+    self.out = Outputs(self.open_word, self.become, self.set.rows)
+    body = tagged(w.Box([self.set.box, self.out.box]), "body")
+    head = w.HTML(f"<style>{STYLE}</style>{_INTRODUCTION}")
+    self.children = [head, self.set.asked, body, self.names]
+    tagged(self, "explorer")
 
 # %% ../../nbs/7_app/03_widgets.ipynb #f6e2b1e1
 @patch
 @contextmanager
 def quietly(self:Explorer) -> Iterator[None]: # Observers do nothing inside
-    "Set widgets without taking it for a wish"
+    "Set widgets without asking for anything"
     before, self.quiet = self.quiet, True
     try: yield
     finally: self.quiet = before
@@ -123,48 +178,51 @@ def say(self:Explorer,
     state:str, # As in `message`
     text:str, # In words
 ):
-    "Tell what is going on"
+    "Show what is going on"
     self.out.status.value = message(state, text)
 
 @patch
 def fail(self:Explorer,
     error:BaseException, # What went wrong
-    place:w.HTML|None=None, # Where it is told; None: in the line on what is going on
+    place:w.HTML|None=None, # Of the message; None: the line on what is going on
 ):
-    "Tell what went wrong; everything else stays usable"
-    (place or self.out.status).value = message("error", f"That did not work: {str(error) or type(error).__name__}")
+    "Show what went wrong; everything else stays usable"
+    why = str(error) or type(error).__name__
+    (place or self.out.status).value = message("error", f"That did not work: {why}")
 
 # %% ../../nbs/7_app/03_widgets.ipynb #69e6e897
 @patch
 def deliver(self:Explorer,
-    call:Callable, # What touches widgets
+    call:Callable, # Touches widgets
     *args:Any, # Its arguments
 ):
-    "Run on the kernel's thread, soon; once Python ends, nobody looks any more"
+    "Run on the kernel's thread, soon; once Python ends, do nothing"
     if ENDING.is_set(): return
-    if self.loop is not None and self.loop.is_running() and self.maker.background: self.loop.call_soon_threadsafe(call, *args)
+    loop = self.loop is not None and self.loop.is_running() and self.maker.background
+    if loop: self.loop.call_soon_threadsafe(call, *args)
     else: call(*args)
 
 @patch
 def guarded(self:Explorer,
-    turn:int|None, # When it was wished; None: it is wanted whatever comes between
-    job:Callable[[], Any], # What takes time
-    then:Callable[[Any], None], # What shows the result
-    place:w.HTML|None=None, # Where an error is told; None: in the line on what is going on
+    turn:int|None, # In which it was asked for; None: shown in any turn
+    job:Callable[[], Any], # Takes time
+    then:Callable[[Any], None], # Shows the result
+    place:w.HTML|None=None, # Of an error's message; None: the line on what is going on
 ) -> Callable[[], None]: # For a worker
     "A job that ends in a delivery, whatever happens"
     def run():
         try: result, show = job(), then
         except Cancelled: return
-        except Exception as error: result, show = error, partial(self.fail, place=place) # a page has no traceback: whatever went wrong is told in words
+        except Exception as error: # a page has no traceback: any error is shown in words
+            result, show = error, partial(self.fail, place=place)
         self.deliver(self.arrive, turn, show, result)
     return run
 
 @patch
 def arrive(self:Explorer,
-    turn:int|None, # When it was wished
-    show:Callable[[Any], None], # What shows it
-    result:Any, # What came back
+    turn:int|None, # In which it was asked for
+    show:Callable[[Any], None], # Shows it
+    result:Any, # Of the job
 ):
     "Show a result, unless the reader has gone on"
     if self.closed or turn not in (None, self.turn): return
@@ -174,29 +232,42 @@ def arrive(self:Explorer,
 # %% ../../nbs/7_app/03_widgets.ipynb #4ea1e9f7
 @patch
 def connect(self:Explorer):
-    "Which control does what"
+    "Connect each control with its effect"
     one, out = self.set, self.out
     def on(widget, call): widget.observe(lambda change: None if self.quiet else call(), "value")
+    def press(button, call): button.on_click(lambda _: call())
+    def stand_still(_): # less motion is asked for: begin with pictures that stand
+        if self.stopped_at is None: self.toggle()
+
     on(one.vlm, self.load)
-    for widget in (one.caption, one.direction, one.start, one.window, one.seed): on(widget, self.refresh)
-    self.names.observe(lambda _: self.toggle() if self.stopped_at is None else None, "still") # less motion is wanted: begin with pictures that stand
+    for widget in (one.caption, one.direction, one.start, one.window, one.seed):
+        on(widget, self.refresh)
+    self.names.observe(stand_still, "still")
     for slot, menu in one.slots.items(): on(menu, partial(self.choose_word, slot))
     on(one.word, self.offer)
-    for button, call in ((one.add, self.add), (out.play, self.toggle), (out.check, self.certify), (out.cancel, self.cancel), (out.save, self.save)): button.on_click(lambda _, call=call: call())
+    press(one.add, self.add)
+    press(out.play, self.toggle)
+    press(out.check, self.certify)
+    press(out.cancel, self.cancel)
+    press(out.save, self.save)
 
 # %% ../../nbs/7_app/03_widgets.ipynb #4a054d03
 @patch
 def load(self:Explorer):
-    "Take the chosen VLM"
+    "Load the chosen VLM"
     self.turn += 1
-    name, key = self.set.vlm.value, (self.set.vlm.value, self.scale, self.device)
+    name = self.set.vlm.value
+    key = (name, self.scale, self.device)
     def job():
         if self.own is not None: return self.own
-        if key not in self.loaded: self.loaded[key] = load_transporter(name, self.scale, self.device)
+        if key not in self.loaded:
+            self.loaded[key] = load_transporter(name, self.scale, self.device)
         return self.loaded[key]
+
     if self.learns is not None: self.cancel() # it was for another VLM
     self.l2v, self.grid, self.shown = None, None, None # nothing can be asked until it is there
-    if self.scale == "paper": self.grids.clear(); self.certificates.clear(); self.loaded.clear() # two of them fit on no machine
+    if self.scale == "paper": # two of them fit on no machine
+        for kept in (self.grids, self.certificates, self.loaded): kept.clear()
     self.set.enable(False)
     self.say("loading", f"Loading {name} …")
     self.maker.ask(self.guarded(self.turn, job, self.ready))
@@ -207,56 +278,90 @@ def ready(self:Explorer,
 ):
     "Begin with a VLM, or go on with another"
     self.l2v, first = l2v, self.first
+    def asked(_): return None if self.quiet else self.refresh()
     with self.quietly():
-        frames = l2v.generator.config.frames
-        if self.set.limits(l2v.generator.default_steps, frames):
-            for widget in (self.set.start, self.set.window): widget.observe(lambda _: None if self.quiet else self.refresh(), "value")
-        if first is not None:
-            begin, end = first["frame_window"] or (0, frames)
-            if not (0 <= first["start_step"] <= self.set.start.max and 0 <= begin < end <= frames):
-                raise ValueError(f"start_step is from 0 to {self.set.start.max} and frame_window within 0 and {frames}, got {first['start_step']} and {first['frame_window']}.")
-            self.set.start.value, self.set.window.value = first["start_step"], (begin + 1, end)
-            for change, amount in first["changes"].items():
-                for name in split_changes(l2v, [change]): self.clash(name) or self.put_slider(name, amount)
+        if self.set.limits(l2v.generator.default_steps, l2v.generator.config.frames):
+            for widget in (self.set.start, self.set.window): widget.observe(asked, "value")
+        if first is not None: self._set_first(first)
     self.first = None
     self.refresh(learn=first is not None)
+
+# %% ../../nbs/7_app/03_widgets.ipynb #e0f34c82
+@patch
+def _set_first(self:Explorer,
+    first:dict, # As the explorer was called: `changes`, `start_step`, `frame_window`
+):
+    "Set the controls whose limits depend on the generator"
+    frames, last = self.l2v.generator.config.frames, self.set.start.max
+    step, window = first["start_step"], first["frame_window"]
+    begin, end = window or (0, frames)
+    if not (0 <= step <= last and 0 <= begin < end <= frames):
+        raise ValueError(f"start_step is from 0 to {last} and frame_window within 0 and {frames}, "
+                         f"got {step} and {window}.")
+    self.set.start.value, self.set.window.value = step, (begin + 1, end)
+    for change, amount in first["changes"].items():
+        for name in split_changes(self.l2v, [change]):
+            if not self.clash(name): self.put_slider(name, amount)
 
 # %% ../../nbs/7_app/03_widgets.ipynb #63a88833
 @patch
 def asked(self:Explorer) -> Request: # ValueError where the caption cannot be made
-    "What the controls say"
+    "The request that the controls describe"
     text, (begin, end) = check_caption(self.l2v, self.set.caption.value), self.set.window.value
     window = None if (begin, end) == (1, self.set.window.max) else (begin - 1, end)
-    return Request(text, tuple(self.sliders), self.set.seed.value, self.set.start.value, window, self.set.direction.value)
+    settings = self.set.seed.value, self.set.start.value, window, self.set.direction.value
+    return Request(text, tuple(self.sliders), *settings)
 
 @patch
+def _weed(self:Explorer,
+    request:Request, # From `asked`
+    learn:bool, # As in `refresh`
+):
+    "Remove the changes that cannot be made, and say so"
+    gone = [change for change in self.sliders if not self.fits(change, request.caption)]
+    kept = [change for change in self.sliders if change not in gone]
+    by_vlm = request.vlm_weight >= 1 # needs no learned concept
+    missing = [one for one in kept if not by_vlm and parse_contrast(one) not in self.l2v.bank]
+    for change in (*gone, *missing): self.drop(change)
+    notes = []
+    if gone: notes.append(f"{', '.join(gone)} went: the caption does not hold the word any more.")
+    if learn:
+        for change in missing: self.learn(change)
+    elif missing: notes.append(f"{', '.join(missing)} went: nothing was learned for it yet. "
+                               "Add it again to learn it.")
+    if notes: self.set.problem.value = _problem(" ".join(notes))
+
+# %% ../../nbs/7_app/03_widgets.ipynb #19b3b286
+@patch
 def refresh(self:Explorer,
-    learn:bool=False, # Whether what is not known yet shall be learned; else it goes, since nobody asked for a minute's work
+    learn:bool=False, # True learns missing concepts, which takes a minute each; False removes them
 ):
     "Ask anew"
     if self.l2v is None: return
-    self.set.decided.value = f'<p class="tnb-note">{DECIDED[self.set.direction.value > 0].format(vlm=html.escape(self.set.vlm.value))}</p>'
+    vlm = self.set.vlm.value
+    by_vlm = self.set.direction.value > 0
+    self.set.decided.value = _note(DECIDED[by_vlm].format(vlm=html.escape(vlm)))
     try: request = self.asked()
     except ValueError as error:
-        self.set.problem.value = f'<span class="tnb-problem-text">{brief(error)}</span>'
+        self.set.problem.value = _problem(error)
         self.set.enable(False)
-        for menu in self.set.slots.values(): menu.disabled = False # with them a caption can be mended
-        return self.say("empty", "The caption cannot be made yet; what is shown belongs to the last one that could.")
+        for menu in self.set.slots.values(): menu.disabled = False # they can mend a caption
+        return self.say("empty", "The caption cannot be made yet; what is shown belongs to the "
+                                 "last one that could.")
     self.set.problem.value = ""
     self.set.enable(True)
-    gone = [change for change in self.sliders if not self.fits(change, request.caption)]
-    missing = [change for change in self.sliders if change not in gone and request.vlm_weight < 1 and parse_contrast(change) not in self.l2v.bank]
-    for change in (*gone, *missing): self.drop(change)
-    notes = [f"{', '.join(gone)} went: the caption does not hold the word any more."] * bool(gone)
-    if learn: [self.learn(change) for change in missing]
-    elif missing: notes.append(f"{', '.join(missing)} went: nothing was learned for it yet. Add it again to learn it.")
-    if notes: self.set.problem.value = f'<span class="tnb-problem-text">{brief(" ".join(notes))}</span>'
+    self._weed(request, learn)
     self.turn += 1
-    self.out.contrasts.label.value = ""; self.out.contrasts.show([])
+    self.out.contrasts.label.value = ""
+    self.out.contrasts.show([])
     self.menus(request.caption)
     self.request = self.asked()
-    self.say("making", f"Asking {self.set.vlm.value} about clips of many captions, then making these …" if self.request.vlm_weight and self.key(self.l2v, self.request) not in self.grids else "Making the clips …")
-    self.maker.ask(self.guarded(self.turn, partial(self.prepare, self.l2v, self.request, self.row), self.prepared))
+    going_on = "Making the clips …"
+    if self.request.vlm_weight and self.key(self.l2v, self.request) not in self.grids:
+        going_on = f"Asking {vlm} about clips of many captions, then making these …"
+    self.say("making", going_on)
+    job = partial(self.prepare, self.l2v, self.request, self.row)
+    self.maker.ask(self.guarded(self.turn, job, self.prepared))
 
 # %% ../../nbs/7_app/03_widgets.ipynb #b18221e1
 @patch
@@ -269,8 +374,19 @@ def fits(self:Explorer,
     except ValueError: return False
 
 @patch
+def key(self:Explorer,
+    l2v:Transporter, # Makes the clips
+    request:Request, # What is asked
+) -> tuple: # With the bank's present concepts: another one of the same name makes other clips
+    "The key under which a grid is kept"
+    bank = l2v.bank
+    held = (bank[change] if parse_contrast(change) in bank else None for change in request.changes)
+    return l2v, request, tuple(held)
+
+# %% ../../nbs/7_app/03_widgets.ipynb #e0d58957
+@patch
 def prepare(self:Explorer,
-    l2v:Transporter, # Who makes it
+    l2v:Transporter, # Makes the clips
     request:Request, # What is asked
     row:tuple[float, ...], # Where the sliders stand
 ) -> StrengthGrid|Unsteered: # A grid that holds the row; without changes, the unsteered clip
@@ -278,19 +394,13 @@ def prepare(self:Explorer,
     if not request.changes: return unsteered(l2v, request)
     key = self.key(l2v, request)
     if key not in self.grids:
-        directions = l2v.directions(request.caption, [parse_contrast(change) for change in request.changes], progress=False, vlm_weight=request.vlm_weight)
+        pairs = [parse_contrast(change) for change in request.changes]
+        directions = l2v.directions(
+            request.caption, pairs, progress=False, vlm_weight=request.vlm_weight)
         self.grids[key] = StrengthGrid(l2v, request, directions, max_bytes=2**25)
         while len(self.grids) > SHOWN: self.grids.popitem(last=False)
     self.grids[key].held = row
     return self.grids[key].make([row])
-
-@patch
-def key(self:Explorer,
-    l2v:Transporter, # Who makes clips
-    request:Request, # What is asked
-) -> tuple: # With the concepts that the bank holds now: another one under the same name makes other clips
-    "What a grid is kept under"
-    return l2v, request, tuple(l2v.bank[change] if parse_contrast(change) in l2v.bank else None for change in request.changes)
 
 @patch
 def prepared(self:Explorer,
@@ -299,7 +409,9 @@ def prepared(self:Explorer,
     "Show the first clips of a request"
     self.grid = result if isinstance(result, StrengthGrid) else None
     self.base_tokens = result.base[2] if self.grid else result.vlm_embeddings
-    self.learned_here = lessons(result.l2v, result.directions) if self.grid else {} # reads a file: once a request, not once a move
+    self.learned_here = {}
+    if self.grid: # reads a file: once a request, not once a move
+        self.learned_here = lessons(result.l2v, result.directions)
     self.offer()
     if self.grid: self.follow()
     else: self.show_unsteered(result)
@@ -325,14 +437,16 @@ def follow(self:Explorer):
     self.turn += 1
     self.axis = min(self.axis, len(self.sliders) - 1)
     turn, grid, row = self.turn, self.grid, self.row
-    values = [*STRIP, *(stops(STEP) if self.maker.background else ())] # those of the filmstrip first
+    later = stops(STEP) if self.maker.background else () # after those of the filmstrip
     grid.held = row
-    ahead = self.ahead(turn, grid, grid.unmade(row, self.axis, values))
+    ahead = self.ahead(turn, grid, grid.unmade(row, self.axis, [*STRIP, *later]))
     if row in grid:
         self.show()
         return self.maker.ask(lambda: None, ahead)
-    self.say("making", f"Making the clip at {', '.join(f'{value:g}' for value in row)} …")
-    self.maker.ask(self.guarded(turn, partial(grid.make, [row]), lambda _: self.show()), ahead)
+    amounts = ", ".join(f"{value:g}" for value in row)
+    self.say("making", f"Making the clip at {amounts} …")
+    job = partial(grid.make, [row])
+    self.maker.ask(self.guarded(turn, job, lambda _: self.show()), ahead)
 
 # %% ../../nbs/7_app/03_widgets.ipynb #25aa543c
 @patch
@@ -341,29 +455,10 @@ def ahead(self:Explorer,
     grid:StrengthGrid, # Theirs
     missing:Iterator[list[tuple[float, ...]]], # From `unmade`
 ) -> Iterator[Callable[[], None]]: # Jobs for the maker
-    "What is made before it is asked for; it gives way to certificates and files, which somebody waits for"
+    "Clips before they are asked for, while the desk has nothing to do"
     for rows in missing:
         while self.desk.thread is not None: yield partial(time.sleep, .05)
         yield self.guarded(turn, partial(grid.make, rows), self.grown)
-
-@patch
-def grown(self:Explorer,
-    grid:StrengthGrid, # With more clips
-):
-    "Fill the filmstrip up, where it is not full"
-    around = [tuple(value if k == self.axis else own for k, own in enumerate(self.row)) for value in STRIP]
-    key = (id(grid), self.row, self.axis, sum(row in grid for row in around))
-    if key != self.strip_key: self.strip_key, self.out.strip.value = key, strip_html(grid, self.row, self.axis, STRIP, self.phase)
-
-# %% ../../nbs/7_app/03_widgets.ipynb #0c9bb5ca
-def also_changed(
-    before:str, # What the VLM says of the unsteered clip
-    after:str, # What it says of the steered one
-    words:Sequence[tuple[str, str]], # Those that were meant to change
-) -> list[str]: # Such as `"large → small"`
-    "Words of a caption that changed without being asked to"
-    spans = [(before[span.source_start:span.source_end], after[span.target_start:span.target_end]) for span in changed_words(before, after)]
-    return [f"{old or 'nothing'} → {new or 'nothing'}" for old, new in spans if (old, new) not in words]
 
 @patch(as_prop=True)
 def phase(self:Explorer) -> float: # Seconds
@@ -371,49 +466,98 @@ def phase(self:Explorer) -> float: # Seconds
     return time.monotonic() if self.stopped_at is None else self.stopped_at
 
 @patch
+def grown(self:Explorer,
+    grid:StrengthGrid, # With more clips
+):
+    "Fill the filmstrip up, where it is not full"
+    row, axis = self.row, self.axis
+    around = [tuple(value if k == axis else own for k, own in enumerate(row)) for value in STRIP]
+    key = (id(grid), row, axis, sum(one in grid for one in around))
+    if key == self.strip_key: return
+    self.strip_key = key
+    self.out.strip.value = strip_html(grid, row, axis, STRIP, self.phase)
+
+# %% ../../nbs/7_app/03_widgets.ipynb #0c9bb5ca
+def also_changed(
+    before:str, # The VLM's caption of the unsteered clip
+    after:str, # Its caption of the steered one
+    words:Sequence[tuple[str, str]], # Those that were meant to change
+) -> list[str]: # Such as `"large → small"`
+    "Words of a caption that changed without being asked to"
+    spans = [(before[span.source_start:span.source_end], after[span.target_start:span.target_end])
+             for span in changed_words(before, after)]
+    return [f"{old or 'nothing'} → {new or 'nothing'}"
+            for old, new in spans if (old, new) not in words]
+
+# %% ../../nbs/7_app/03_widgets.ipynb #94256461
+@patch
 def show(self:Explorer):
     "Put the clip at the sliders' strengths on the page"
-    grid, row, out = self.grid, self.row, self.out
+    grid, row, out, vlm = self.grid, self.row, self.out, self.set.vlm.value
     self.shown = (grid, row)
-    base, steered, pair = grid[grid.zero], grid[row], grid.pair
-    words = pair.words_in(grid.request.caption)
+    coupled = grid.l2v.coupling is not None
+    base, steered, words = grid[grid.zero], grid[row], grid.pair.words_in(grid.request.caption)
     out.videos.value = videos_html(grid.request, row, base, steered, self.phase)
-    out.answers.value = answers_html(pair, words, base, steered, self.set.vlm.value, grid.l2v.coupling is not None)
-    told = (base.reencoded, steered.phi if grid.l2v.coupling is not None else None, steered.reencoded)
-    for line, said in zip(out.said, told): line.show(said.captions[0].split() if said else (), base.reencoded.captions[0].split() if said and said is not base.reencoded else ())
+    out.answers.value = answers_html(grid.pair, words, base, steered, vlm, coupled)
+    plain = base.reencoded.captions[0].split()
+    out.said[0].show(plain, ())
+    for line, said in zip(out.said[1:], (steered.phi if coupled else None, steered.reencoded)):
+        line.show(said.captions[0].split() if said else (), plain if said else ())
     self.grown(grid)
     self.show_recipe()
-    told = "; ".join(f"“{target}” went from {share(before)} to {share(after)}" for (_, target), before, after in zip(words, base.reencoded.target[0].tolist(), steered.reencoded.target[0].tolist()))
+    self.say("ready", self._summary(base, steered, words, row))
+    kept = self.certificates.get((self.key(grid.l2v, grid.request), row))
+    none = _note("No certificate yet for these strengths. It takes a few seconds.")
+    out.certificate.value = none if kept is None else kept
+
+@patch
+def _summary(self:Explorer,
+    base:Glimpse, # The unsteered clip
+    steered:Glimpse, # The steered one
+    words:Sequence[tuple[str, str]], # Those that were meant to change
+    row:Sequence[Real], # At which strengths
+) -> str: # For the line on top
+    "The answer to the wanted words, and where else the VLM's caption changed"
+    answers = zip(base.reencoded.target[0].tolist(), steered.reencoded.target[0].tolist())
+    told = "; ".join(f"“{target}” went from {share(before)} to {share(after)}"
+                     for (_, target), (before, after) in zip(words, answers))
     others = also_changed(base.reencoded.captions[0], steered.reencoded.captions[0], words)
-    self.say("ready", f"{self.set.vlm.value}'s probability of {told}, at strength {', '.join(f'{value:g}' for value in row)}." + f" What it says changed elsewhere, too: {', '.join(others)}." * bool(others))
-    out.certificate.value = self.certificates.get((self.key(grid.l2v, grid.request), row), '<p class="tnb-note">No certificate yet for these strengths. It takes a few seconds.</p>')
+    amounts = ", ".join(f"{value:g}" for value in row)
+    also = f" What it says changed elsewhere, too: {', '.join(others)}." * bool(others)
+    return f"{self.set.vlm.value}'s probability of {told}, at strength {amounts}.{also}"
 
 # %% ../../nbs/7_app/03_widgets.ipynb #a896def9
 @patch
 def show_unsteered(self:Explorer,
-    result:Unsteered, # What there is to see
+    result:Unsteered, # The clip and the VLM's caption
 ):
     "The page before anything changes"
-    out = self.out
-    figure = f'<figure class="tnb-clip">{clip_html(result.video, f"The unsteered clip, asked to be: {self.request.caption}", "base", self.phase)}<figcaption>Unsteered</figcaption></figure>'
+    out, alt = self.out, f"The unsteered clip, asked to be: {self.request.caption}"
+    clip = clip_html(result.video, alt, "base", self.phase)
+    figure = f'<figure class="tnb-clip">{clip}<figcaption>Unsteered</figcaption></figure>'
     out.videos.value = f'<div class="tnb-clips" data-strengths="">{figure}</div>'
     for line, said in zip_longest(out.said, [result.said]): line.show(said.split() if said else [])
     self.strip_key, self.shown = None, None
-    for part in (out.answers, out.strip, out.certificate, out.recipe): part.value = '<p class="tnb-note">Nothing changes yet.</p>'
-    self.say("empty", "No change is chosen yet. Choose a word and what it becomes, then press Add this change.")
+    for part in (out.answers, out.strip, out.certificate, out.recipe):
+        part.value = _note("Nothing changes yet.")
+    self.say("empty", "No change is chosen yet. Choose a word and what it becomes, "
+                      "then press Add this change.")
 
 @patch
 def show_recipe(self:Explorer):
-    "How to make again what is on screen"
-    (grid, row), names = self.shown, self.l2v.names
+    "The line and the cell that make again what is on screen"
+    (grid, row), names, out = self.shown, self.l2v.names, self.out
     if names.get("vlm") not in VLMS:
-        self.out.recipe.value = '<p class="tnb-note">This Transporter was not loaded by a name of the package, so no line can load it again.</p>'
+        out.recipe.value = _note("This Transporter was not loaded by a name of the package, "
+                                 "so no line can load it again.")
         return
     try: line = papermill_line(grid.request, row, names, self.learned_here)
     except ValueError as error: line = f"# {error}"
     cell = python_cell(grid.request, [grid.zero, row], names, self.learned_here)
-    self.out.recipe.value = (f'<p class="tnb-note">In a shell, at the root of the repository:</p><pre class="tnb-papermill">{html.escape(line)}</pre>'
-                             f'<p class="tnb-note">In a notebook:</p><pre class="tnb-python">{html.escape(cell)}</pre>')
+    out.recipe.value = (
+        _note("In a shell, at the root of the repository:")
+        + f'<pre class="tnb-papermill">{html.escape(line)}</pre>'
+        + _note("In a notebook:") + f'<pre class="tnb-python">{html.escape(cell)}</pre>')
 
 # %% ../../nbs/7_app/03_widgets.ipynb #fde2a842
 @patch
@@ -426,27 +570,39 @@ def menus(self:Explorer,
             for slot, word in parse_caption(text).words.items(): self.set.slots[slot].value = word
         words, chosen = changeable_words(self.l2v, text), self.set.word.value
         if list(self.set.word.options) != words: self.set.word.options = words
-        self.set.word.value = chosen if chosen in words else next((parse_contrast(change).words[0][0] for change in self.sliders if parse_contrast(change).words[0][0] in words), words[0])
+        first = [parse_contrast(change).words[0][0] for change in self.sliders]
+        changing = [word for word in first if word in words]
+        self.set.word.value = chosen if chosen in words else [*changing, words[0]][0]
 
 @patch
 def choose_word(self:Explorer,
     slot:str, # Which menu
 ):
     "Write a menu's word into the caption; into one that cannot be made, all menus' words"
-    try: text = with_word(check_caption(self.l2v, self.set.caption.value), SLOTS[slot], self.set.slots[slot].value)
-    except ValueError: text = caption(Scene(**{slot: menu.value for slot, menu in self.set.slots.items()}))
+    menu = self.set.slots[slot].value
+    try: text = with_word(check_caption(self.l2v, self.set.caption.value), SLOTS[slot], menu)
+    except ValueError:
+        text = caption(Scene(**{slot: menu.value for slot, menu in self.set.slots.items()}))
     self.set.caption.value = text
 
+# %% ../../nbs/7_app/03_widgets.ipynb #2659469b
 @patch
 def offer(self:Explorer):
     "List what the chosen word may become"
-    if self.base_tokens is None or self.request is None or self.set.word.value is None or not find_word(self.request.caption, self.set.word.value, self.set.word.value): return
-    found = alternatives(self.l2v, self.request.caption, self.set.word.value, self.base_tokens)
-    def label(other): return f"{other.shown} · p {other.probability:.2g} · {'ready' if other.known or self.set.direction.value == 1 else 'to be learned'}"
+    word = self.set.word.value
+    if self.base_tokens is None or self.request is None or word is None: return
+    text = self.request.caption
+    if not find_word(text, word, word): return
+    found = alternatives(self.l2v, text, word, self.base_tokens)
+    def label(other):
+        ready = other.known or self.set.direction.value == 1
+        state = "ready" if ready else "to be learned"
+        return f"{other.shown} · p {other.probability:.2g} · {state}"
+    free = [other for other in found if f"{word} -> {other.word}" not in self.sliders]
+    known = [other for other in free if other.known]
     with self.quietly():
         self.set.into.options = [(label(other), other.word) for other in found]
-        free = [other.word for other in found if f"{self.set.word.value} -> {other.word}" not in self.sliders]
-        self.set.into.value = next((other.word for other in found if other.known and other.word in free), free[0] if free else found[0].word)
+        self.set.into.value = [*known, *free, found[0]][0].word
 
 # %% ../../nbs/7_app/03_widgets.ipynb #e8882c0f
 @patch
@@ -456,23 +612,34 @@ def open_word(self:Explorer,
     "Explain this token: open the contrasts of a word that the VLM said"
     if self.l2v is None: return
     opened = open_token(self.l2v, self.request.caption, said)
-    if opened is None: return self.say("empty", f"“{said}” stands in no place of the caption where another word could stand. Choose another word.")
+    if opened is None: return self.say(
+        "empty", f"“{said}” stands in no place of the caption where another word could stand. "
+                 "Choose another word.")
     word, target = opened
     self.set.word.value = word
-    options = {label.split(" · ")[0]: value for label, value in self.set.into.options}
+    options = self._becomes()
     if target in options.values(): self.set.into.value = target
     self.out.contrasts.label.value = f"<small>{brief(word)} becomes:</small>"
     self.out.contrasts.show(list(options))
-    self.say("empty", f"“{said}”: choose what “{word}” becomes; the words are ranked by {self.set.vlm.value} itself.")
+    self.say("empty", f"“{said}”: choose what “{word}” becomes; "
+                      f"the words are ranked by {self.set.vlm.value} itself.")
 
 @patch
 def become(self:Explorer,
     shown:str, # A word of the line of contrasts
 ):
     "Add the change to a word that was clicked"
-    options = {label.split(" · ")[0]: value for label, value in self.set.into.options}
-    if shown in options: self.set.into.value = options[shown]; self.add()
+    options = self._becomes()
+    if shown not in options: return
+    self.set.into.value = options[shown]
+    self.add()
 
+@patch
+def _becomes(self:Explorer) -> dict[str, str]:
+    "What the chosen word may become, by the word as the caption spells it"
+    return {label.split(" · ")[0]: value for label, value in self.set.into.options}
+
+# %% ../../nbs/7_app/03_widgets.ipynb #d9b009fe
 @patch
 def toggle(self:Explorer):
     "Stop or start all clips"
@@ -489,29 +656,43 @@ def put_slider(self:Explorer,
     value:Real=1., # Where it stands
 ):
     "Add the slider of a change"
-    slider = tagged(w.FloatSlider(value=value, min=0, max=MAX_STRENGTH, step=STEP, description=change.replace("->", "→"), readout_format=".2f"), "strength")
-    remove = tagged(w.Button(description="Remove", tooltip=f"Remove {change}"), "remove", "small")
-    slider.observe(lambda _: None if self.quiet else self.moved(change), "value")
-    remove.on_click(lambda _: (self.drop(change), self.refresh()))
-    self.sliders[change] = slider
-    self.set.rows.children = (*self.set.rows.children, tagged(w.HBox([slider, remove]), "concept"))
+    name, limits = change.replace("->", "→"), dict(min=0, max=MAX_STRENGTH, step=STEP)
+    slider = w.FloatSlider(value=value, description=name, readout_format=".2f", **limits)
+    remove = w.Button(description="Remove", tooltip=f"Remove {change}")
+    def moved(_): return None if self.quiet else self.moved(change)
+    def removed(_):
+        self.drop(change)
+        self.refresh()
+    slider.observe(moved, "value")
+    remove.on_click(removed)
+    self.sliders[change] = tagged(slider, "strength")
+    row = w.HBox([slider, tagged(remove, "remove", "small")])
+    self.set.rows.children = (*self.set.rows.children, tagged(row, "concept"))
 
 @patch
 def drop(self:Explorer,
     change:str, # One that has a slider
 ):
     "Take a change away"
-    slider = self.sliders.pop(change)
-    self.set.rows.children = tuple(box for box in self.set.rows.children if box.children[0] is not slider)
+    slider, rows = self.sliders.pop(change), self.set.rows
+    rows.children = tuple(box for box in rows.children if box.children[0] is not slider)
 
+# %% ../../nbs/7_app/03_widgets.ipynb #44be1a56
 @patch
 def add(self:Explorer):
     "Add the chosen change, learning it first if need be"
     if self.l2v is None or self.request is None or self.set.into.value is None: return
     change = f"{self.set.word.value} -> {self.set.into.value}"
     if clash := self.clash(change): return self.say("empty", clash)
-    if self.set.direction.value < 1 and parse_contrast(change) not in self.l2v.bank: return self.learn(change)
-    self.put_slider(change); self.axis = len(self.sliders) - 1
+    to_learn = self.set.direction.value < 1 and parse_contrast(change) not in self.l2v.bank
+    if to_learn: return self.learn(change)
+    self._put_last(change)
+
+@patch
+def _put_last(self:Explorer, change:str):
+    "Add a slider, move along it, and ask anew"
+    self.put_slider(change)
+    self.axis = len(self.sliders) - 1
     self.refresh()
 
 @patch
@@ -520,17 +701,22 @@ def clash(self:Explorer,
 ) -> str: # In words; empty where nothing stands in its way
     "Why a change cannot be added: a word becomes one other word"
     words = set(parse_contrast(change).source.split("+"))
-    for other in (*self.sliders, *([self.learns] if self.learns else []), *self.queue):
-        where = "has a slider already" if other in self.sliders else "is being learned" if other == self.learns else "waits to be learned"
-        if other == change: return f"“{change}” {where}."
-        if words & set(parse_contrast(other).source.split("+")): return f"“{other}” {where}, and a word becomes one other word. Remove or cancel it first."
+    states = dict.fromkeys(self.queue, "waits to be learned")
+    if self.learns: states[self.learns] = "is being learned"
+    states |= dict.fromkeys(self.sliders, "has a slider already")
+    others = [*self.sliders, *([self.learns] if self.learns else []), *self.queue]
+    for other in others:
+        if other == change: return f"“{change}” {states[other]}."
+        if words & set(parse_contrast(other).source.split("+")):
+            return (f"“{other}” {states[other]}, and a word becomes one other word. "
+                    "Remove or cancel it first.")
     return ""
 
 # %% ../../nbs/7_app/03_widgets.ipynb #202abcc6
 @patch
 def learn(self:Explorer,
     change:str, # A contrast that the bank does not hold
-    text:str|None=None, # From which caption; None takes what is asked
+    text:str|None=None, # From which caption; None takes the one on the page
 ):
     "Learn a concept in the background, or put it in the queue"
     text = text or self.asked().caption
@@ -543,11 +729,13 @@ def learn(self:Explorer,
     self.told("starting")
     def progress(what, done, total):
         self.student.check()
-        if time.monotonic() - last[0] > .25 or done == total: last[0] = time.monotonic(); self.deliver(self.learning, change, what, done, total) # 4 times a second: enough to see it move
+        if time.monotonic() - last[0] <= .25 and done != total: return # 4 times a second suffice
+        last[0] = time.monotonic()
+        self.deliver(self.learning, change, what, done, total)
     def job():
         try: result = learn_apart(l2v, change, text, progress)
         except Cancelled: result = None
-        except BaseException as error: result = error # whatever it was, the page must not wait for ever
+        except BaseException as error: result = error # else the page would wait for ever
         self.deliver(self.learned, change, result)
     self.student.ask(job)
 
@@ -556,13 +744,15 @@ def told(self:Explorer,
     text:str, # In words
 ):
     "Say what is being learned"
-    self.out.told.value = f'<div class="tnb-message" data-state="learning">Learning “{brief(self.learns)}” from this caption: {brief(text)}. The sliders stay yours.</div>'
+    said = (f"Learning “{brief(self.learns)}” from this caption: {brief(text)}. "
+            "The sliders stay yours.")
+    self.out.told.value = f'<div class="tnb-message" data-state="learning">{said}</div>'
 
 # %% ../../nbs/7_app/03_widgets.ipynb #f2072ba8
 @patch
 def learning(self:Explorer,
     change:str, # Which
-    what:str, # What is being done
+    what:str, # Present part of the work
     done:int, # Steps done
     total:int, # Steps in all
 ):
@@ -574,21 +764,32 @@ def learning(self:Explorer,
 @patch
 def learned(self:Explorer,
     change:str, # Which
-    result:Any, # A concept; None: cancelled; or what went wrong
+    result:Any, # A concept; None: cancelled; or an error
 ):
     "Learning has ended, one way or another"
     self.learns, self.out.learning.layout.display = None, "none"
     if self.closed: return
     if isinstance(result, BaseException): self.fail(result)
-    elif result is None: self.say("ready", f"Learning “{change}” was cancelled; nothing of it was kept.")
-    elif self.l2v is None: pass # another VLM is being loaded
-    elif self.fits(change, self.set.caption.value) and not self.clash(change): self.put_slider(change); self.axis = len(self.sliders) - 1; self.refresh()
-    else: self.say("ready", f"“{change}” was learned and waits in the bank: " + (self.clash(change) or "the caption does not hold its word any more."))
-    if self.queue and self.l2v is not None: next_one = next(iter(self.queue)); self.learn(next_one, self.queue.pop(next_one))
+    elif result is None:
+        self.say("ready", f"Learning “{change}” was cancelled; nothing of it was kept.")
+    elif self.l2v is not None: self._welcome(change) # else another VLM is being loaded
+    if self.queue and self.l2v is not None:
+        following = next(iter(self.queue))
+        self.learn(following, self.queue.pop(following))
 
 @patch
+def _welcome(self:Explorer, change:str):
+    "Add the slider of a change that was learned, if it still fits"
+    clash = "the caption does not hold its word any more."
+    if self.fits(change, self.set.caption.value): clash = self.clash(change)
+    if not clash: return self._put_last(change)
+    why = self.clash(change) or clash
+    self.say("ready", f"“{change}” was learned and waits in the bank: {why}")
+
+# %% ../../nbs/7_app/03_widgets.ipynb #4dfe2c06
+@patch
 def cancel(self:Explorer):
-    "Let go of what is being learned, and of what waits to be"
+    "Drop what is being learned, and what waits to be"
     self.queue.clear()
     if self.learns is not None: self.told("cancelling")
     self.student.cancel()
@@ -596,41 +797,58 @@ def cancel(self:Explorer):
 # %% ../../nbs/7_app/03_widgets.ipynb #abce51d4
 @patch
 def whole(self:Explorer,
-    then:Callable[[Any], Any], # What is done with the explanation, on a worker
-    show:Callable[[Any], None], # What shows the result
-    place:w.HTML, # Where it will stand
+    then:Callable[[Any], Any], # Uses the explanation, on a worker
+    show:Callable[[Any], None], # Shows the result
+    place:w.HTML, # Of the result
     told:str, # What is going on meanwhile
 ):
-    "Explain what is on screen, whole, and do something with it"
-    if self.shown is None: return self.say("empty", "There is nothing on screen yet. Add a change first.")
+    "Make the whole explanation of what is on screen, and do something with it"
+    if self.shown is None: return self.say("empty", _NOTHING)
     grid, row = self.shown
     place.value = message("making", told)
-    self.desk.ask(self.guarded(None, lambda: then(grid.request.explain(grid.l2v, [grid.zero, row])), show, place))
+    def job(): return then(grid.request.explain(grid.l2v, [grid.zero, row]))
+    self.desk.ask(self.guarded(None, job, show, place))
 
 @patch
 def certify(self:Explorer):
     "Make the certificate of what is on screen"
-    if self.shown is None: return self.say("empty", "There is nothing on screen yet. Add a change first.")
+    if self.shown is None: return self.say("empty", _NOTHING)
     grid, row = self.shown
     key = (self.key(grid.l2v, grid.request), row)
     def keep(told):
         self.certificates[key] = told
-        while len(self.certificates) > 8: self.certificates.popitem(last=False) # 8: some kilobytes each (chosen)
+        while len(self.certificates) > 8: # some kilobytes each (chosen)
+            self.certificates.popitem(last=False)
         if self.shown == (grid, row): self.out.certificate.value = told
-    self.whole(lambda e: e.certificate._repr_html_(), keep, self.out.certificate, "Making the certificate: the same change with random directions and other seeds …")
+    self.whole(lambda e: e.certificate._repr_html_(), keep, self.out.certificate,
+               "Making the certificate: the same change with random directions and other seeds …")
 
+# %% ../../nbs/7_app/03_widgets.ipynb #262d8959
 @patch
 def save(self:Explorer):
     "Write PNG, GIF, MP4 and the record, and link to them"
-    if self.shown is None: return self.say("empty", "There is nothing on screen yet. Add a change first.")
+    if self.shown is None: return self.say("empty", _NOTHING)
     grid, row = self.shown
-    amounts, vlm, seed = [f"{change} {value:g}" for change, value in zip(grid.request.changes, row)], self.set.vlm.value, grid.request.seed
-    words = re.sub(r"[^A-Za-z0-9.]+", "_", " ".join([vlm, *amounts, "seed", str(seed)]).replace("->", "to"))[:90]
-    stem = self.folder / f"{words}_{config_hash({'request': grid.request, 'row': row})[:6]}" # what differs in anything has a name of its own
-    held = f"{', '.join(amounts)}, {vlm}, seed {seed}"
-    def write(e): self.folder.mkdir(parents=True, exist_ok=True); return e.save(stem)
-    def link(path): return f'<a download="{html.escape(path.name)}" href="data:{guess_type(path.name)[0]};base64,{base64.b64encode(path.read_bytes()).decode()}">{path.suffix[1:].upper()}</a>'
-    def links(paths): self.out.files.value = f'<p class="tnb-links">{" ".join(map(link, paths))}<br><small>{html.escape(held)}; also in the folder {html.escape(self.folder.name)}, as {html.escape(stem.name)}</small></p>'
+    amounts = [f"{change} {value:g}" for change, value in zip(grid.request.changes, row)]
+    vlm, seed = self.set.vlm.value, grid.request.seed
+    words = " ".join([vlm, *amounts, "seed", str(seed)]).replace("->", "to")
+    words = re.sub(r"[^A-Za-z0-9.]+", "_", words)[:90]
+    own = config_hash({"request": grid.request, "row": row})[:6] # each request has its own name
+    stem = self.folder / f"{words}_{own}"
+    held = html.escape(f"{', '.join(amounts)}, {vlm}, seed {seed}")
+    where = f"in the folder {html.escape(self.folder.name)}, as {html.escape(stem.name)}"
+    def write(explanation):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return explanation.save(stem)
+    def link(path):
+        data = base64.b64encode(path.read_bytes()).decode()
+        address = f"data:{guess_type(path.name)[0]};base64,{data}"
+        name = path.suffix[1:].upper()
+        return f'<a download="{html.escape(path.name)}" href="{address}">{name}</a>'
+    def links(paths):
+        files = " ".join(map(link, paths))
+        small = f"<small>{held}; also {where}</small>"
+        self.out.files.value = f'<p class="tnb-links">{files}<br>{small}</p>'
     self.whole(write, links, self.out.files, "Writing the files …")
 
 # %% ../../nbs/7_app/03_widgets.ipynb #e78609fd
@@ -638,6 +856,6 @@ def save(self:Explorer):
 def close(self:Explorer):
     "End the work of this explorer"
     self.closed, self.turn, self.grid, self.shown = True, self.turn + 1, None, None
-    self.queue.clear(); self.grids.clear(); self.certificates.clear()
+    for kept in (self.queue, self.grids, self.certificates): kept.clear()
     for worker in (self.maker, self.student, self.desk): worker.cancel()
     w.VBox.close(self)

@@ -6,7 +6,7 @@
 __all__ = ['Scale', 'WANTED', 'STALE', 'package_path', 'repo_path', 'check_scale', 'resolve_device', 'seeded_generator',
            'as_config', 'config_hash', 'count_parameters', 'widen', 'still_wanted', 'may_be_alive', 'sweep_aside',
            'write_aside', 'tensor_digest', 'save_checkpoint', 'Checkpoint', 'load_checkpoint', 'checkpoint_path',
-           'flatten_optimizer', 'save_training', 'TrainingState', 'load_training', 'unflatten_optimizer']
+           'TrainingState', 'flatten_optimizer', 'unflatten_optimizer', 'save_training', 'load_training']
 
 # %% ../../nbs/0_core/01_base.ipynb #1aea03dc
 import dataclasses, hashlib, json, os, re, stat, time
@@ -27,9 +27,9 @@ def package_path(
     *parts:str, # Names below the package folder, for example `"checkpoints", "mini"`
 ) -> Path: # Absolute path; it need not exist
     "A path inside the installed package"
-    return Path(__file__).resolve().parents[1].joinpath(*parts) if "__file__" in globals() else repo_path("transporter_nb", *parts)
+    if "__file__" not in globals(): return repo_path("transporter_nb", *parts)
+    return Path(__file__).resolve().parents[1].joinpath(*parts)
 
-# %% ../../nbs/0_core/01_base.ipynb #bf9465f5
 def repo_path(
     *parts:str, # Names below the repository root, for example `"figures", "fig7_phi4.png"`
 ) -> Path: # Absolute path; it need not exist
@@ -51,9 +51,8 @@ def check_scale(
         raise ValueError(f"scale must be one of {list(get_args(Scale))}, got {scale!r}.")
     return scale
 
-# %% ../../nbs/0_core/01_base.ipynb #022d485e
 def resolve_device(
-    device:str|torch.device="auto", # `"auto"` takes CUDA when there is one; or `"cpu"`, `"cuda"`, `"cuda:1"`
+    device:str|torch.device="auto", # `"auto"` prefers CUDA; or `"cpu"`, `"cuda"`, `"cuda:1"`
 ) -> torch.device: # A device that exists on this machine
     "Turn a word into a device, and refuse one that is not there"
     if str(device) == "auto":
@@ -61,26 +60,32 @@ def resolve_device(
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda' (or 'cuda:1', ...), got {device!r}.") from None
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {device!r} was asked for and this machine has {torch.cuda.device_count()} CUDA devices. Use 'auto' or 'cpu'.")
+        raise ValueError("device must be 'auto', 'cpu' or 'cuda' (or 'cuda:1', ...), "
+                         f"got {device!r}.") from None
+    there = torch.cuda.device_count()
+    if chosen.type == "cuda" and (chosen.index or 0) >= there:
+        raise ValueError(f"device {device!r} was asked for and this machine has {there} "
+                         "CUDA devices. Use 'auto' or 'cpu'.")
     return chosen
 
 # %% ../../nbs/0_core/01_base.ipynb #e9a41bc6
 def seeded_generator(
     seed:int, # Any integer from 0 to 2**63 - 1; the same seed gives the same draws
-    device:str|torch.device="cpu", # Where the draws are made; CPU draws are the same on every machine
-) -> torch.Generator: # A generator of its own, untouched by the global state
+    device:str|torch.device="cpu", # Of the draws; CPU draws are the same on every machine
+) -> torch.Generator: # Independent of the global generator
     "A random generator that depends on its seed alone"
     if isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, got {seed!r}.")
-    short = int(seed) if seed < 2**32 else int.from_bytes(hashlib.sha256(str(int(seed)).encode()).digest()[:4], "little")
+    short = int(seed)
+    if short >= 2**32:
+        digest = hashlib.sha256(str(short).encode()).digest()
+        short = int.from_bytes(digest[:4], "little")
     return torch.Generator(device=resolve_device(device)).manual_seed(short)
 
 # %% ../../nbs/0_core/01_base.ipynb #6b559017
 def as_config(
     config:Any, # A dataclass instance, a mapping, or a value inside one
-) -> Any: # The same content as plain JSON values: dicts with string keys, lists, strings, numbers, booleans, None
+) -> Any: # The same content as dicts with string keys, lists, strings, numbers, booleans, None
     "Settings as plain JSON values"
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         config = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
@@ -92,7 +97,8 @@ def as_config(
         return str(config)
     if config is None or isinstance(config, (str, bool, int, float)):
         return config
-    raise ValueError(f"a configuration holds plain values, got {type(config).__name__}: {config!r}. Store a number, a word or a list of them.")
+    raise ValueError(f"a configuration holds plain values, got {type(config).__name__}: "
+                     f"{config!r}. Store a number, a word or a list of them.")
 
 # %% ../../nbs/0_core/01_base.ipynb #d4baf956
 def config_hash(
@@ -118,20 +124,21 @@ def widen(
     return values.float() if values.is_floating_point() and values.element_size() < 4 else values
 
 # %% ../../nbs/0_core/01_base.ipynb #9be2d650
-WANTED:ContextVar[Callable[[], Any]|None] = ContextVar("WANTED", default=None) # raises: no longer
+# A function that raises once the work is no longer needed.
+WANTED:ContextVar[Callable[[], Any]|None] = ContextVar("WANTED", default=None)
 
 def still_wanted():
-    "Let whoever wants the work of this thread end it here"
+    "End the work of this thread here if it is no longer needed"
     if (ask := WANTED.get()) is not None: ask()
 
 # %% ../../nbs/0_core/01_base.ipynb #2f6c81d4
-STALE = 3600. # seconds since the last byte; chosen: writers pause for seconds
+STALE = 3600. # seconds since the last change; chosen: writers pause for seconds
 
 def may_be_alive(
     pid:int, # Number of a process of this machine
 ) -> bool: # False only if there is none
     "Whether a process may still be at work"
-    try: os.kill(pid, 0) # signal 0 asks and does nothing
+    try: os.kill(pid, 0) # signal 0 tests for existence and does nothing
     except ProcessLookupError: return False
     except (OSError, OverflowError): return True # another user's, or no number of a process
     return True
@@ -140,9 +147,10 @@ def sweep_aside(
     path:Path, # Of the file itself; its folder exists
 ):
     "Remove what dead writers of a file left beside it"
-    if os.name != "posix": return # elsewhere signal 0 is not a question
-    ours = re.compile(re.escape(f".{path.stem}.") + "([1-9][0-9]*)" + re.escape(f".part{path.suffix}"))
-    with suppress(OSError), os.scandir(path.parent) as entries: # what cannot be removed is no reason not to write
+    if os.name != "posix": return # elsewhere signal 0 does not test for existence
+    before, after = re.escape(f".{path.stem}."), re.escape(f".part{path.suffix}")
+    ours = re.compile(f"{before}([1-9][0-9]*){after}")
+    with suppress(OSError), os.scandir(path.parent) as entries: # writing goes on if this fails
         for entry in entries:
             found = ours.fullmatch(entry.name)
             if not found or may_be_alive(int(found[1])): continue
@@ -154,12 +162,13 @@ def sweep_aside(
 @contextmanager
 def write_aside(
     path:str|Path, # Where the file shall be in the end; missing folders are made
-) -> Iterator[Path]: # A neighbour to write to; it takes the place of `path` when the block ends without an error
+) -> Iterator[Path]: # A neighbour to write to; renamed to `path` if the block raises nothing
     "Write a file beside its place and rename it there only when it is complete"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep_aside(path)
-    aside = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}") # the suffix stays: writers choose the format by it
+    name = f".{path.stem}.{os.getpid()}.part{path.suffix}" # writers choose the format by the suffix
+    aside = path.with_name(name)
     try:
         yield aside
         with open(aside, "rb+") as file:
@@ -185,47 +194,53 @@ def tensor_digest(
 # %% ../../nbs/0_core/01_base.ipynb #74cbd5fd
 def save_checkpoint(
     path:str|Path, # Ends in `.safetensors`; an existing file is replaced only by a complete one
-    tensors:Mapping[str, Tensor], # Named tensors; saved contiguous, each with its own copy of shared memory
-    config:Any=None, # Dataclass or mapping of plain values stored beside the tensors; None stores an empty one
+    tensors:Mapping[str, Tensor], # Named tensors; saved contiguous, shared memory is copied
+    config:Any=None, # Dataclass or mapping of plain values; None stores an empty one
 ) -> Path: # Where the file is
     "Save tensors with their configuration and a SHA-256 of both, whole or not at all"
     config_text = json.dumps(as_config({} if config is None else config), sort_keys=True)
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    metadata = {"format": "pt", "config": config_text, "sha256": tensor_digest(copies, config_text)}
+    digest = tensor_digest(copies, config_text)
+    metadata = {"format": "pt", "config": config_text, "sha256": digest}
     try:
         with write_aside(path) as aside:
             save_file(copies, str(aside), metadata=metadata)
     except (OSError, SafetensorError) as error:
-        raise OSError(f"{Path(path).name} could not be written ({error}). What was there before is untouched; free some space and save again.") from error
+        raise OSError(f"{Path(path).name} could not be written ({error}). What was there before "
+                      "is untouched; free some space and save again.") from error
     return Path(path)
 
-# %% ../../nbs/0_core/01_base.ipynb #a20fec27
+# %% ../../nbs/0_core/01_base.ipynb #e062e4fa
 class Checkpoint(NamedTuple):
     "What a weight file holds"
     tensors: dict[str, Tensor] # Named tensors
     config: dict # The configuration they were saved with, as plain values
 
-# %% ../../nbs/0_core/01_base.ipynb #e062e4fa
 def load_checkpoint(
     path:str|Path, # A file written by `save_checkpoint`
     device:str|torch.device="cpu", # Where the tensors go
 ) -> Checkpoint: # Tensors and configuration, verified against the stored SHA-256
     "Load a checkpoint, or say what is wrong with it"
-    path, fix = Path(path), "Restore it with `git checkout`, or train it again with `nbs/training/train_mini.ipynb`, an encoder with `nbs/training/train_encoders.ipynb`."
+    path = Path(path)
+    fix = ("Restore it with `git checkout`, or train it again with "
+           "`nbs/training/train_mini.ipynb`, an encoder with `nbs/training/train_encoders.ipynb`.")
     if not path.exists():
         raise FileNotFoundError(f"there is no weight file {path.name} in {path.parent}. {fix}")
     try:
         with safe_open(str(path), framework="pt") as file:
-            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path.name} is not a complete weight file ({error}; {path.stat().st_size} bytes). {fix}") from error
-    if "sha256" not in metadata or "config" not in metadata:
-        raise ValueError(f"{path.name} has no checksum, so it was not written by save_checkpoint. {fix}")
-    found = tensor_digest(tensors, metadata["config"])
-    if found != metadata["sha256"]:
-        raise ValueError(f"{path.name} was altered: SHA-256 is {found[:12]}..., saved as {metadata['sha256'][:12]}.... {fix}")
+        raise ValueError(f"{path.name} is not a complete weight file ({error}; "
+                         f"{path.stat().st_size} bytes). {fix}") from error
+    if "sha256" not in metadata or "config" not in metadata: raise ValueError(
+        f"{path.name} has no checksum, so it was not written by save_checkpoint. {fix}")
+    found, stored = tensor_digest(tensors, metadata["config"]), metadata["sha256"]
+    if found != stored: raise ValueError(
+        f"{path.name} was altered: SHA-256 is {found[:12]}..., saved as {stored[:12]}.... {fix}")
     device = resolve_device(device)
-    return Checkpoint({name: tensor.to(device) for name, tensor in tensors.items()}, json.loads(metadata["config"]))
+    moved = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return Checkpoint(moved, json.loads(metadata["config"]))
 
 # %% ../../nbs/0_core/01_base.ipynb #5bc819a3
 def checkpoint_path(
@@ -234,6 +249,22 @@ def checkpoint_path(
 ) -> Path: # Where the file belongs; it need not exist
     "The place of a weight file inside the package"
     return package_path("checkpoints", check_scale(scale), f"{name}.safetensors")
+
+# %% ../../nbs/0_core/01_base.ipynb #a004783b
+class TrainingState(NamedTuple):
+    "A training as it was saved; `restore` puts it back into live objects"
+    step: int # Steps already done
+    extra: Any # The plain values that were kept beside it
+    tensors: dict[str, Tensor] # `model/...`, and so with ema, optimizer, generator, global
+    optimizer: dict # Settings and plain slots of the optimizer
+
+    def part(self,
+        name:str, # `"model"`, `"ema"`, `"generator"` or `"global"`
+    ) -> dict[str, Tensor]: # Tensors of that part under their own names
+        "The tensors of one part"
+        start = f"{name}/"
+        return {key.removeprefix(start): value for key, value in self.tensors.items()
+                if key.startswith(start)}
 
 # %% ../../nbs/0_core/01_base.ipynb #3bc3b6ca
 def flatten_optimizer(
@@ -247,51 +278,6 @@ def flatten_optimizer(
             else: plain.setdefault(str(index), {})[slot] = as_config(value)
     return tensors, {"groups": as_config(state["param_groups"]), "plain": plain}
 
-# %% ../../nbs/0_core/01_base.ipynb #984c8698
-def save_training(
-    path:str|Path, # Ends in `.safetensors`; replaced only by a complete file
-    step:int, # Steps already done
-    model:nn.Module, # The module in training
-    optimizer:torch.optim.Optimizer, # Its optimizer
-    ema:nn.Module|Mapping[str, Tensor]|None=None, # Running average of the weights, as a module or as named tensors
-    generators:Mapping[str, torch.Generator]|None=None, # Every random generator the training draws from, by name
-    extra:Any=None, # Plain values to keep beside them: settings, curves, the position in the data
-) -> Path: # Where the file is
-    "Save everything the next training step depends on, whole or not at all"
-    tensors, plain = flatten_optimizer(optimizer)
-    tensors |= {f"model/{name}": value for name, value in model.state_dict().items()}
-    averages = ema.state_dict() if isinstance(ema, nn.Module) else ema or {}
-    tensors |= {f"ema/{name}": value for name, value in averages.items()}
-    tensors |= {f"generator/{name}": generator.get_state() for name, generator in (generators or {}).items()}
-    tensors |= {"global/cpu": torch.get_rng_state()}
-    tensors |= {f"global/cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])}
-    return save_checkpoint(path, tensors, {"step": step, "optimizer": plain, "extra": extra})
-
-# %% ../../nbs/0_core/01_base.ipynb #a004783b
-class TrainingState(NamedTuple):
-    "A training as it was saved; `restore` puts it back into live objects"
-    step: int # Steps already done
-    extra: Any # The plain values that were kept beside it
-    tensors: dict[str, Tensor] # `model/...`, `ema/...`, `optimizer/...`, `generator/...`, `global/...`
-    optimizer: dict # Settings and plain slots of the optimizer
-
-    def part(self,
-        name:str, # `"model"`, `"ema"`, `"generator"` or `"global"`
-    ) -> dict[str, Tensor]: # Tensors of that part under their own names
-        "The tensors of one part"
-        return {key.removeprefix(f"{name}/"): value for key, value in self.tensors.items() if key.startswith(f"{name}/")}
-
-# %% ../../nbs/0_core/01_base.ipynb #b726fb4f
-def load_training(
-    path:str|Path, # A file written by `save_training`
-) -> TrainingState: # Verified content; call `.restore(...)` to continue from it
-    "Read a saved training"
-    tensors, config = load_checkpoint(path)
-    if "optimizer" not in config:
-        raise ValueError(f"{Path(path).name} holds weights and no training state. Give the file that save_training wrote.")
-    return TrainingState(config["step"], config["extra"], tensors, config["optimizer"])
-
-# %% ../../nbs/0_core/01_base.ipynb #963e063f
 def unflatten_optimizer(
     state:TrainingState, # As read by `load_training`
     optimizer:torch.optim.Optimizer, # Built the same way as the one that was saved
@@ -300,9 +286,42 @@ def unflatten_optimizer(
     slots = {int(index): dict(values) for index, values in state.optimizer["plain"].items()}
     for key, value in state.part("optimizer").items():
         index, slot = key.split("/", 1)
-        slots.setdefault(int(index), {})[slot] = value.clone() # the optimizer would keep and overwrite our tensor
-    groups = [{key: tuple(v) if isinstance(v, list) and key != "params" else v for key, v in group.items()} for group in state.optimizer["groups"]]
+        own = slots.setdefault(int(index), {})
+        own[slot] = value.clone() # the optimizer would keep and overwrite our tensor
+    groups = [{key: tuple(v) if isinstance(v, list) and key != "params" else v
+               for key, v in group.items()} for group in state.optimizer["groups"]]
     optimizer.load_state_dict({"state": slots, "param_groups": groups})
+
+# %% ../../nbs/0_core/01_base.ipynb #984c8698
+def save_training(
+    path:str|Path, # Ends in `.safetensors`; replaced only by a complete file
+    step:int, # Steps already done
+    model:nn.Module, # The module in training
+    optimizer:torch.optim.Optimizer, # Its optimizer
+    ema:nn.Module|Mapping[str, Tensor]|None=None, # Running average, module or tensors
+    generators:Mapping[str, torch.Generator]|None=None, # All that the training draws from, by name
+    extra:Any=None, # Plain values to keep: settings, curves, the position in the data
+) -> Path: # Where the file is
+    "Save everything the next training step depends on, whole or not at all"
+    tensors, plain = flatten_optimizer(optimizer)
+    tensors |= {f"model/{name}": value for name, value in model.state_dict().items()}
+    averages = ema.state_dict() if isinstance(ema, nn.Module) else ema or {}
+    tensors |= {f"ema/{name}": value for name, value in averages.items()}
+    for name, generator in (generators or {}).items():
+        tensors[f"generator/{name}"] = generator.get_state()
+    tensors["global/cpu"] = torch.get_rng_state()
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    tensors |= {f"global/cuda{i}": state for i, state in enumerate(on_gpus)}
+    return save_checkpoint(path, tensors, {"step": step, "optimizer": plain, "extra": extra})
+
+def load_training(
+    path:str|Path, # A file written by `save_training`
+) -> TrainingState: # Verified content; call `.restore(...)` to continue from it
+    "Read a saved training"
+    tensors, config = load_checkpoint(path)
+    if "optimizer" not in config: raise ValueError(f"{Path(path).name} holds weights and no "
+                                  "training state. Give the file that save_training wrote.")
+    return TrainingState(config["step"], config["extra"], tensors, config["optimizer"])
 
 # %% ../../nbs/0_core/01_base.ipynb #d2ffcca4
 @patch
@@ -316,13 +335,19 @@ def restore(
     "Continue a training exactly where it was saved"
     saved, given = set(self.part("generator")), set(generators or {})
     if saved != given:
-        raise ValueError(f"generators {sorted(saved)} were saved and {sorted(given)} were given. Pass the same ones, or the draws would differ.")
+        raise ValueError(f"generators {sorted(saved)} were saved and {sorted(given)} were given. "
+                         "Pass the same ones, or the draws would differ.")
     model.load_state_dict(self.part("model"))
     if optimizer is not None: unflatten_optimizer(self, optimizer)
-    if isinstance(ema, nn.Module): ema.load_state_dict(self.part("ema"))
-    elif ema is not None: ema.update({name: value.to(ema[name].device) if name in ema else value for name, value in self.part("ema").items()})
-    for name, generator in (generators or {}).items(): generator.set_state(self.tensors[f"generator/{name}"])
+    averages = self.part("ema")
+    if isinstance(ema, nn.Module): ema.load_state_dict(averages)
+    elif ema is not None:
+        for name, value in averages.items():
+            ema[name] = value.to(ema[name].device) if name in ema else value
+    for name, generator in (generators or {}).items():
+        generator.set_state(self.tensors[f"generator/{name}"])
     torch.set_rng_state(self.tensors["global/cpu"])
     for i in range(torch.cuda.device_count()):
-        if f"global/cuda{i}" in self.tensors: torch.cuda.set_rng_state(self.tensors[f"global/cuda{i}"], i)
+        if f"global/cuda{i}" in self.tensors:
+            torch.cuda.set_rng_state(self.tensors[f"global/cuda{i}"], i)
     return self.step

@@ -19,11 +19,11 @@ import torch
 class HubSource:
     "A repository of weights at one revision"
     repo:str # Owner and name on the hub
-    revision:str # A commit of 40 hexadecimal digits; a branch where none could be established, see `pinned`
+    revision:str # A commit of 40 hexadecimal digits, or a branch, see `pinned`
     files:tuple[str, ...] # Patterns of the files needed; each must match at least one
     size:int # Bytes to download
     size_from:str # Where that number comes from
-    licence:str # In words, with what must be accepted first
+    licence:str # In words, with any terms to accept first
 
     @property
     def pinned(self) -> bool: # False: the name of a branch, whose content may change
@@ -32,45 +32,65 @@ class HubSource:
 
     @property
     def command(self) -> str: # For a terminal
-        "What downloads it"
-        return " ".join(["hf download", self.repo, "--revision", self.revision, *(f'--include "{pattern}"' for pattern in self.files)])
+        "The command that downloads it"
+        patterns = [f'--include "{pattern}"' for pattern in self.files]
+        return " ".join(["hf download", self.repo, "--revision", self.revision, *patterns])
 
 # %% ../../nbs/0_core/03_hub.ipynb #66511764
-WAN_FILES = ("model_index.json", "scheduler/*", "tokenizer/*", "text_encoder/*", "transformer/*", "vae/*")
+WAN_FILES = ("model_index.json", "scheduler/*", "tokenizer/*", "text_encoder/*",
+             "transformer/*", "vae/*")
+
 SOURCES = {
-    "wan": HubSource("Wan-AI/Wan2.2-T2V-A14B-Diffusers", "5be7df9619b54f4e2667b2755bc6a756675b5cd7", (*WAN_FILES, "transformer_2/*"), 126_199_294_813, # commit: as MLPerf Inference pins it
-                     "a public manifest of this commit; the experts are stored in float32", "Apache 2.0"),
-    "wan-1.3b": HubSource("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "0fad780a534b6463e45facd96134c9f345acfa5b", WAN_FILES, 28_928_887_859, # commit: several public manifests agree
-                          "a public manifest of this commit; text encoder and transformer are stored in float32", "Apache 2.0"),
-    "gemma3": HubSource("google/gemma-3-12b-it", "96b6f1eccf38110c56df3a15bffe176da04bfd80", ("*.json", "*.safetensors", "tokenizer.model"), 24_413_000_000, # commit: several public snapshots agree
-                        "12.19 B parameters of 2 bytes, and the tokenizer", "Gemma licence: accept it on the repository's page, then `hf auth login`"),
-    "videollama3": HubSource("lkhl/VideoLLaMA3-7B-HF", "main", ("*.json", "*.safetensors"), 16_100_000_000, # a branch: no commit of the repository in the format of the class could be established
-                             "8.04 B parameters of 2 bytes, and the tokenizer", "Apache 2.0"),
-    "phi4": HubSource("microsoft/Phi-4-multimodal-instruct", "refs/pr/70", ("*.json", "*.safetensors", "vision-lora/*"), 10_240_000_000, # a branch: the conversion to the format of the class (its documentation)
-                      "4.74 B parameters of 2 bytes, a vision adapter of 0.37 B, and the tokenizer", "MIT"),
+    "wan": HubSource("Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+        "5be7df9619b54f4e2667b2755bc6a756675b5cd7", # commit: as MLPerf Inference pins it
+        (*WAN_FILES, "transformer_2/*"), 126_199_294_813,
+        "a public manifest of this commit; the experts are stored in float32", "Apache 2.0"),
+    "wan-1.3b": HubSource("Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        "0fad780a534b6463e45facd96134c9f345acfa5b", # commit: several public manifests agree
+        WAN_FILES, 28_928_887_859,
+        "a public manifest of this commit; text encoder and transformer are stored in float32",
+        "Apache 2.0"),
+    "gemma3": HubSource("google/gemma-3-12b-it",
+        "96b6f1eccf38110c56df3a15bffe176da04bfd80", # commit: several public snapshots agree
+        ("*.json", "*.safetensors", "tokenizer.model"), 24_413_000_000,
+        "12.19 B parameters of 2 bytes, and the tokenizer",
+        "Gemma licence: accept it on the repository's page, then `hf auth login`"),
+    "videollama3": HubSource("lkhl/VideoLLaMA3-7B-HF",
+        "main", # a branch: we could establish no commit in the format of the class
+        ("*.json", "*.safetensors"), 16_100_000_000,
+        "8.04 B parameters of 2 bytes, and the tokenizer", "Apache 2.0"),
+    "phi4": HubSource("microsoft/Phi-4-multimodal-instruct",
+        "refs/pr/70", # a branch: the conversion to the format of the class (its documentation)
+        ("*.json", "*.safetensors", "vision-lora/*"), 10_240_000_000,
+        "4.74 B parameters of 2 bytes, a vision adapter of 0.37 B, and the tokenizer", "MIT"),
 }
 
 # %% ../../nbs/0_core/03_hub.ipynb #847559cc
 def missing_files(
     source:HubSource, # What is needed
     folder:str|Path, # A snapshot of the repository
-) -> list[str]: # Patterns that match nothing and shards that an index names; empty if complete
-    "What a snapshot lacks"
-    names = {path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file()}
-    missing = [pattern for pattern in source.files if not any(fnmatch(name, pattern) for name in names)]
+) -> list[str]: # Patterns without a match, and shards an index names; empty if complete
+    "The files that a snapshot lacks"
+    folder = Path(folder)
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    missing = [pattern for pattern in source.files
+               if not any(fnmatch(name, pattern) for name in names)]
     for index in (name for name in names if name.endswith(".index.json")):
-        shards = set(json.loads((Path(folder) / index).read_text())["weight_map"].values())
-        missing += sorted(shard for shard in ((Path(index).parent / shard).as_posix() for shard in shards) if shard not in names)
+        shards = set(json.loads((folder / index).read_text())["weight_map"].values())
+        beside = [(Path(index).parent / shard).as_posix() for shard in shards]
+        missing += sorted(shard for shard in beside if shard not in names)
     return missing
 
+# %% ../../nbs/0_core/03_hub.ipynb #3e6ca408
 def cached_folder(
     source:HubSource, # What is asked for
     cache:str|Path|None=None, # The hub cache; None is the usual one
 ) -> Path|None: # None if the revision was never downloaded
-    "Where a source lies in the local cache; asks nobody else"
-    from huggingface_hub import snapshot_download # only here: planning and the miniature need no hub
+    "Where a source lies in the local cache; uses no network"
+    from huggingface_hub import snapshot_download # here: the miniature needs no hub
     from huggingface_hub.errors import LocalEntryNotFoundError
-    try: return Path(snapshot_download(source.repo, revision=source.revision, cache_dir=cache, local_files_only=True))
+    where = dict(revision=source.revision, cache_dir=cache)
+    try: return Path(snapshot_download(source.repo, local_files_only=True, **where))
     except LocalEntryNotFoundError: return None
 
 # %% ../../nbs/0_core/03_hub.ipynb #12bf7bae
@@ -81,8 +101,10 @@ def duration(
 ) -> str: # Such as `"2 h 48 min"`
     "A length of time in words"
     minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes} min" if minutes < 90 else f"{minutes // 60:,} h {minutes % 60} min"
+    if seconds < 90: return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60:,} h {minutes % 60} min"
 
+# %% ../../nbs/0_core/03_hub.ipynb #0fe22527
 def require(
     source:HubSource, # What is needed
     cache:str|Path|None=None, # The hub cache; None is the usual one
@@ -91,35 +113,48 @@ def require(
     folder = cached_folder(source, cache)
     missing = None if folder is None else missing_files(source, folder)
     if missing == []: return folder
-    state = "is not in the local hub cache" if missing is None else f"is incomplete in the local hub cache, it lacks {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}"
-    branch = "" if source.pinned else " This revision is a branch, not a commit: note the commit you get."
-    size = f"{source.size / 1e9:.1f} GB, about {duration(source.size / LINE)} at 100 Mbit/s" if source.size else "size unknown"
-    raise FileNotFoundError(f"scale 'paper' needs {source.repo} at revision {source.revision}, which {state}. Download it with:  {source.command}   "
-                            f"({size}; licence: {source.licence}.){branch} Or use scale='mini', which is shipped.")
+    state = "is not in the local hub cache"
+    if missing is not None:
+        named = ", ".join(missing[:3]) + " ..." * (len(missing) > 3)
+        state = f"is incomplete in the local hub cache, it lacks {named}"
+    branch = " This revision is a branch, not a commit: note the commit you get."
+    time = f"about {duration(source.size / LINE)} at 100 Mbit/s"
+    size = f"{source.size / 1e9:.1f} GB, {time}" if source.size else "size unknown"
+    raise FileNotFoundError(
+        f"scale 'paper' needs {source.repo} at revision {source.revision}, which {state}. "
+        f"Download it with:  {source.command}   ({size}; licence: {source.licence}.)"
+        f"{'' if source.pinned else branch} Or use scale='mini', which is shipped.")
 
+# %% ../../nbs/0_core/03_hub.ipynb #b8432d64
 def find_source(
     repo:str, # Owner and name on the hub
     revision:str, # A commit or a branch
 ) -> HubSource: # Ours where the repository is listed; else all its weights, of unknown size
     "A source by the name of its repository"
     listed = [source for source in SOURCES.values() if source.repo == repo]
-    return replace(listed[0], revision=revision) if listed else HubSource(repo, revision, ("*.json", "*.safetensors"), 0, "unknown", "see the repository's page")
+    if listed: return replace(listed[0], revision=revision)
+    files, licence = ("*.json", "*.safetensors"), "see the repository's page"
+    return HubSource(repo, revision, files, 0, "unknown", licence)
 
 # %% ../../nbs/0_core/03_hub.ipynb #a2ced735
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_PLACES = ("none", "parts", "layers") # where weights may wait, see `offload`
 
 @dataclass(frozen=True)
 class LoadOptions:
     "How published weights are put on a machine"
     dtype:str="bfloat16" # Of transformers, text encoder and VLM
     vae_dtype:str="float32" # Of the autoencoder
-    device_map:str|None=None # `"auto"` spreads each model over all GPUs; then `offload` must be `"none"`
+    device_map:str|None=None # `"auto"`: each model over all GPUs; then `offload` must be `"none"`
     offload:str="none" # `"none"`, `"parts"` or `"layers"`
     vae_tiling:bool=False # Decode and encode in tiles of 256 pixels
     checkpointing:bool=False # Compute activations again in the backward pass
 
     def __post_init__(self):
-        for name, allowed in (("dtype", tuple(DTYPES)), ("vae_dtype", tuple(DTYPES)), ("offload", ("none", "parts", "layers"))):
-            if getattr(self, name) not in allowed: raise ValueError(f"{name} must be one of {list(allowed)}, got {getattr(self, name)!r}.")
-        if self.device_map is not None and self.offload != "none":
-            raise ValueError(f"device_map={self.device_map!r} places the weights already, so offload must be 'none', got {self.offload!r}. Choose one of the two.")
+        for name, allowed in (("dtype", DTYPES), ("vae_dtype", DTYPES), ("offload", _PLACES)):
+            value = getattr(self, name)
+            if value not in tuple(allowed):
+                raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}.")
+        if self.device_map is not None and self.offload != "none": raise ValueError(
+            f"device_map={self.device_map!r} places the weights already, so offload must be "
+            f"'none', got {self.offload!r}. Choose one of the two.")

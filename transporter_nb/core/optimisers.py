@@ -19,7 +19,7 @@ QUINTIC = (3.4445, -4.7750, 2.0315) # a, b, c of Jordan et al., 2024: steep at 0
 def orthogonalise(
     matrix:Float[Tensor, "rows columns"], # A momentum
     iterations:int=5, # Jordan et al., 2024
-) -> Float[Tensor, "rows columns"]: # Singular vectors kept, singular values brought to about 1 (0.7 to 1.2); bfloat16
+) -> Float[Tensor, "rows columns"]: # Same singular vectors, values about 1 (0.7 to 1.2); bfloat16
     "Nearest orthogonal matrix, roughly, by Newton-Schulz iterations"
     a, b, c = QUINTIC
     x = (matrix.T if matrix.shape[0] > matrix.shape[1] else matrix).bfloat16()
@@ -46,14 +46,18 @@ def adamw_update(
     group:dict, # Rate and betas
 ) -> None:
     "AdamW's step for one parameter, after weight decay"
-    if not state: state.update(count=0, mean=torch.zeros_like(parameter), square=torch.zeros_like(parameter))
+    if not state:
+        state["count"] = 0
+        state["mean"], state["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
     fast, slow = group["betas"]
     state["count"] += 1
     state["mean"].lerp_(parameter.grad, 1 - fast)
     state["square"].mul_(slow).addcmul_(parameter.grad, parameter.grad, value=1 - slow)
-    mean, square = state["mean"] / (1 - fast**state["count"]), state["square"] / (1 - slow**state["count"])
+    mean = state["mean"] / (1 - fast**state["count"])
+    square = state["square"] / (1 - slow**state["count"])
     parameter.sub_(group["lr"] * mean / (square.sqrt() + 1e-8))
 
+# %% ../../nbs/0_core/02_optimisers.ipynb #ef2f29c9
 def muon_update(
     parameter:Tensor, # Changed in place; kernels are read as (outputs, everything else)
     state:dict, # Its momentum, filled at the first step
@@ -62,15 +66,16 @@ def muon_update(
     "Muon's step for one matrix, after weight decay"
     if not state: state.update(momentum=torch.zeros_like(parameter))
     state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-    looked_ahead = parameter.grad.lerp(state["momentum"], group["momentum"]).flatten(1) # Nesterov
-    scale = max(1, looked_ahead.shape[0] / looked_ahead.shape[1])**0.5
-    parameter.sub_(group["lr"] * scale * orthogonalise(looked_ahead).view_as(parameter).to(parameter.dtype))
+    ahead = parameter.grad.lerp(state["momentum"], group["momentum"]).flatten(1) # Nesterov
+    scale = max(1, ahead.shape[0] / ahead.shape[1])**0.5
+    direction = orthogonalise(ahead).view_as(parameter).to(parameter.dtype)
+    parameter.sub_(group["lr"] * scale * direction)
 
 # %% ../../nbs/0_core/02_optimisers.ipynb #5625f4e2
 class MuonAdamW(torch.optim.Optimizer):
     "Muon for the matrices of a network and AdamW for its other parameters"
     def __init__(self,
-        parameters:nn.Module|Iterable[tuple[str, Tensor]], # A module, whose embedding tables are never matrices, or names with parameters; frozen ones are left out
+        parameters:nn.Module|Iterable[tuple[str, Tensor]], # A module, or (name, parameter) pairs
         adamw_rate:float, # Peak learning rate of everything else
         muon_rate:float=0.02, # Peak learning rate of the matrices; 0 gives them to AdamW too
         matrices:Callable[[str, Tensor], bool]=is_matrix, # Which parameters Muon may have
@@ -78,15 +83,23 @@ class MuonAdamW(torch.optim.Optimizer):
         betas:tuple[float, float]=(0.9, 0.99), # AdamW's memory of gradients and of their squares
         momentum:float=0.95, # Muon's memory of gradients
     ):
-        module = isinstance(parameters, nn.Module)
-        tables = {id(layer.weight) for layer in parameters.modules() if isinstance(layer, nn.Embedding)} if module else set()
-        trained = [(name, p) for name, p in (parameters.named_parameters() if module else parameters) if p.requires_grad]
-        if not trained: raise ValueError("there is nothing to train: every parameter is frozen, or none was given. Call requires_grad_(True) first.")
+        whole = isinstance(parameters, nn.Module)
+        named = parameters.named_parameters() if whole else parameters
+        trained = [(name, p) for name, p in named if p.requires_grad]
+        if not trained: raise ValueError(
+            "there is nothing to train: every parameter is frozen, or none was given. "
+            "Call requires_grad_(True) first.")
+        layers = parameters.modules() if whole else ()
+        tables = {id(layer.weight) for layer in layers if isinstance(layer, nn.Embedding)}
         kinds = {"adamw": [], "muon": []}
-        for name, p in trained: kinds["muon" if muon_rate > 0 and id(p) not in tables and matrices(name, p) else "adamw"].append(p)
+        for name, p in trained:
+            muon = muon_rate > 0 and id(p) not in tables and matrices(name, p)
+            kinds["muon" if muon else "adamw"].append(p)
         peaks = {"adamw": adamw_rate, "muon": muon_rate}
-        groups = [dict(params=members, kind=kind, peak=peaks[kind]) for kind, members in kinds.items() if members]
-        super().__init__(groups, dict(lr=0.0, kind="adamw", betas=betas, momentum=momentum, weight_decay=weight_decay))
+        groups = [dict(params=members, kind=kind, peak=peaks[kind])
+                  for kind, members in kinds.items() if members]
+        defaults = dict(lr=0.0, kind="adamw", betas=betas, momentum=momentum)
+        super().__init__(groups, defaults | dict(weight_decay=weight_decay))
 
 # %% ../../nbs/0_core/02_optimisers.ipynb #355d3213
 @patch
@@ -100,11 +113,12 @@ def set_share(
 @patch
 def parameters_of(
     self:MuonAdamW,
-    kind:str, # "adamw" or "muon"
-) -> list[Tensor]: # For example to clip the gradients of those alone whose step depends on the gradient's size
+    kind:str, # `"adamw"` or `"muon"`
+) -> list[Tensor]: # For example to clip gradients; Muon's step does not depend on their size
     "All parameters that learn by one rule"
     return [p for group in self.param_groups if group["kind"] == kind for p in group["params"]]
 
+# %% ../../nbs/0_core/02_optimisers.ipynb #fc141e34
 @patch
 @torch.no_grad()
 def step(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLURALS', 'SINGULARS', 'MINI_CONTRASTS', 'PAPER_CONTRASTS', 'ContrastPair', 'parse_contrast', 'word_pattern',
-           'Occurrence', 'find_word', 'agree', 'ChangedSpan', 'changed_words', 'word_span', 'MiniContrast',
+           'Occurrence', 'find_word', 'agree', 'word_span', 'ChangedSpan', 'changed_words', 'MiniContrast',
            'PaperContrast']
 
 # %% ../../nbs/1_world/01_contrasts.ipynb #054f7931
@@ -21,16 +21,19 @@ from fastcore.basics import patch
 class ContrastPair:
     "One change of an answer: source words, and the words that take their place"
     source: str # Word or phrase in the source caption; several joined by `+`
-    target: str # What takes its place; as many as in `source`, in the same order
+    target: str # Takes the place of `source`; as many words, in the same order
 
     def __post_init__(self):
-        pairs = self.words
-        if len(self.source.split("+")) != len(self.target.split("+")) or not all(word for pair in pairs for word in pair):
-            raise ValueError(f"source and target need the same number of words joined by '+', got {self.source!r} and {self.target!r}.")
-        unchanged = [source for source, target in pairs if source == target]
+        n_source, n_target = len(self.source.split("+")), len(self.target.split("+"))
+        filled = all(word for pair in self.words for word in pair)
+        if n_source != n_target or not filled:
+            raise ValueError("source and target need the same number of words joined by '+', "
+                             f"got {self.source!r} and {self.target!r}.")
+        unchanged = [source for source, target in self.words if source == target]
         if unchanged:
-            raise ValueError(f"a contrast changes every word it names, got {unchanged[0]!r} on both sides of {self.name!r}. Leave it out.")
-        if len({source for source, _ in pairs}) != len(pairs):
+            raise ValueError(f"a contrast changes every word it names, got {unchanged[0]!r} "
+                             f"on both sides of {self.name!r}. Leave it out.")
+        if len({source for source, _ in self.words}) != n_source:
             raise ValueError(f"each source word may change once, got {self.source!r}.")
 
     @property
@@ -47,38 +50,40 @@ class ContrastPair:
 
 # %% ../../nbs/1_world/01_contrasts.ipynb #f55cc010
 def parse_contrast(
-    text:str|ContrastPair, # `"red -> blue"`, `"two+small -> one+large"`; a pair is returned as it is
+    text:str|ContrastPair, # `"red -> blue"`, `"two+small -> one+large"`; a pair is kept
 ) -> ContrastPair: # The pair
     "Read a contrast as a person writes it"
     if isinstance(text, ContrastPair): return text
     sides = text.split("->")
     if len(sides) != 2:
-        raise ValueError(f"a contrast is written 'source -> target', got {text!r}. For several words: 'two+small -> one+large'.")
-    return ContrastPair(*("+".join(word.strip() for word in side.split("+")) for side in sides))
+        raise ValueError(f"a contrast is written 'source -> target', got {text!r}. "
+                         "For several words: 'two+small -> one+large'.")
+    source, target = ("+".join(word.strip() for word in side.split("+")) for side in sides)
+    return ContrastPair(source, target)
 
 ContrastPair.parse = staticmethod(parse_contrast)
 
 # %% ../../nbs/1_world/01_contrasts.ipynb #398bdc8b
 PLURALS = { # singular -> plural of the words that agree with a count: nouns, then verbs
-    "ball": "balls", "cone": "cones", "ring": "rings", "pepper": "peppers", "strip": "strips", "club": "clubs", "pin": "pins",
+    "ball": "balls", "cone": "cones", "ring": "rings",
+    "pepper": "peppers", "strip": "strips", "club": "clubs", "pin": "pins",
     "slides": "slide", "bounces": "bounce", "climbs": "climb", "walks": "walk", "runs": "run"}
 SINGULARS = {plural: singular for singular, plural in PLURALS.items()}
 
 def word_pattern(
     word:str, # A word or phrase, matched in whole words only
-) -> re.Pattern: # Finds it in a caption, in either case; `red` is not found in `hundred` or in `red-haired`
+) -> re.Pattern: # Finds it in either case; `red` is not found in `hundred` or in `red-haired`
     "Match a word as a whole"
     return re.compile(rf"(?<![\w-]){re.escape(word)}(?![\w-])", re.IGNORECASE)
 
-# %% ../../nbs/1_world/01_contrasts.ipynb #c94752c4
+# %% ../../nbs/1_world/01_contrasts.ipynb #82daa02b
 class Occurrence(NamedTuple):
     "A source word as a caption writes it"
     start: int # First character in the caption
     end: int # One past the last character
     source: str # The word as it stands there: `slide` where the pair says `slides`
-    target: str # What takes its place, in the same number: `bounce`
+    target: str # The word that takes its place, in the same number: `bounce`
 
-# %% ../../nbs/1_world/01_contrasts.ipynb #82daa02b
 def find_word(
     caption:str, # The source caption
     source:str, # A source word of a pair
@@ -87,8 +92,9 @@ def find_word(
     "Find a source word in a caption, in the number the caption uses"
     for table in ({}, PLURALS, SINGULARS):
         if table and source not in table: continue
-        form = table.get(source, source)
-        found = [Occurrence(m.start(), m.end(), m.group(), table.get(target, target)) for m in word_pattern(form).finditer(caption)]
+        form, instead = table.get(source, source), table.get(target, target)
+        found = [Occurrence(match.start(), match.end(), match.group(), instead)
+                 for match in word_pattern(form).finditer(caption)]
         if found: return found
     article = re.match(r"\s*(an?)\b", caption, re.IGNORECASE)
     if source == "one" and article:
@@ -107,14 +113,16 @@ def occurrences(
         places = find_word(caption, source, target)
         if not places:
             present = re.findall(r"[\w'-]+", caption)
-            raise ValueError(f"the caption does not hold {source!r} of {self.name!r}; its words are {present}. Write {source!r} into the caption, or choose another contrast.")
+            raise ValueError(f"the caption does not hold {source!r} of {self.name!r}; its words "
+                             f"are {present}. Write {source!r} into the caption, or choose "
+                             "another contrast.")
         found += places
     return found
 
 # %% ../../nbs/1_world/01_contrasts.ipynb #0bf2181f
 def agree(
     caption:str, # A caption whose count word was just changed
-    count:str, # `"one"` or `"two"`: what the caption now says
+    count:str, # `"one"` or `"two"`, as the caption now says
 ) -> str: # The caption with its nouns and verbs in that number
     "Put the words that follow a count into its number"
     table = SINGULARS if count == "one" else PLURALS
@@ -128,11 +136,13 @@ def apply(
 ) -> str: # The same caption with the target words, numbers and articles agreeing
     "The target caption of a source caption"
     changed = caption
-    for place in sorted(self.occurrences(caption), reverse=True): # from the right, so that earlier places stay valid
-        before, after = changed[:place.start], changed[place.end:]
-        article = "an" if place.target[:1].lower() in "aeiou" else "a"
+    places = sorted(self.occurrences(caption), reverse=True)
+    for place in places: # from the right, so that earlier places stay valid
+        before, word, after = changed[:place.start], place.target, changed[place.end:]
+        article = "an" if word[:1].lower() in "aeiou" else "a"
         before = re.sub(r"\b(a|an)(\s+)$", rf"{article}\2", before)
-        changed = before + (place.target[0].upper() + place.target[1:] if place.source[0].isupper() else place.target) + after
+        if place.source[0].isupper(): word = word[0].upper() + word[1:]
+        changed = before + word + after
     counts = {target for source, target in self.words if {source, target} == {"one", "two"}}
     return agree(changed, counts.pop()) if counts else changed
 
@@ -143,42 +153,26 @@ def prefixes(
     caption:str, # A caption that holds every source word
 ) -> list[str]: # One for each word of the pair; empty where the word opens the caption
     "The beginning of the answer that makes each word the next token"
-    return [caption[:find_word(caption, source, target)[0].start].rstrip() for source, target in self.words if self.occurrences(caption)]
+    self.occurrences(caption) # refuses a caption that lacks a word
+    places = [find_word(caption, source, target)[0] for source, target in self.words]
+    return [caption[:place.start].rstrip() for place in places]
 
 # %% ../../nbs/1_world/01_contrasts.ipynb #d9a04411
 @patch
 def words_in(
     self:ContrastPair,
     caption:str, # A caption that holds every source word
-) -> list[tuple[str, str]]: # One (source, target) for each word of the pair, in the caption's number; `a` is written `one`
+) -> list[tuple[str, str]]: # (source, target) of each word in the caption's number; `a` as `one`
     "The two words to compare after each prefix"
-    places = [find_word(caption, source, target)[0] for source, target in self.words if self.occurrences(caption)]
-    return [(source if place.source.lower() in ("a", "an") else place.source, place.target) for (source, _), place in zip(self.words, places)]
+    self.occurrences(caption) # refuses a caption that lacks a word
+    words = []
+    for source, target in self.words:
+        place = find_word(caption, source, target)[0]
+        is_article = place.source.lower() in ("a", "an")
+        words.append((source if is_article else place.source, place.target))
+    return words
 
 # %% ../../nbs/1_world/01_contrasts.ipynb #ff5527c8
-class ChangedSpan(NamedTuple):
-    "Where two captions differ, in characters; an empty span marks where words are missing"
-    source_start: int # First character in the source caption
-    source_end: int # One past the last
-    target_start: int # First character in the target caption
-    target_end: int # One past the last
-
-# %% ../../nbs/1_world/01_contrasts.ipynb #49de743e
-def changed_words(
-    source_caption:str, # What the video is
-    target_caption:str, # What it shall become
-) -> list[ChangedSpan]: # Left to right; word by word where as many words come as go, else one span for the group
-    "The words that differ between two captions"
-    sources, targets = ([match.span() for match in re.finditer(r"\S+", caption)] for caption in (source_caption, target_caption))
-    matcher = SequenceMatcher(None, source_caption.split(), target_caption.split(), autojunk=False)
-    spans = []
-    for kind, i, j, k, l in matcher.get_opcodes():
-        if kind == "equal": continue
-        steps = [(i + n, i + n + 1, k + n, k + n + 1) for n in range(j - i)] if j - i == l - k else [(i, j, k, l)]
-        spans += [ChangedSpan(*word_span(source_caption, sources, a, b), *word_span(target_caption, targets, c, d)) for a, b, c, d in steps]
-    return spans
-
-# %% ../../nbs/1_world/01_contrasts.ipynb #2f6f0a34
 def word_span(
     caption:str, # The text
     places:list[tuple[int, int]], # First and one-past-last character of each of its words
@@ -190,14 +184,42 @@ def word_span(
     here = places[first][0] if first < len(places) else len(caption)
     return here, here
 
+# %% ../../nbs/1_world/01_contrasts.ipynb #49de743e
+class ChangedSpan(NamedTuple):
+    "Where two captions differ, in characters; an empty span marks where words are missing"
+    source_start: int # First character in the source caption
+    source_end: int # One past the last
+    target_start: int # First character in the target caption
+    target_end: int # One past the last
+
+def changed_words(
+    source_caption:str, # Describes the video
+    target_caption:str, # Describes what it shall become
+) -> list[ChangedSpan]: # Left to right; by words where as many come as go, else a span a group
+    "The words that differ between two captions"
+    captions = (source_caption, target_caption)
+    sources, targets = ([m.span() for m in re.finditer(r"\S+", text)] for text in captions)
+    words = (source_caption.split(), target_caption.split())
+    spans = []
+    for kind, i, j, k, l in SequenceMatcher(None, *words, autojunk=False).get_opcodes():
+        if kind == "equal": continue
+        steps = [(i, j, k, l)]
+        if j - i == l - k: steps = [(i + n, i + n + 1, k + n, k + n + 1) for n in range(j - i)]
+        for a, b, c, d in steps:
+            gone = word_span(source_caption, sources, a, b)
+            come = word_span(target_caption, targets, c, d)
+            spans.append(ChangedSpan(*gone, *come))
+    return spans
+
 # %% ../../nbs/1_world/01_contrasts.ipynb #8134aa19
 class MiniContrast(NamedTuple):
     "A contrast in the embedded world"
     pair: ContrastPair # The words
-    kind: str # `colour`, `shape`, `count`, `size`, `motion`, `direction`, `pace`, `floor`; several joined by `+`
+    kind: str # `colour`, `shape`, ..., the slot of the words; several joined by `+`
     figure: str # The paper's figure that asks the same kind of question
 
-MINI_CONTRASTS: Mapping[str, MiniContrast] = {text: MiniContrast(parse_contrast(text), kind, figure) for text, kind, figure in (
+MINI_CONTRASTS: Mapping[str, MiniContrast] = {
+    text: MiniContrast(parse_contrast(text), kind, figure) for text, kind, figure in (
     ("red -> blue",              "colour",      "Fig. 3, red -> blue bowling ball"),
     ("blue -> yellow",           "colour",      "Fig. 3"),
     ("green -> red",             "colour",      "Fig. 3"),
@@ -222,42 +244,62 @@ MINI_CONTRASTS: Mapping[str, MiniContrast] = {text: MiniContrast(parse_contrast(
 class PaperContrast(NamedTuple):
     "A contrast at paper scale, with a caption that holds its source words"
     pair: ContrastPair # The words
-    kind: str # `attribute`, `object`, `action`, `manner`, `count`, `scene`; several joined by `+`
+    kind: str # attribute, object, action, manner, count or scene; several joined by `+`
     figure: str # Figure of the paper, or `page` for the gallery of the project page
-    vlm: str # Registry name of the VLM whose answers shaped it; where the paper does not say, `gemma3`
+    vlm: str # Registry name of the VLM that shaped it; `gemma3` where the paper names none
     caption: str # Source caption
 
-PAPER_CONTRASTS: Mapping[str, PaperContrast] = {text: PaperContrast(parse_contrast(text), *rest) for text, *rest in (
-    ("young+swift -> old+slow", "attribute+manner", "Fig. 1", "gemma3", "A young athlete makes a swift discus throw on a sports field"),
-    ("red -> blue", "attribute", "Fig. 3", "gemma3", "A close up shot of a red bowling ball hitting the pins in a bowling alley"),
-    ("walk -> run", "action", "Fig. 5", "videollama3", "People walk along a path in a park"),
-    ("balls -> clubs", "object", "Fig. 6", "gemma3", "A performer is juggling balls in a square"),
-    ("front -> back", "action", "Fig. 6", "gemma3", "A gymnast performs a front handspring on a mat"),
-    ("Chicago -> New York", "scene", "Fig. 6", "gemma3", "A person holds a sign that reads Chicago"),
-    ("two+thin -> one+thick", "count+attribute", "Fig. 7a", "phi4", "A cook cuts two peppers into thin strips on a board"),
-    ("wipe -> spray", "action", "Fig. 7c", "phi4", "Hands wipe a car door"),
-    ("stone -> leaves", "scene", "Fig. 8", "gemma3", "A dog runs over a ground of stone"),
-    ("purple -> pink", "attribute", "page", "videollama3", "A purple flower opens in the sun"),
-    ("starfish -> seashell", "object", "page", "videollama3", "A starfish lies on the sand while waves come in"),
-    ("surfing -> kitesurfing", "action", "page", "videollama3", "A man is surfing on a wave"),
-    ("roller skating -> skateboarding", "action", "page", "videollama3", "A girl is roller skating through a park"),
-    ("running -> spinning", "action", "page", "videollama3", "A child is running on the grass"),
-    ("parking lot -> underpass", "scene", "page", "videollama3", "A skater rides through a parking lot"),
-    ("grass -> sandtrap", "scene", "page", "videollama3", "A golfer hits a ball from the grass"),
-    ("bicycle+jacket+black -> scooter+t-shirt+blue", "object+attribute", "page", "videollama3", "A person on a bicycle wears a jacket that is black"),
-    ("wood -> metal", "attribute", "page", "gemma3", "A hammer hits a table of wood"),
-    ("book -> newspaper", "object", "page", "gemma3", "A woman reads a book on a bench"),
-    ("mango -> apple", "object", "page", "gemma3", "A person peels a mango with a knife"),
-    ("rolling -> stretching", "action", "page", "gemma3", "A baker is rolling dough on a table"),
-    ("stir -> pour", "action", "page", "gemma3", "Hands stir batter in a bowl"),
-    ("riding -> leading", "action", "page", "gemma3", "A man is riding a horse along a fence"),
-    ("outdoor -> indoor", "scene", "page", "gemma3", "Two people play on an outdoor court"),
-    ("clay -> grass", "scene", "page", "gemma3", "A tennis player serves on a court of clay"),
-    ("black+night -> red+morning", "attribute+scene", "page", "gemma3", "A black car drives through the night"),
-    ("roll -> brush", "action", "page", "phi4", "Hands roll paint on a wall"),
-    ("typewriter -> keyboard", "object", "page", "phi4", "Someone types on a typewriter at a desk"),
-    ("picks up -> drags", "action", "page", "phi4", "A worker picks up a sack"),
-    ("tree -> roof", "scene", "page", "phi4", "A cat climbs down from a tree"),
-    ("overcast -> clear sky", "scene", "page", "phi4", "A kite flies under an overcast"),
-    ("canoeing+lake -> kayaking+river", "action+scene", "page", "phi4", "Two people are canoeing on a lake"),
+PAPER_CONTRASTS: Mapping[str, PaperContrast] = {
+    text: PaperContrast(parse_contrast(text), *rest) for text, *rest in (
+    ("young+swift -> old+slow", "attribute+manner", "Fig. 1", "gemma3",
+     "A young athlete makes a swift discus throw on a sports field"),
+    ("red -> blue", "attribute", "Fig. 3", "gemma3",
+     "A close up shot of a red bowling ball hitting the pins in a bowling alley"),
+    ("walk -> run", "action", "Fig. 5", "videollama3",
+     "People walk along a path in a park"),
+    ("balls -> clubs", "object", "Fig. 6", "gemma3",
+     "A performer is juggling balls in a square"),
+    ("front -> back", "action", "Fig. 6", "gemma3",
+     "A gymnast performs a front handspring on a mat"),
+    ("Chicago -> New York", "scene", "Fig. 6", "gemma3",
+     "A person holds a sign that reads Chicago"),
+    ("two+thin -> one+thick", "count+attribute", "Fig. 7a", "phi4",
+     "A cook cuts two peppers into thin strips on a board"),
+    ("wipe -> spray", "action", "Fig. 7c", "phi4",
+     "Hands wipe a car door"),
+    ("stone -> leaves", "scene", "Fig. 8", "gemma3",
+     "A dog runs over a ground of stone"),
 )}
+
+# %% ../../nbs/1_world/01_contrasts.ipynb #a8d04825
+_PAGE = { # VLM -> pair, kind, caption
+    "videollama3": (
+        ("purple -> pink", "attribute", "A purple flower opens in the sun"),
+        ("starfish -> seashell", "object", "A starfish lies on the sand while waves come in"),
+        ("surfing -> kitesurfing", "action", "A man is surfing on a wave"),
+        ("roller skating -> skateboarding", "action", "A girl is roller skating through a park"),
+        ("running -> spinning", "action", "A child is running on the grass"),
+        ("parking lot -> underpass", "scene", "A skater rides through a parking lot"),
+        ("grass -> sandtrap", "scene", "A golfer hits a ball from the grass"),
+        ("bicycle+jacket+black -> scooter+t-shirt+blue", "object+attribute",
+         "A person on a bicycle wears a jacket that is black")),
+    "gemma3": (
+        ("wood -> metal", "attribute", "A hammer hits a table of wood"),
+        ("book -> newspaper", "object", "A woman reads a book on a bench"),
+        ("mango -> apple", "object", "A person peels a mango with a knife"),
+        ("rolling -> stretching", "action", "A baker is rolling dough on a table"),
+        ("stir -> pour", "action", "Hands stir batter in a bowl"),
+        ("riding -> leading", "action", "A man is riding a horse along a fence"),
+        ("outdoor -> indoor", "scene", "Two people play on an outdoor court"),
+        ("clay -> grass", "scene", "A tennis player serves on a court of clay"),
+        ("black+night -> red+morning", "attribute+scene", "A black car drives through the night")),
+    "phi4": (
+        ("roll -> brush", "action", "Hands roll paint on a wall"),
+        ("typewriter -> keyboard", "object", "Someone types on a typewriter at a desk"),
+        ("picks up -> drags", "action", "A worker picks up a sack"),
+        ("tree -> roof", "scene", "A cat climbs down from a tree"),
+        ("overcast -> clear sky", "scene", "A kite flies under an overcast"),
+        ("canoeing+lake -> kayaking+river", "action+scene", "Two people are canoeing on a lake")),
+}
+PAPER_CONTRASTS |= {text: PaperContrast(parse_contrast(text), kind, "page", vlm, caption)
+                    for vlm, rows in _PAGE.items() for text, kind, caption in rows}

@@ -16,50 +16,58 @@ from torch import Tensor
 
 # %% ../../nbs/1_world/03_distances.ipynb #90ef58f0
 def check_answers(
-    log_p:Float[Tensor, "*batch vocab"], # Log-probabilities of the next token; `exp` of the last axis sums to 1
-    log_q:Float[Tensor, "*other vocab"], # Log-probabilities to compare with; must have the shape of `log_p`
+    log_p:Float[Tensor, "*batch vocab"], # Log-probabilities of the next token; `exp` sums to 1
+    log_q:Float[Tensor, "*other vocab"], # Log-probabilities to compare with, of the same shape
     atol:float=1e-3, # How far `logsumexp` of a row may be from 0
 ):
     "Refuse two inputs that are not two batches of normalised log-probabilities"
     if log_p.shape != log_q.shape:
-        raise ValueError(f"log_p and log_q must have the same shape, got {tuple(log_p.shape)} and {tuple(log_q.shape)}.")
+        raise ValueError("log_p and log_q must have the same shape, "
+                         f"got {tuple(log_p.shape)} and {tuple(log_q.shape)}.")
     if log_p.numel() == 0:
-        raise ValueError(f"there is no answer to compare, got an empty batch of shape {tuple(log_p.shape)}.")
+        raise ValueError("there is no answer to compare, "
+                         f"got an empty batch of shape {tuple(log_p.shape)}.")
     for name, log_dist in (("log_p", log_p), ("log_q", log_q)):
         if log_dist.dtype in (torch.bfloat16, torch.float16):
-            raise ValueError(f"{name} is {log_dist.dtype}, too coarse to compare answers. Apply log_softmax(-1) in float32.")
+            raise ValueError(f"{name} is {log_dist.dtype}, too coarse to compare answers. "
+                             "Apply log_softmax(-1) in float32.")
         gap = log_dist.detach().logsumexp(-1).abs().max().item()
         if not gap <= atol:
-            raise ValueError(f"{name} is not normalised: logsumexp is off by {gap:.3g} (atol={atol:g}). Raw logits? Apply log_softmax(-1) in float32.")
+            raise ValueError(f"{name} is not normalised: logsumexp is off by {gap:.3g} "
+                             f"(atol={atol:g}). Raw logits? Apply log_softmax(-1) in float32.")
 
 # %% ../../nbs/1_world/03_distances.ipynb #abe1b940
 def hellinger_distance(
     log_p:Float[Tensor, "*batch vocab"], # Log-probabilities of the next token, float32, normalised
     log_q:Float[Tensor, "*other vocab"], # Log-probabilities to compare with, same shape as `log_p`
-) -> Float[Tensor, "*batch"]: # Distance in [0, 1]: 0 for equal answers, 1 for answers with no token in common
-    "Hellinger distance between two batches of token distributions (paper §3.3, the divergence of the answers)"
+) -> Float[Tensor, "*batch"]: # In [0, 1]: 0 for equal answers, 1 for answers without a common token
+    "Hellinger distance between two batches of token distributions (paper §3.3: answer divergence)"
     check_answers(log_p, log_q)
-    return torch.linalg.vector_norm((log_p / 2).exp() - (log_q / 2).exp(), dim=-1) / 2**0.5
+    difference = (log_p / 2).exp() - (log_q / 2).exp()
+    return torch.linalg.vector_norm(difference, dim=-1) / 2**0.5
 
 # %% ../../nbs/1_world/03_distances.ipynb #8e98d7bf
 def jensen_shannon_distance(
     log_p:Float[Tensor, "*batch vocab"], # Log-probabilities of the next token, float32, normalised
     log_q:Float[Tensor, "*other vocab"], # Log-probabilities to compare with, same shape as `log_p`
-) -> Float[Tensor, "*batch"]: # Distance in [0, 1]: 0 for equal answers, 1 for answers with no token in common
-    "Jensen-Shannon distance (the root of the divergence, base 2) between two batches of token distributions"
+) -> Float[Tensor, "*batch"]: # In [0, 1]: 0 for equal answers, 1 for answers without a common token
+    "Jensen-Shannon distance between two batches of token distributions (root of the divergence)"
     check_answers(log_p, log_q)
+    half_gap = torch.where(log_p == log_q, 0., (log_p - log_q) / 2) # equal: also both impossible
     edge = 1 - torch.finfo(log_p.dtype).eps # log1p(-1) is infinite; at `edge` its term is already 0
-    contrast = torch.where(log_p == log_q, 0., (log_p - log_q) / 2).tanh().clamp(-edge, edge) # equal also means: both impossible
-    terms = ((1 + contrast) * contrast.log1p() + (1 - contrast) * (-contrast).log1p()) / 2
-    divergence = ((log_p.exp() + log_q.exp()) / 2 * terms).sum(-1) / math.log(2) # base 2
+    u = half_gap.tanh().clamp(-edge, edge)
+    terms = ((1 + u) * u.log1p() + (1 - u) * (-u).log1p()) / 2
+    mean = (log_p.exp() + log_q.exp()) / 2
+    divergence = (mean * terms).sum(-1) / math.log(2) # base 2
     apart = divergence > 0
-    return torch.where(apart, torch.where(apart, divergence, 1.).sqrt(), 0.).clamp(max=1.)
+    root = torch.where(apart, divergence, 1.).sqrt()
+    return torch.where(apart, root, 0.).clamp(max=1.)
 
 # %% ../../nbs/1_world/03_distances.ipynb #a58ccc2f
 def jaccard_distance(
     log_p:Float[Tensor, "*batch vocab"], # Log-probabilities of the next token, float32, normalised
     log_q:Float[Tensor, "*other vocab"], # Log-probabilities to compare with, same shape as `log_p`
-) -> Float[Tensor, "*batch"]: # Distance in [0, 1]: 0 for equal answers, 1 for answers with no token in common
+) -> Float[Tensor, "*batch"]: # In [0, 1]: 0 for equal answers, 1 for answers without a common token
     "Weighted Jaccard distance between two batches of token distributions"
     check_answers(log_p, log_q)
     variation = (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
@@ -69,7 +77,7 @@ def jaccard_distance(
 def kl_divergence(
     log_p:Float[Tensor, "*batch vocab"], # Log-probabilities of the next token, float32, normalised
     log_q:Float[Tensor, "*other vocab"], # Log-probabilities compared with, same shape as `log_p`
-) -> Float[Tensor, "*batch"]: # Nats, 0 or more: 0 for equal answers, infinite if `q` rules out a token that `p` allows
+) -> Float[Tensor, "*batch"]: # Nats: 0 for equal answers, infinite if `q` lacks a token of `p`
     "Kullback-Leibler divergence from the first batch of token distributions to the second"
     check_answers(log_p, log_q)
     possible = log_p > -torch.inf # a token with p = 0 counts as 0
@@ -78,22 +86,25 @@ def kl_divergence(
 
 # %% ../../nbs/1_world/03_distances.ipynb #918d0fab
 def pair_log_probs(
-    log_probs:Float[Tensor, "*batch vocab"], # Log-probabilities of the next token over the whole vocabulary
-    ids:Sequence[int], # Token ids to keep, at least two, all different: source word first, then target word
+    log_probs:Float[Tensor, "*batch vocab"], # Log-probabilities of the next token
+    ids:Sequence[int], # Two or more different token ids to keep: source word, then target word
 ) -> Float[Tensor, "*batch pair"]: # Log-probabilities given that the next token is one of them
     "Renormalise an answer over a few words"
     ids = list(ids)
     if len(set(ids)) != len(ids) or len(ids) < 2:
-        raise ValueError(f"a pair needs different token ids, got {ids}. Do both words start with the same token? Choose other words.")
+        raise ValueError(f"a pair needs different token ids, got {ids}. "
+                         "Do both words start with the same token? Choose other words.")
     if min(ids) < 0 or max(ids) >= log_probs.shape[-1]:
         raise ValueError(f"token ids must be from 0 to {log_probs.shape[-1] - 1}, got {ids}.")
     return log_probs[..., ids].log_softmax(-1)
 
 # %% ../../nbs/1_world/03_distances.ipynb #0dd9eebe
-ANSWER_DISTANCES = {"hellinger": hellinger_distance, "jensen-shannon": jensen_shannon_distance, "jaccard": jaccard_distance, "kl": kl_divergence}
+ANSWER_DISTANCES = {
+    "hellinger": hellinger_distance, "jensen-shannon": jensen_shannon_distance,
+    "jaccard": jaccard_distance, "kl": kl_divergence}
 
 def answer_distance(
-    name:str="hellinger", # `"hellinger"`, `"jensen-shannon"`, `"jaccard"` (all in [0, 1]) or `"kl"` (nats)
+    name:str="hellinger", # Or `"jensen-shannon"`, `"jaccard"` (all in [0, 1]), `"kl"` (nats)
 ) -> Callable: # A function of two batches of log-probabilities
     "The distance between answers that has this name"
     if name not in ANSWER_DISTANCES:

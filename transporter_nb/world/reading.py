@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KINDS', 'FORMS', 'STEPS', 'UNUSED', 'POOR', 'LEAST_EXPLAINED', 'MOST_STRAY', 'first_mixture', 'fit_ground',
            'salience_of', 'sprite_mask', 'vote_for_hue', 'weighted_fit', 'Guess', 'guess', 'hypothesis',
-           'choose_pixels', 'Sample', 'sample_pixels', 'free_numbers', 'slopes', 'improve', 'search_kind', 'search',
-           'polish', 'explained_share', 'Reading', 'check_clips', 'read_video']
+           'choose_pixels', 'Sample', 'sample_pixels', 'free_numbers', 'slopes', 'improve', 'search_kind', 'polish',
+           'search', 'explained_share', 'Reading', 'check_clips', 'read_video']
 
 # %% ../../nbs/1_world/07_reading.ipynb #bd8f149b
 import itertools
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -85,8 +85,8 @@ def vote_for_hue(
     return torch.stack(hues)
 
 def weighted_fit(
-    values:Float[Tensor, "batch frames"], # What is explained
-    columns:Float[Tensor, "frames terms"], # By what
+    values:Float[Tensor, "batch frames"], # To be explained
+    columns:Float[Tensor, "frames terms"], # The explaining terms
     weight:Float[Tensor, "batch frames"], # Sums to 1 over frames
 ) -> Float[Tensor, "batch terms"]: # Coefficients
     "Weighted least squares"
@@ -284,6 +284,19 @@ def search_kind(
         least = torch.minimum(off, least)
     return improve(best, kind, seen, rounds) if rounds else (best, least)
 
+# %% ../../nbs/1_world/07_reading.ipynb #3d4dbd24
+def polish(
+    found:Float[Tensor, "batch kinds numbers"], # Numbers of every kind
+    best:Int[Tensor, "batch"], # Which kind each clip is
+    many:Sample, # Pixels
+) -> tuple[Float[Tensor, "batch numbers"], Int[Tensor, "batch"]]: # Numbers, and the kind
+    "The last steps, at more pixels"
+    numbers = found[torch.arange(len(found)), best]
+    for k, kind in enumerate(KINDS):
+        rows = (best == k).nonzero()[:, 0]
+        if len(rows): numbers[rows] = improve(numbers[rows], kind, many[rows], 8)[0]
+    return numbers, best
+
 # %% ../../nbs/1_world/07_reading.ipynb #8382ad21
 POOR = .12 # share of the difference to bare ground left, above which a search is repeated (chosen)
 
@@ -314,18 +327,6 @@ def search(
             found[rows[better], k], off[rows[better], k] = again[better], less[better]
     return polish(found, off.argmin(1), many)
 
-def polish(
-    found:Float[Tensor, "batch kinds numbers"], # Numbers of every kind
-    best:Int[Tensor, "batch"], # Which kind each clip is
-    many:Sample, # Pixels
-) -> tuple[Float[Tensor, "batch numbers"], Int[Tensor, "batch"]]: # Numbers, and the kind
-    "The last steps, at more pixels"
-    numbers = found[torch.arange(len(found)), best]
-    for k, kind in enumerate(KINDS):
-        rows = (best == k).nonzero()[:, 0]
-        if len(rows): numbers[rows] = improve(numbers[rows], kind, many[rows], 8)[0]
-    return numbers, best
-
 # %% ../../nbs/1_world/07_reading.ipynb #227ee7b7
 LEAST_EXPLAINED, MOST_STRAY = .8, .07 # chosen on validation clips, see the table below
 
@@ -334,7 +335,7 @@ def explained_share(
     numbers:Float[Tensor, "batch numbers"], # The scene found
     kinds:Int[Tensor, "batch"], # Which of `KINDS`
 ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]: # Share explained (<= 1), rms elsewhere
-    "How much of what is not ground the drawing explains, and how far off the ground is"
+    "The share of the sprites that the drawing explains, and how far off the ground is"
     share, stray = torch.zeros(len(pixels)), torch.zeros(len(pixels))
     x, y = (axis[None, None] for axis in pixel_grid())
     for row, (clip, kind) in enumerate(zip(pixels, kinds.tolist())):
@@ -352,9 +353,9 @@ def explained_share(
 # %% ../../nbs/1_world/07_reading.ipynb #baab3275
 @dataclass(frozen=True)
 class Reading:
-    "What was measured in one clip"
+    "The measurement of one clip"
     scene: Scene # The nearest scene; its numbers are the measurement
-    explained: float # Share of what is not ground that the scene explains, at most 1
+    explained: float # Share of the sprites that the scene explains, at most 1
     stray: float # Root mean square difference elsewhere, 0 to 1
     words: dict # Slot -> word, or "unreadable" in every slot
 
@@ -369,7 +370,7 @@ class Reading:
 def check_clips(
     video:Float[Tensor, "batch frames 3 height width"], # To be read
 ) -> None:
-    "Refuse what the readers cannot take"
+    "Refuse clips that the readers cannot take"
     wanted = (FRAMES, 3, SIZE, SIZE)
     if video.ndim != 5 or tuple(video.shape[1:]) != wanted or not len(video): raise ValueError(
         f"the readers take clips of shape (batch >= 1, {FRAMES}, 3, {SIZE}, {SIZE}), "

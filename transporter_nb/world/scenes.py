@@ -19,7 +19,6 @@ from numbers import Real
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -144,16 +143,22 @@ def line_distance(
     held = values.clamp(at[0], at[-1])
     return (held[:, None] - at) / ((at[-1] - at[0]) / (len(at) - 1))
 
-def size_distance(numbers:Float[Tensor, "batch numbers"]) -> Float[Tensor, "batch words"]:
+def size_distance(
+    numbers:Float[Tensor, "batch numbers"], # From `to_numbers`
+) -> Float[Tensor, "batch words"]: # In distances of neighbouring sizes
     "How far a radius is from each size"
     return line_distance(numbers[:, COLUMNS["radius"]].log(), [math.log(r) for r in RADII.values()])
 
-def pace_distance(numbers:Float[Tensor, "batch numbers"]) -> Float[Tensor, "batch words"]:
+def pace_distance(
+    numbers:Float[Tensor, "batch numbers"], # From `to_numbers`
+) -> Float[Tensor, "batch words"]: # In distances of neighbouring paces
     "How far a speed is from each pace"
     speed = numbers[:, COLUMNS["travel"]].abs().clamp_min(1e-6).sqrt()
     return line_distance(speed, [v**.5 for v in PACES.values()])
 
-def direction_distance(numbers:Float[Tensor, "batch numbers"]) -> Float[Tensor, "batch words"]:
+def direction_distance(
+    numbers:Float[Tensor, "batch numbers"], # From `to_numbers`
+) -> Float[Tensor, "batch words"]: # From left and from right; 1 is the way between them
     "How far a speed is from left and from right; 4 px in a clip are clear"
     return line_distance(numbers[:, COLUMNS["travel"]], [-4., 4.])
 
@@ -347,7 +352,9 @@ def split_of(
     return {0: "test", 1: "validation"}.get(int(digest, 16) % 10, "train")
 
 # %% ../../nbs/1_world/05_scenes.ipynb #0ced4788
-def draw_level(rng:np.random.Generator) -> float: # In [0, 1]
+def draw_level(
+    rng:np.random.Generator, # Draws
+) -> float: # In [0, 1]
     "How far from one word to the next: near one of them in half of all draws"
     return min(abs(rng.normal(0, .12)), 1.) if rng.random() < .5 else rng.random()
 

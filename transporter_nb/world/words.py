@@ -31,13 +31,14 @@ SLOTS = {
     "pace": ("slowly", "quickly"),
     "floor": ("stone", "snowy", "sandy", "leafy"),
 }
-FRAMES, SIZE = 9, 32  # frames of a clip; height and width in pixels (chosen: the smallest in which all three shapes are told apart)
+FRAMES = 9 # of a clip
+SIZE = 32 # height and width in pixels (chosen: the smallest that tells all three shapes apart)
 UNREADABLE = "unreadable"
 
 # %% ../../nbs/1_world/04_words.ipynb #c99b7454
 @dataclass(frozen=True)
 class Scene:
-    "Eight words and four unnamed numbers: all there is to know about one clip"
+    "Eight words and four unnamed numbers: everything about one clip"
     count: str
     size: str
     colour: str
@@ -46,25 +47,26 @@ class Scene:
     direction: str
     pace: str
     floor: str
-    place: tuple = (0.0, 0.0, 0.0, 0.0)  # offsets in [-1, 1] of where the sprites are: x of the first, x of the second, y of both, unused by words
+    place: tuple = (0., 0., 0., 0.) # Offsets in [-1, 1]: x of the two sprites, y of both, unused
 
     def __post_init__(self):
         for slot, words in SLOTS.items():
             value = getattr(self, slot)
-            if value not in words: raise ValueError(f"{slot} must be one of {', '.join(words)}, got {value!r}")
+            if value not in words:
+                raise ValueError(f"{slot} must be one of {', '.join(words)}, got {value!r}")
 
     @property
     def words(self) -> dict: # Slot name to word, in caption order
         return {slot: getattr(self, slot) for slot in SLOTS}
 
-# %% ../../nbs/1_world/04_words.ipynb #25b40e11
 def do(
     scene:Scene, # The clip to change
     **words, # Slot name to the word it is set to, as `colour="blue"`
-) -> Scene: # The same clip with those attributes set and everything else, places included, kept
+) -> Scene: # The same clip with these attributes set; all others and the places are kept
     "Intervene on a scene: `do(scene, colour='blue')`"
     unknown = set(words) - set(SLOTS)
-    if unknown: raise ValueError(f"no attribute {', '.join(sorted(unknown))}; the attributes are {', '.join(SLOTS)}")
+    if unknown: raise ValueError(
+        f"no attribute {', '.join(sorted(unknown))}; the attributes are {', '.join(SLOTS)}")
     return replace(scene, **words)
 
 # %% ../../nbs/1_world/04_words.ipynb #021ecca2
@@ -72,24 +74,25 @@ def caption(
     scene:Scene, # The clip to describe
 ) -> str: # Such as "two small blue rings bounce right quickly over a sandy floor"
     "The caption of a scene, in plain English"
-    many = scene.count == "two"
-    noun, verb = scene.shape + "s" * many, scene.motion[:-1] if many else scene.motion
-    return f"{scene.count} {scene.size} {scene.colour} {noun} {verb} {scene.direction} {scene.pace} over a {scene.floor} floor"
+    noun, verb = scene.shape, scene.motion
+    if scene.count == "two": noun, verb = noun + "s", verb[:-1]
+    return (f"{scene.count} {scene.size} {scene.colour} {noun} {verb} {scene.direction} "
+            f"{scene.pace} over a {scene.floor} floor")
 
-# %% ../../nbs/1_world/04_words.ipynb #8bba7ffa
 def parse_caption(
     text:str, # A caption of the world; "a" counts as "one"
-    place:tuple=(0.0, 0.0, 0.0, 0.0), # Offsets in [-1, 1] of the sprites, see `Scene`
+    place:tuple=(0., 0., 0., 0.), # Offsets in [-1, 1] of the sprites, see `Scene`
 ) -> Scene: # The scene it names
     "Read a caption back into a scene, or say which word is wrong"
     words = text.lower().rstrip(" .").split()
-    if len(words) != 11: raise ValueError(f"a caption has 11 words like {caption(EXAMPLE)!r}, got {len(words)}: {text!r}")
-    many = words[0] == "two"
-    found = {"count": "one" if words[0] == "a" else words[0], "size": words[1], "colour": words[2],
-             "shape": words[3].removesuffix("s") if many else words[3], "motion": words[4] + "s" if many else words[4],
-             "direction": words[5], "pace": words[6], "floor": words[9]}
-    scene = Scene(**found, place=place)
-    if caption(scene).split()[1:] != words[1:]: raise ValueError(f"expected {caption(scene)!r}, got {text!r}")
+    if len(words) != 11: raise ValueError(
+        f"a caption has 11 words like {caption(EXAMPLE)!r}, got {len(words)}: {text!r}")
+    count, size, colour, noun, verb, direction, pace = words[:7]
+    if count == "a": count = "one"
+    if count == "two": noun, verb = noun.removesuffix("s"), verb + "s"
+    scene = Scene(count, size, colour, noun, verb, direction, pace, words[9], place)
+    if caption(scene).split()[1:] != words[1:]:
+        raise ValueError(f"expected {caption(scene)!r}, got {text!r}")
     return scene
 
 EXAMPLE = Scene("one", "large", "red", "ball", "slides", "left", "slowly", "stone")
@@ -99,16 +102,17 @@ def is_held_out(
     scene:Scene, # Only its eight words count
 ) -> bool: # True for about one combination in ten
     "Whether this combination of words is kept out of every training set"
-    return int(hashlib.sha256(" ".join(scene.words.values()).encode()).hexdigest(), 16) % 10 == 0
+    digest = hashlib.sha256(" ".join(scene.words.values()).encode()).hexdigest()
+    return int(digest, 16) % 10 == 0
 
-# %% ../../nbs/1_world/04_words.ipynb #155f0a17
 def sample_scenes(
     n:int, # How many
     seed:int, # Same seed, same scenes
-    split:str="train", # "train" leaves the held-out combinations out, "heldout" draws only them, "all" draws any
+    split:str="train", # `"train"` (no held-out combination), `"heldout"` (only these) or `"all"`
 ) -> list: # `n` scenes with independent, uniform words and places
     "Draw scenes of one split"
-    if split not in ("train", "heldout", "all"): raise ValueError(f"split must be train, heldout or all, got {split!r}")
+    if split not in ("train", "heldout", "all"):
+        raise ValueError(f"split must be train, heldout or all, got {split!r}")
     rng, scenes = np.random.default_rng(seed), []
     while len(scenes) < n:
         words = {slot: options[rng.integers(len(options))] for slot, options in SLOTS.items()}
@@ -117,29 +121,39 @@ def sample_scenes(
     return scenes
 
 # %% ../../nbs/1_world/04_words.ipynb #d7696e1b
-def floor_images() -> Float[Tensor, "floors 3 height width"]: # Colours in [0, 1], in the order of `SLOTS["floor"]`
+def floor_images() -> Float[Tensor, "floors 3 height width"]: # In [0, 1], in the order of `SLOTS`
     "The four floors"
-    y, x = torch.meshgrid(torch.arange(SIZE) + 0.5, torch.arange(SIZE) + 0.5, indexing="ij")
-    tile = torch.minimum((y % 16 - 8).abs(), (x % 16 - 8).abs()) # 0 in the middle of a tile row or column, larger near its border
+    side = torch.arange(SIZE) + 0.5
+    y, x = torch.meshgrid(side, side, indexing="ij")
+    # 0 in the middle of a tile row or column, larger near its border
+    tile = torch.minimum((y % 16 - 8).abs(), (x % 16 - 8).abs())
+    shine = 0.045 * torch.cos(2 * math.pi * x / 16) * torch.cos(2 * math.pi * y / 16)
+    joint = 0.05 * torch.exp(-((8 - tile.sub(8).abs().sub(8).abs()) ** 2))
     patterns = [
-        0.045 * torch.cos(2 * math.pi * x / 16) * torch.cos(2 * math.pi * y / 16) - 0.05 * torch.exp(-((8 - tile.sub(8).abs().sub(8).abs()) ** 2)),
+        shine - joint,
         0.035 * torch.sin(x / 7 + y / 11 + 1) * torch.sin(y / 6 - x / 13),
         0.045 * torch.sin(2 * math.pi * (y + 1.5 * torch.sin(x / 5)) / 8),
-        0.06 * torch.sin(x / 2.9 + 1.3 * torch.sin(y / 3.7)) * torch.sin(y / 2.6 + 1.1 * torch.sin(x / 4.3)),
+        0.06 * torch.sin(x / 2.9 + 1.3 * torch.sin(y / 3.7))
+            * torch.sin(y / 2.6 + 1.1 * torch.sin(x / 4.3)),
     ]
     bases = torch.tensor([[.43, .44, .48], [.86, .90, .95], [.83, .71, .52], [.33, .20, .11]])
-    return torch.stack([(base[:, None, None] + p).clamp(0, 1) for base, p in zip(bases, patterns)])
+    pictures = [base[:, None, None] + pattern for base, pattern in zip(bases, patterns)]
+    return torch.stack([picture.clamp(0, 1) for picture in pictures])
 
 # %% ../../nbs/1_world/04_words.ipynb #bbae25ca
-TRAVEL = {"slowly": 5.0, "quickly": 15.0}  # px crossed in a clip (chosen: 3x apart, the longest that fits the frame)
-RISE = 5.0  # px, height of a hop and of a climb (chosen: two large sprites one above the other still fit)
-RADIUS = {"small": 4.0, "large": 6.0}  # px, half the width of a sprite
-COLOURS = {"red": (.90, .13, .13), "blue": (.13, .30, .95), "green": (.10, .70, .22), "yellow": (.99, .84, .10)}
+# px crossed in a clip (chosen: 3x apart, the longest that fits the frame)
+TRAVEL = {"slowly": 5.0, "quickly": 15.0}
+# px, height of a hop and of a climb (chosen: two large sprites one above the other still fit)
+RISE = 5.0
+RADIUS = {"small": 4.0, "large": 6.0} # px, half the width of a sprite
+COLOURS = {"red": (.90, .13, .13), "blue": (.13, .30, .95),
+           "green": (.10, .70, .22), "yellow": (.99, .84, .10)}
 
-def vertical_paths() -> Float[Tensor, "motions frames"]: # px downward from the middle of the path, in the order of `SLOTS["motion"]`
-    "Height of a sprite over time for each motion, in pixels"
+def vertical_paths() -> Float[Tensor, "motions frames"]: # px downward from the middle of the path
+    "Height of a sprite over time for each motion, in the order of `SLOTS`"
     u = torch.linspace(0, 1, FRAMES)
-    return torch.stack([torch.zeros(FRAMES), RISE * (0.5 - torch.sin(2 * math.pi * u).abs()), RISE * (0.5 - u)])
+    hops = RISE * (0.5 - torch.sin(2 * math.pi * u).abs())
+    return torch.stack([torch.zeros(FRAMES), hops, RISE * (0.5 - u)])
 
 # %% ../../nbs/1_world/04_words.ipynb #73ee83eb
 def sprite_centres(
@@ -150,12 +164,15 @@ def sprite_centres(
     sign = 1 if scene.direction == "right" else -1
     rise = vertical_paths()[SLOTS["motion"].index(scene.motion)]
     x_first, x_second, y_both, _ = scene.place
-    rows = [(x_first, SIZE / 2 + 4 * y_both)] if scene.count == "one" else [(x_first, 8 + 0.3 * y_both), (x_second, 24 + 0.3 * y_both)]
-    return torch.stack([torch.stack([SIZE / 2 + 2.5 * x + sign * TRAVEL[scene.pace] * u, y + rise], -1) for x, y in rows])
+    rows = [(x_first, 8 + 0.3 * y_both), (x_second, 24 + 0.3 * y_both)]
+    if scene.count == "one": rows = [(x_first, SIZE / 2 + 4 * y_both)]
+    way = sign * TRAVEL[scene.pace] * u
+    paths = [torch.stack([SIZE / 2 + 2.5 * x + way, y + rise], -1) for x, y in rows]
+    return torch.stack(paths)
 
 # %% ../../nbs/1_world/04_words.ipynb #5de8961a
 def shape_distance(
-    shape:str, # "ball", "cone" or "ring"
+    shape:str, # `"ball"`, `"cone"` or `"ring"`
     x:Float[Tensor, "*grid"], # px right of the centre
     y:Float[Tensor, "*grid"], # px below the centre
     radius:float, # px, half the width
@@ -177,7 +194,8 @@ def render(
     videos = torch.empty(len(scenes), FRAMES, 3, SIZE, SIZE)
     for video, scene in zip(videos, scenes):
         video[:] = floors[SLOTS["floor"].index(scene.floor)]
-        radius, colour = RADIUS[scene.size], torch.tensor(COLOURS[scene.colour])[:, None, None]
+        radius = RADIUS[scene.size]
+        colour = torch.tensor(COLOURS[scene.colour])[:, None, None]
         for centres in sprite_centres(scene):
             x = (grid - centres[:, :1])[:, None, :].expand(-1, SIZE, -1)
             y = (grid - centres[:, 1:])[:, :, None].expand(-1, -1, SIZE)
@@ -190,21 +208,25 @@ def render(
 def fit_floor(
     video:Float[Tensor, "batch frames 3 height width"], # Colours in [0, 1]
     rounds:int=6, # Re-weighted least-squares rounds
-) -> tuple: # mixture "batch floors" (sums to about 1 on a clip of this world), background "batch 3 height width"
-    "Which mixture of floors lies behind the sprites"
+) -> tuple: # mixture "batch floors" (sums to about 1), background "batch 3 height width"
+    "The mixture of floors behind the sprites"
     basis = floor_images().flatten(1).T.double()
+    ridge = 1e-6 * torch.eye(basis.shape[1], dtype=torch.double)
     still = video.double().flatten(3).permute(0, 1, 3, 2)
     weight = torch.ones(len(video), FRAMES, SIZE * SIZE, dtype=torch.double)
     for _ in range(rounds):
         total = weight.sum(1)
         mean = (weight[..., None] * still).sum(1) / total[..., None].clamp_min(1e-9)
+        mean = mean.transpose(1, 2).flatten(1)
         row_weight = total[:, None, :].expand(-1, 3, -1).flatten(1)
-        gram = torch.einsum("bn,nk,nl->bkl", row_weight, basis, basis) + 1e-6 * torch.eye(basis.shape[1], dtype=torch.double)
-        mixture = torch.linalg.solve(gram, torch.einsum("bn,nk,bn->bk", row_weight, basis, mean.transpose(1, 2).flatten(1)))
+        gram = torch.einsum("bn,nk,nl->bkl", row_weight, basis, basis) + ridge
+        seen = torch.einsum("bn,nk,bn->bk", row_weight, basis, mean)
+        mixture = torch.linalg.solve(gram, seen)
         background = (mixture @ basis.T).view(-1, 3, SIZE * SIZE).transpose(1, 2)
         residual = (still - background[:, None]).norm(dim=-1)
         weight = 1 / (1 + (residual / 0.05) ** 4)
-    return mixture.float(), background.transpose(1, 2).reshape(-1, 3, SIZE, SIZE).float()
+    picture = background.transpose(1, 2).reshape(-1, 3, SIZE, SIZE)
+    return mixture.float(), picture.float()
 
 # %% ../../nbs/1_world/04_words.ipynb #e77ce0d2
 def fit_sprites(
@@ -214,8 +236,11 @@ def fit_sprites(
     "How much of each pixel a sprite covers, and its colour"
     away = video - background[:, None]
     distance = away.norm(dim=2)
-    core = distance > 0.6 * distance.flatten(1).topk(40).values[:, -1].clamp_min(0.3)[:, None, None, None]
-    colour = torch.stack([(clip.permute(0, 2, 3, 1)[c].median(0).values if c.any() else torch.full((3,), float("nan"))) for clip, c in zip(video, core)])
+    far = distance.flatten(1).topk(40).values[:, -1].clamp_min(0.3)
+    core = distance > 0.6 * far[:, None, None, None]
+    unseen = torch.full((3,), float("nan"))
+    inside = [clip.permute(0, 2, 3, 1)[own] for clip, own in zip(video, core)]
+    colour = torch.stack([px.median(0).values if len(px) else unseen for px in inside])
     direction = colour[:, None, :, None, None] - background[:, None]
     coverage = (away * direction).sum(2) / (direction**2).sum(2).clamp_min(0.03)
     return coverage.nan_to_num().clamp(0, 1), colour
@@ -228,8 +253,8 @@ class Blob:
     y: float
     width: float
     height: float
-    hollow: float  # 1 - coverage of the middle, relative to the fullest part: 0 for a ball, about 1 for a ring
-    taper: float  # width of the upper third over width of the lower third: 1 for a ball, well below 1 for a cone
+    hollow: float # 1 - coverage of the middle, relative to the fullest part: ball 0, ring about 1
+    taper: float # width of the upper third over that of the lower: 1 for a ball, less for a cone
 
 def measure_blob(
     cover:np.ndarray, # "height width" coverage in [0, 1], zero outside the region
@@ -237,19 +262,23 @@ def measure_blob(
     "Centre, extent and form of one region"
     mass, rows, cols = cover.sum(), cover.max(1), cover.max(0)
     index = np.arange(SIZE) + 0.5
-    edges = lambda profile: (index[profile > 0.5].min(), index[profile > 0.5].max())
-    (top, bottom), (left, right) = edges(rows), edges(cols)
+    inside = index[rows > 0.5], index[cols > 0.5]
+    (top, bottom), (left, right) = ((own.min(), own.max()) for own in inside)
     x, y = (left + right) / 2, (top + bottom) / 2
     near = np.hypot(index[None] - x, index[:, None] - y)
-    hollow = 1 - cover[near <= 1.0].mean() / max(np.sort(cover[near <= 7])[-8:].mean(), 1e-6)
-    widths, height = cover.sum(1), bottom - top
-    upper, lower = widths[(index <= top + height / 3 + 0.01) & (index >= top)], widths[(index >= bottom - height / 3 - 0.01) & (index <= bottom)]
-    return Blob(*map(float, ((cover.sum(0) @ index) / mass, (cover.sum(1) @ index) / mass, cols.sum(), rows.sum(), hollow, upper.mean() / max(lower.mean(), 1e-6))))
+    fullest = np.sort(cover[near <= 7])[-8:].mean()
+    hollow = 1 - cover[near <= 1.0].mean() / max(fullest, 1e-6)
+    widths, third = cover.sum(1), (bottom - top) / 3 + 0.01
+    upper = widths[(index <= top + third) & (index >= top)]
+    lower = widths[(index >= bottom - third) & (index <= bottom)]
+    taper = upper.mean() / max(lower.mean(), 1e-6)
+    centre = (cover.sum(0) @ index) / mass, (cover.sum(1) @ index) / mass
+    return Blob(*map(float, (*centre, cols.sum(), rows.sum(), hollow, taper)))
 
 # %% ../../nbs/1_world/04_words.ipynb #60e75e64
 def find_blobs(
     cover:np.ndarray, # "height width" coverage in [0, 1] of one frame
-    smallest:float=9.0, # px^2 of coverage; a fainter region is not a sprite (chosen: a small ring has 26)
+    smallest:float=9.0, # px^2 of coverage of the faintest sprite (chosen: a small ring has 26)
 ) -> list: # `Blob`s from the top down
     "The sprites of one frame"
     labels, n = ndimage.label(cover > 0.4, structure=np.ones((3, 3)))
@@ -262,7 +291,7 @@ def find_blobs(
 
 # %% ../../nbs/1_world/04_words.ipynb #d0bc8e53
 def between(
-    value:float, # What was measured
+    value:float, # The measured number
     low:float, # At or below this, the answer is `below`
     high:float, # At or above this, the answer is `above`
     below:str, # Word for small values
@@ -271,15 +300,15 @@ def between(
     "Choose between two words, or neither"
     return below if value <= low else above if value >= high else UNREADABLE
 
-# %% ../../nbs/1_world/04_words.ipynb #ab861281
 def read_colour(
     colour:Float[Tensor, "3"], # Of the sprites, in [0, 1]
-    farthest:float=0.3, # Distance in RGB beyond which no word fits (chosen: about half the distance of two named colours)
+    farthest:float=0.3, # RGB distance beyond which no word fits (chosen: half that of two colours)
 ) -> str: # A colour word or "unreadable"
     "The nearest named colour, if one is near and clearly nearer than the next"
     distance = (torch.tensor(list(COLOURS.values())) - colour).norm(dim=1)
     order = distance.argsort()
-    if not distance[order[0]] <= farthest or distance[order[0]] > 0.6 * distance[order[1]]: return UNREADABLE
+    nearest, second = distance[order[:2]]
+    if not nearest <= farthest or nearest > 0.6 * second: return UNREADABLE
     return list(COLOURS)[order[0]]
 
 # %% ../../nbs/1_world/04_words.ipynb #2775e11a
@@ -290,13 +319,14 @@ def read_form(
     size = np.median([(b.width + b.height) / 2 for b in blobs])
     hollow, taper = np.median([b.hollow for b in blobs]), np.median([b.taper for b in blobs])
     solid = between(taper, 0.58, 0.63, "cone", "ball")
-    return {"size": between(size, 9.1, 9.6, "small", "large"), "shape": between(hollow, 0.4, 0.55, solid, "ring")}
+    return {"size": between(size, 9.1, 9.6, "small", "large"),
+            "shape": between(hollow, 0.4, 0.55, solid, "ring")}
 
 # %% ../../nbs/1_world/04_words.ipynb #0ce8edb1
 def read_path(
     x:Float[Tensor, "frames"], # px, horizontal centre over time
     y:Float[Tensor, "frames"], # px, vertical centre over time
-    farthest:float=1.3, # px; a path that no word fits to within this (root mean square) is unreadable
+    farthest:float=1.3, # px, root mean square: a path farther from every word is unreadable
 ) -> dict: # Words for motion, direction and pace
     "Motion, direction and pace from the path of the sprites"
     u = torch.linspace(-0.5, 0.5, FRAMES)
@@ -306,9 +336,11 @@ def read_path(
     misfit = (paths - (y - y.mean())).pow(2).mean(1).sqrt()
     best = misfit.argsort()
     fits = misfit[best[0]] <= farthest and misfit[best[0]] <= 0.8 * misfit[best[1]]
-    pace = between(abs(travel), 9.3, 10.7, "slowly", "quickly") if straight and abs(travel) > 2.5 else UNREADABLE
-    return {"motion": SLOTS["motion"][best[0]] if fits else UNREADABLE,
-            "direction": between(travel, -2.0, 2.0, "left", "right"), "pace": pace}
+    moves = straight and abs(travel) > 2.5
+    pace = between(abs(travel), 9.3, 10.7, "slowly", "quickly") if moves else UNREADABLE
+    motion = SLOTS["motion"][best[0]] if fits else UNREADABLE
+    direction = between(travel, -2.0, 2.0, "left", "right")
+    return {"motion": motion, "direction": direction, "pace": pace}
 
 # %% ../../nbs/1_world/04_words.ipynb #75694fde
 def read_clip(
@@ -319,16 +351,21 @@ def read_clip(
     "Read the eight attributes of one clip from its measurements"
     words = dict.fromkeys(SLOTS, UNREADABLE)
     top = mixture.argmax()
-    if mixture[top] > 0.75 and mixture.sub(torch.nn.functional.one_hot(top, len(mixture))).abs().max() < 0.3: words["floor"] = SLOTS["floor"][top]
+    pure = torch.nn.functional.one_hot(top, len(mixture))
+    if mixture[top] > 0.75 and mixture.sub(pure).abs().max() < 0.3:
+        words["floor"] = SLOTS["floor"][top]
     frames = [find_blobs(cover) for cover in coverage.numpy()]
     numbers = [len(blobs) for blobs in frames]
     count = max((1, 2), key=numbers.count)
     if numbers.count(count) < FRAMES - 2: return words
     words |= {"count": SLOTS["count"][count - 1], "colour": read_colour(colour)}
-    words |= read_form([b for blobs in frames if len(blobs) == count for b in blobs])
     seen = np.array([k for k in range(FRAMES) if numbers[k] == count])
-    path = [np.interp(np.arange(FRAMES), seen, [np.mean([getattr(b, axis) for b in frames[k]]) for k in seen]) for axis in "xy"]
-    return words | read_path(*(torch.tensor(p, dtype=torch.float32) for p in path))
+    words |= read_form([blob for k in seen for blob in frames[k]])
+    path = []
+    for axis in "xy":
+        middles = [np.mean([getattr(blob, axis) for blob in frames[k]]) for k in seen]
+        path.append(torch.tensor(np.interp(np.arange(FRAMES), seen, middles), dtype=torch.float32))
+    return words | read_path(*path)
 
 # %% ../../nbs/1_world/04_words.ipynb #ae088d3f
 @torch.no_grad()
@@ -337,10 +374,13 @@ def read_video(
 ) -> list: # One dict a clip: slot name to word, or "unreadable"
     "Read the eight attributes of clips from their pixels"
     if video.ndim != 5 or tuple(video.shape[1:]) != (FRAMES, 3, SIZE, SIZE):
-        raise ValueError(f"the readers take clips of shape (batch, {FRAMES}, 3, {SIZE}, {SIZE}), got {tuple(video.shape)}")
+        raise ValueError(f"the readers take clips of shape (batch, {FRAMES}, 3, {SIZE}, {SIZE}), "
+                         f"got {tuple(video.shape)}")
     video = video.detach().float().cpu()
-    if not len(video) or not (-0.01 <= video.min() and video.max() <= 1.01): # NaN fails both comparisons
-        raise ValueError(f"the readers take at least one clip with finite colours in [0, 1], got {len(video)} clips" + (f" from {video.min():.3g} to {video.max():.3g}" if len(video) else ""))
+    if not len(video) or not (-0.01 <= video.min() and video.max() <= 1.01): # NaN fails both
+        span = f" from {video.min():.3g} to {video.max():.3g}" if len(video) else ""
+        raise ValueError("the readers take at least one clip with finite colours in [0, 1], "
+                         f"got {len(video)} clips{span}")
     mixture, background = fit_floor(video)
     coverage, colour = fit_sprites(video, background)
     return [read_clip(*parts) for parts in zip(coverage, colour, mixture)]
@@ -351,5 +391,9 @@ def agreement(
     scenes:list, # What the clips should show, one a reading
 ) -> dict: # Slot name to (share that agree with the scene, share unreadable)
     "How often readings agree with scenes, slot by slot"
-    return {slot: (float(np.mean([r[slot] == getattr(s, slot) for r, s in zip(readings, scenes, strict=True)])),
-                   float(np.mean([r[slot] == UNREADABLE for r in readings]))) for slot in SLOTS}
+    scores = {}
+    for slot in SLOTS:
+        right = [r[slot] == getattr(s, slot) for r, s in zip(readings, scenes, strict=True)]
+        unread = [r[slot] == UNREADABLE for r in readings]
+        scores[slot] = float(np.mean(right)), float(np.mean(unread))
+    return scores
