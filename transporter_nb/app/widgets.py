@@ -25,30 +25,24 @@ from typing import Any
 import ipywidgets as w
 from fastcore.basics import patch
 
-from transporter_nb.world.contrasts import changed_words, find_word, parse_contrast
-from transporter_nb.core.base import config_hash, repo_path
+from ..world.contrasts import changed_words, find_word, parse_contrast
+from ..core.base import config_hash, repo_path
 from transporter_nb.explain.exploration import (
-<<<<<<< /tmp/tmpb1sjorns/o
-    Request, StrengthGrid, Unsteered, alternatives, changeable_words, check_caption, open_token,
-    split_changes, stops, unsteered,
-)
-from transporter_nb.explain.learning_apart import learn_apart
-from transporter_nb.explain.recipe import lessons, papermill_line, python_cell
-=======
     Glimpse, Request, StrengthGrid, Unsteered, alternatives, changeable_words, check_caption,
-    learn_apart, lessons, open_token, papermill_line, python_cell, split_changes, stops, unsteered,
+    open_token, split_changes, stops, unsteered,
 )
->>>>>>> /tmp/tmpb1sjorns/t
-from transporter_nb.evaluate.faithfulness.plants import CUES, FAMILY, load_planted
-from transporter_nb.explain.transporter import Transporter
-from transporter_nb.models.registry import VLMS, find_adapter, shipped_vlm_names
+from ..explain.learning_apart import learn_apart
+from ..explain.recipe import lessons, papermill_line, python_cell
+from ..evaluate.faithfulness.plants import CUES, FAMILY, load_planted
+from ..explain.transporter import Transporter
+from ..models.registry import VLMS, find_adapter, shipped_vlm_names
 from transporter_nb.app.screen import (
     DIRECTIONS, ENDING, STEP, STRIP, STYLE, Cancelled, Controls, Names, Outputs, Worker,
     answers_html, brief, clip_html, message, share, strip_html, tagged, videos_html,
 )
-from transporter_nb.concepts.shaping import with_word
-from transporter_nb.explain.steering import MAX_STRENGTH, check_strengths
-from transporter_nb.world.words import EXAMPLE, SLOTS, Scene, caption, parse_caption
+from ..concepts.shaping import with_word
+from ..explain.steering import MAX_STRENGTH, check_strengths
+from ..world.words import EXAMPLE, SLOTS, Scene, caption, parse_caption
 
 # %% ../../nbs/7_app/03_widgets.ipynb #b1562d7e
 # name on the page -> what was planted
