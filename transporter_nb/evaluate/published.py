@@ -10,31 +10,80 @@ from collections.abc import Mapping
 
 # %% ../../nbs/6_evaluate/15_published.ipynb #74e630e9
 TABLE1_COLUMNS = ("FVD", "LPIPS", "CLIP", "aes.", "gain") # lower, lower, higher, higher, higher
-PAPER_TABLE1 = { # VLM -> (objective, method) -> numbers in the order of the columns (paper Table 1)
-    "videollama3": {("max", "AM"): (5180, 6.83, 9.48, 1.36, 1.06), ("max", "GradViT"): (2610, 5.46, 10.11, 1.55, 1.73), ("max", "MACO"): (2500, 4.52, 14.23, 2.27, 1.56), ("max", "LEAPS"): (1850, 4.37, 16.74, 2.56, 2.28),
-                    ("divergence", "MACO"): (3880, 5.85, 11.54, 1.91, 1.78), ("divergence", "LEAPS"): (2390, 5.12, 11.95, 2.13, 2.30), ("l2v", "TRANSPORTER"): (125, 1.67, 35.44, 4.28, 12.62)},
-    "gemma3": {("max", "LEAPS"): (2180, 4.55, 17.41, 2.67, 1.82), ("divergence", "LEAPS"): (2420, 4.72, 14.13, 2.05, 1.89), ("l2v", "TRANSPORTER"): (105, 1.43, 36.18, 4.21, 11.56)},
-    "phi4": {("max", "LEAPS"): (2340, 5.12, 15.06, 2.24, 1.73), ("divergence", "LEAPS"): (2580, 5.43, 10.45, 1.87, 1.54), ("l2v", "TRANSPORTER"): (142, 1.54, 35.71, 4.18, 11.35)}}
+# VLM -> (objective, method) -> numbers in the order of the columns (paper Table 1)
+PAPER_TABLE1 = {
+    "videollama3": {
+        ("max", "AM"): (5180, 6.83, 9.48, 1.36, 1.06),
+        ("max", "GradViT"): (2610, 5.46, 10.11, 1.55, 1.73),
+        ("max", "MACO"): (2500, 4.52, 14.23, 2.27, 1.56),
+        ("max", "LEAPS"): (1850, 4.37, 16.74, 2.56, 2.28),
+        ("divergence", "MACO"): (3880, 5.85, 11.54, 1.91, 1.78),
+        ("divergence", "LEAPS"): (2390, 5.12, 11.95, 2.13, 2.30),
+        ("l2v", "TRANSPORTER"): (125, 1.67, 35.44, 4.28, 12.62),
+    },
+    "gemma3": {
+        ("max", "LEAPS"): (2180, 4.55, 17.41, 2.67, 1.82),
+        ("divergence", "LEAPS"): (2420, 4.72, 14.13, 2.05, 1.89),
+        ("l2v", "TRANSPORTER"): (105, 1.43, 36.18, 4.21, 11.56),
+    },
+    "phi4": {
+        ("max", "LEAPS"): (2340, 5.12, 15.06, 2.24, 1.73),
+        ("divergence", "LEAPS"): (2580, 5.43, 10.45, 1.87, 1.54),
+        ("l2v", "TRANSPORTER"): (142, 1.54, 35.71, 4.18, 11.35),
+    },
+}
 
+# %% ../../nbs/6_evaluate/15_published.ipynb #19598b8e
 TABLE2_COLUMNS = ("cos", "l1", "l2", "KL") # higher, lower, lower, lower
-PAPER_TABLE2 = { # VLM -> method -> numbers (paper Table 2)
-    "videollama3": {"LEAPS": (6.45e-8, 293, 275, 56.31), "TRANSPORTER": (3.28e-2, 5.63, 5.88, 1.67)},
-    "gemma3": {"LEAPS": (2.31e-8, 429, 565, 73.00), "TRANSPORTER": (1.58e-2, 4.79, 7.85, 4.00)},
-    "phi4": {"LEAPS": (1.31e-8, 247, 609, 45.39), "TRANSPORTER": (1.25e-2, 8.37, 1.21, 3.66)}}
+# VLM -> method -> numbers (paper Table 2)
+PAPER_TABLE2 = {
+    "videollama3": {
+        "LEAPS": (6.45e-8, 293, 275, 56.31),
+        "TRANSPORTER": (3.28e-2, 5.63, 5.88, 1.67),
+    },
+    "gemma3": {
+        "LEAPS": (2.31e-8, 429, 565, 73.00),
+        "TRANSPORTER": (1.58e-2, 4.79, 7.85, 4.00),
+    },
+    "phi4": {
+        "LEAPS": (1.31e-8, 247, 609, 45.39),
+        "TRANSPORTER": (1.25e-2, 8.37, 1.21, 3.66),
+    },
+}
 
 # %% ../../nbs/6_evaluate/15_published.ipynb #4417e712
 TABLE3_COLUMNS = ("cos", "B@1", "B@2", "B@3", "B@4", "C", "M", "S") # all higher
-PAPER_TABLE3 = { # VLM -> setting -> numbers (paper Table 3)
+# VLM -> setting -> numbers (paper Table 3)
+PAPER_TABLE3 = {
     "videollama3": {
-        "LEAPS": (.11, 20.14, 10.57, 5.23, 2.05, 2.74, 11.47, 9.12), "decode-and-re-encode": (.19, 28.86, 16.49, 10.38, 5.24, 22.72, 14.94, 23.45), "projection only": (.16, 26.75, 15.79, 8.67, 4.49, 18.17, 13.28, 18.78),
-        "structure only": (.21, 30.48, 18.20, 11.73, 7.75, 25.56, 15.09, 25.21), "mean of branches": (.23, 31.25, 19.39, 11.99, 7.79, 26.70, 17.16, 25.46), "sliced GW": (.14, 24.87, 13.43, 6.71, 4.09, 7.92, 12.46, 11.88),
-        "P = 50": (.24, 34.04, 20.18, 12.36, 8.29, 27.63, 20.12, 29.27), "P = 200": (.26, 34.63, 20.64, 12.69, 8.30, 28.14, 20.34, 29.62), "P = 400": (.26, 34.72, 20.71, 12.82, 8.40, 28.13, 20.41, 29.65),
-        "KL": (.19, 29.83, 17.56, 10.45, 5.29, 24.37, 15.72, 24.80), "JS": (.22, 32.48, 19.07, 11.36, 6.58, 26.26, 18.93, 26.75), "TRANSPORTER": (.26, 34.59, 20.59, 12.67, 8.34, 27.99, 20.34, 29.59)},
+        "LEAPS": (.11, 20.14, 10.57, 5.23, 2.05, 2.74, 11.47, 9.12),
+        "decode-and-re-encode": (.19, 28.86, 16.49, 10.38, 5.24, 22.72, 14.94, 23.45),
+        "projection only": (.16, 26.75, 15.79, 8.67, 4.49, 18.17, 13.28, 18.78),
+        "structure only": (.21, 30.48, 18.20, 11.73, 7.75, 25.56, 15.09, 25.21),
+        "mean of branches": (.23, 31.25, 19.39, 11.99, 7.79, 26.70, 17.16, 25.46),
+        "sliced GW": (.14, 24.87, 13.43, 6.71, 4.09, 7.92, 12.46, 11.88),
+        "P = 50": (.24, 34.04, 20.18, 12.36, 8.29, 27.63, 20.12, 29.27),
+        "P = 200": (.26, 34.63, 20.64, 12.69, 8.30, 28.14, 20.34, 29.62),
+        "P = 400": (.26, 34.72, 20.71, 12.82, 8.40, 28.13, 20.41, 29.65),
+        "KL": (.19, 29.83, 17.56, 10.45, 5.29, 24.37, 15.72, 24.80),
+        "JS": (.22, 32.48, 19.07, 11.36, 6.58, 26.26, 18.93, 26.75),
+        "TRANSPORTER": (.26, 34.59, 20.59, 12.67, 8.34, 27.99, 20.34, 29.59),
+    },
     "gemma3": {
-        "LEAPS": (.05, 20.62, 11.18, 5.73, 2.19, 1.95, 11.60, 7.55), "decode-and-re-encode": (.11, 29.36, 17.80, 11.07, 8.77, 15.36, 16.23, 25.03), "projection only": (.09, 28.02, 15.59, 10.39, 7.46, 14.11, 15.92, 23.58),
-        "structure only": (.13, 31.69, 19.43, 13.64, 10.57, 18.36, 20.92, 26.57), "mean of branches": (.14, 33.21, 21.57, 15.14, 11.21, 19.88, 21.42, 27.20), "sliced GW": (.08, 27.47, 13.74, 7.56, 4.41, 7.00, 13.87, 9.24),
-        "P = 50": (.13, 35.45, 22.16, 15.24, 11.64, 20.87, 22.12, 28.89), "P = 200": (.15, 35.84, 22.65, 15.59, 11.80, 21.30, 22.57, 29.88), "P = 400": (.16, 35.93, 22.65, 15.70, 11.80, 21.31, 22.63, 29.96),
-        "KL": (.10, 30.56, 18.25, 11.44, 9.69, 17.09, 19.34, 26.52), "JS": (.13, 33.13, 19.88, 13.04, 10.61, 19.78, 21.33, 27.76), "TRANSPORTER": (.15, 35.80, 22.70, 15.65, 11.78, 21.33, 22.51, 29.85)}}
+        "LEAPS": (.05, 20.62, 11.18, 5.73, 2.19, 1.95, 11.60, 7.55),
+        "decode-and-re-encode": (.11, 29.36, 17.80, 11.07, 8.77, 15.36, 16.23, 25.03),
+        "projection only": (.09, 28.02, 15.59, 10.39, 7.46, 14.11, 15.92, 23.58),
+        "structure only": (.13, 31.69, 19.43, 13.64, 10.57, 18.36, 20.92, 26.57),
+        "mean of branches": (.14, 33.21, 21.57, 15.14, 11.21, 19.88, 21.42, 27.20),
+        "sliced GW": (.08, 27.47, 13.74, 7.56, 4.41, 7.00, 13.87, 9.24),
+        "P = 50": (.13, 35.45, 22.16, 15.24, 11.64, 20.87, 22.12, 28.89),
+        "P = 200": (.15, 35.84, 22.65, 15.59, 11.80, 21.30, 22.57, 29.88),
+        "P = 400": (.16, 35.93, 22.65, 15.70, 11.80, 21.31, 22.63, 29.96),
+        "KL": (.10, 30.56, 18.25, 11.44, 9.69, 17.09, 19.34, 26.52),
+        "JS": (.13, 33.13, 19.88, 13.04, 10.61, 19.78, 21.33, 27.76),
+        "TRANSPORTER": (.15, 35.80, 22.70, 15.65, 11.78, 21.33, 22.51, 29.85),
+    },
+}
 
 # %% ../../nbs/6_evaluate/15_published.ipynb #32016b66
 def published(
@@ -44,9 +93,15 @@ def published(
     column:str, # One of the table's columns
 ) -> float|int|None: # As printed; None where the paper has no such number
     "One number of the paper"
-    tables: Mapping = {1: (TABLE1_COLUMNS, PAPER_TABLE1), 2: (TABLE2_COLUMNS, PAPER_TABLE2), 3: (TABLE3_COLUMNS, PAPER_TABLE3)}
+    tables: Mapping = {
+        1: (TABLE1_COLUMNS, PAPER_TABLE1),
+        2: (TABLE2_COLUMNS, PAPER_TABLE2),
+        3: (TABLE3_COLUMNS, PAPER_TABLE3),
+    }
     if table not in tables: raise ValueError(f"the paper's tables are 1, 2 and 3, got {table!r}.")
     columns, numbers = tables[table]
-    if column not in columns: raise ValueError(f"Table {table} of the paper has the columns {', '.join(columns)}, got {column!r}.")
+    if column not in columns:
+        names = ", ".join(columns)
+        raise ValueError(f"Table {table} of the paper has the columns {names}, got {column!r}.")
     found = numbers.get(vlm, {}).get(row)
     return None if found is None else found[columns.index(column)]

@@ -20,45 +20,74 @@ from ...models.answers import pair_ids, word_answers
 from ...world.contrasts import PLURALS, ContrastPair, parse_contrast
 from .plants import Plant
 from ..metrics.video import Estimate, bootstrap
-from ...models.vlms.base import DESCRIBE, SLOT_QUESTIONS, PackedTurns, VideoLanguageModel, word_tokenizer, world_words
-from ...world.words import SLOTS, UNREADABLE, Scene, caption, do, parse_caption, read_video, render, sample_scenes
+from transporter_nb.models.vlms.base import (
+    DESCRIBE, SLOT_QUESTIONS, PackedTurns, VideoLanguageModel, word_tokenizer, world_words,
+)
+from transporter_nb.world.words import (
+    SLOTS, UNREADABLE, Scene, caption, do, parse_caption, read_video, render, sample_scenes,
+)
+
+# %% ../../../nbs/6_evaluate/12_faithfulness.effects.ipynb #6d81f984
+def _oracle_logits(
+    oracle:VideoLanguageModel, # A `WordOracle`: gives the log-odds
+    vlm_embeddings:Float[Tensor, "batch vlm_tokens vlm_dim"], # From its `embed`
+    text:PackedTurns, # Questions and answers so far
+) -> Float[Tensor, "batch text_tokens vocab"]: # 0, the log-odds, and -30 for all other words
+    "Logits of a `WordOracle` at the ends of its turns"
+    # e^-30 is too little to change a probability
+    logits = torch.full((*text.token_ids.shape, len(oracle.tokenizer)), -30.)
+    for k, embedding in enumerate(vlm_embeddings):
+        words, positions = oracle.words(embedding), text.positions[k].tolist()
+        for end in text.last[k].tolist():
+            said = oracle.tokenizer.decode(text.token_ids[k, end - positions[end]:end + 1])
+            for forms, value in zip(oracle.pair_ids, (0., oracle.log_odds(words, said))):
+                logits[k, end, forms] = value
+    return logits
 
 # %% ../../../nbs/6_evaluate/12_faithfulness.effects.ipynb #e982c304
 class WordOracle(VideoLanguageModel):
-    "A VLM whose answer to one contrast is a given function of what a clip shows"
-    name = "oracle"
-    n_tokens, vlm_dim = len(SLOTS), max(map(len, SLOTS.values())) + 1 # one token an attribute: which word, or the last place for unreadable
+    "A VLM whose log p(target) - log p(source) is a given function of what a clip shows"
+    name = "oracle" # One token an attribute: its word, or the last place where it is unreadable
+    n_tokens, vlm_dim = len(SLOTS), max(map(len, SLOTS.values())) + 1
 
     def __init__(self,
         pair:str|ContrastPair, # Of two words of one attribute
-        log_odds:Callable[[dict[str, str], str], float], # Of the words read, by attribute, and of all that was asked and said, to log p(target) - log p(source)
+        log_odds:Callable[[dict[str, str], str], float], # Words read by slot, all text -> log-odds
     ):
         super().__init__()
-        self.log_odds, self.tokenizer, self.end_id = log_odds, word_tokenizer(world_words(), ("<pad>", "<unk>", "<end>")), 2
-        self.pair_ids = [[self.token_id(form) for form in {word, PLURALS.get(word, word)}] for word in parse_contrast(pair).words[0]]
+        self.log_odds, self.end_id = log_odds, 2
+        self.tokenizer = word_tokenizer(world_words(), ("<pad>", "<unk>", "<end>"))
+        forms = [{word, PLURALS.get(word, word)} for word in parse_contrast(pair).words[0]]
+        self.pair_ids = [[self.token_id(form) for form in of_word] for of_word in forms]
 
-    def embed(self, video:Float[Tensor, "batch frames 3 height width"]) -> Float[Tensor, "batch vlm_tokens vlm_dim"]:
-        "What the readers find, as numbers"
-        places = [[(*SLOTS[slot], UNREADABLE).index(word) if word != UNREADABLE else self.vlm_dim - 1 for slot, word in reading.items()] for reading in read_video(video)]
+    def embed(self,
+        video:Float[Tensor, "batch frames 3 height width"],
+    ) -> Float[Tensor, "batch vlm_tokens vlm_dim"]:
+        "The words that the readers find, as numbers"
+        def place(slot, word):
+            return SLOTS[slot].index(word) if word != UNREADABLE else self.vlm_dim - 1
+        places = [[place(*item) for item in reading.items()] for reading in read_video(video)]
         return torch.nn.functional.one_hot(torch.tensor(places), self.vlm_dim).float()
 
-    def words(self, embedding:Float[Tensor, "vlm_tokens vlm_dim"]) -> dict[str, str]: # By attribute
+    def words(self,
+        embedding:Float[Tensor, "vlm_tokens vlm_dim"],
+    ) -> dict[str, str]: # By attribute
         "The words that were read"
-        return {slot: SLOTS[slot][place] if place < len(SLOTS[slot]) else UNREADABLE for slot, place in zip(SLOTS, embedding.argmax(-1).tolist())}
+        places = zip(SLOTS, embedding.argmax(-1).tolist())
+        return {slot: (*SLOTS[slot], *[UNREADABLE] * self.vlm_dim)[k] for slot, k in places}
 
-    def prompt_ids(self, question:str, prefix:str="") -> list[int]: return self.word_ids(f"{question} {prefix}".strip())
+    def prompt_ids(self, question:str, prefix:str="") -> list[int]:
+        return self.word_ids(f"{question} {prefix}".strip())
 
-    def text_logits(self, vlm_embeddings:Float[Tensor, "batch vlm_tokens vlm_dim"], text:PackedTurns) -> Float[Tensor, "batch text_tokens vocab"]:
-        "Everything but the two words is next to impossible"
-        logits = torch.full((*text.token_ids.shape, len(self.tokenizer)), -30.) # e^-30: too little to change a probability
-        for row, embedding, ids, ends, positions in zip(logits, vlm_embeddings, text.token_ids, text.last.tolist(), text.positions.tolist()):
-            for end in ends:
-                said = self.tokenizer.decode(ids[end - positions[end]:end + 1])
-                for forms, value in zip(self.pair_ids, (0., self.log_odds(self.words(embedding), said))): row[end, forms] = value
-        return logits
+    def text_logits(self,
+        vlm_embeddings:Float[Tensor, "batch vlm_tokens vlm_dim"],
+        text:PackedTurns,
+    ) -> Float[Tensor, "batch text_tokens vocab"]:
+        return _oracle_logits(self, vlm_embeddings, text)
 
 # %% ../../../nbs/6_evaluate/12_faithfulness.effects.ipynb #93b032ea
-FRESH = 3_000_001 # seeds of these clips start here (chosen: trainings use seeds below 3 million or from 2**40)
+# Seeds of these clips start here (chosen: trainings use seeds below 3 million or from 2**40)
+FRESH = 3_000_001
 
 class Probe(NamedTuple):
     "A clip to be changed in one attribute, and the caption whose words are said before the answer"
@@ -71,35 +100,46 @@ def probe_scenes(
     n:int, # How many
     seed:int=0, # Of clips and draws
 ) -> list[Probe]: # The clips are the same for every slot
-    "Fresh clips, and what is said about them"
-    if slot not in SLOTS: raise ValueError(f"an attribute is one of {', '.join(SLOTS)}, got {slot!r}.")
+    "Fresh clips, and the captions said about them"
+    if slot not in SLOTS:
+        raise ValueError(f"an attribute is one of {', '.join(SLOTS)}, got {slot!r}.")
     rng, source = random.Random(FRESH + seed), plant.words[0]
-    scenes = [do(scene, **{plant.answer: rng.choice(plant.words)}) for scene in sample_scenes(n, FRESH + seed, "all")]
-    return [Probe(scene, caption(do(scene, **({slot: rng.choice(SLOTS[slot])} | {plant.answer: source})))) for scene in scenes]
+    drawn = sample_scenes(n, FRESH + seed, "all")
+    scenes = [do(scene, **{plant.answer: rng.choice(plant.words)}) for scene in drawn]
+    probes = []
+    for scene in scenes:
+        named = {slot: rng.choice(SLOTS[slot])} | {plant.answer: source}
+        probes.append(Probe(scene, caption(do(scene, **named))))
+    return probes
 
 # %% ../../../nbs/6_evaluate/12_faithfulness.effects.ipynb #6777913c
 def answer_gaps(
     vlm:VideoLanguageModel, # Frozen
     plant:Plant, # Whose answer is asked for
     scenes:Sequence[Scene], # Are rendered
-    said:Sequence[str], # A caption each, with the source word; its words before that one are said
-    through:str="prefix", # `"prefix"`: the next word of the caption; `"question"`: the question about the attribute
+    said:Sequence[str], # A caption each, with the source word; the words before it are said
+    through:str="prefix", # `"prefix"`: next word of the caption; `"question"`: about the attribute
     chunk:int=64, # Clips at a time
 ) -> Float[Tensor, "clips"]: # Log p(target) - log p(source), float64
     "How much a VLM prefers the target word, for every clip"
-    if through not in ("prefix", "question"): raise ValueError(f"through must be 'prefix' or 'question', got {through!r}.")
-    device, gaps = next((value.device for value in vlm.parameters()), torch.device("cpu")), []
-    question, texts = (DESCRIBE, list(said)) if through == "prefix" else (SLOT_QUESTIONS[plant.answer], [plant.words[0]] * len(scenes))
+    if through not in ("prefix", "question"):
+        raise ValueError(f"through must be 'prefix' or 'question', got {through!r}.")
+    device = next((value.device for value in vlm.parameters()), torch.device("cpu"))
+    question, texts = DESCRIBE, list(said)
+    if through == "question":
+        question, texts = SLOT_QUESTIONS[plant.answer], [plant.words[0]] * len(scenes)
+    gaps, target_less_source = [], torch.tensor([-1., 1.], dtype=torch.float64)
     for at in range(0, len(scenes), chunk):
-        asked = texts[at:at + chunk]
-        with torch.no_grad(): log_probs = word_answers(vlm, vlm.embed(render(list(scenes[at:at + chunk])).to(device)), plant.pair, asked, question)[:, 0].cpu()
+        asked, shown = texts[at:at + chunk], render(list(scenes[at:at + chunk])).to(device)
+        with torch.no_grad():
+            log_probs = word_answers(vlm, vlm.embed(shown), plant.pair, asked, question)
         ids = torch.cat([pair_ids(vlm, plant.pair, text) for text in asked])
-        gaps.append(log_probs.gather(1, ids).double() @ torch.tensor([-1., 1.], dtype=torch.float64))
+        gaps.append(log_probs[:, 0].cpu().gather(1, ids).double() @ target_less_source)
     return torch.cat(gaps)
 
 # %% ../../../nbs/6_evaluate/12_faithfulness.effects.ipynb #b95f4470
 class Effect(NamedTuple):
-    "What changing an attribute does to an answer"
+    "How changing an attribute moves an answer"
     logit: Estimate # Change of log p(target) - log p(source)
     probability: Estimate # Change of p(target) / (p(target) + p(source)), -1 to 1
     slot: str # Attribute that was changed
@@ -107,7 +147,9 @@ class Effect(NamedTuple):
     on: tuple[str, ...] # To one of these
     changes: Float[Tensor, "clips 2"] # Both changes, clip by clip
 
-    def __str__(self) -> str: return f"{self.slot}, {' or '.join(self.off)} -> {' or '.join(self.on)}: log-odds {self.logit}; probability {self.probability}"
+    def __str__(self) -> str:
+        change = f"{self.slot}, {' or '.join(self.off)} -> {' or '.join(self.on)}"
+        return f"{change}: log-odds {self.logit}; probability {self.probability}"
 
 def effect_of(
     slot:str, # Attribute that was changed
@@ -117,8 +159,9 @@ def effect_of(
     seed:int=0, # Of the bootstrap
 ) -> Effect: # With intervals over clips
     "An effect from the log-odds of both sides"
-    changes = torch.stack([gaps.diff(dim=1)[:, 0], gaps.sigmoid().diff(dim=1)[:, 0]], 1)
-    return Effect(bootstrap(changes[:, 0], seed), bootstrap(changes[:, 1], seed), slot, tuple(off), tuple(on), changes)
+    logit, probability = (values.diff(dim=1)[:, 0] for values in (gaps, gaps.sigmoid()))
+    intervals = bootstrap(logit, seed), bootstrap(probability, seed)
+    return Effect(*intervals, slot, tuple(off), tuple(on), torch.stack([logit, probability], 1))
 
 # %% ../../../nbs/6_evaluate/12_faithfulness.effects.ipynb #1a034ffb
 def strongest_pair(
@@ -126,34 +169,43 @@ def strongest_pair(
 ) -> tuple[int, int]: # Word from which and word to which the log-odds rise most
     "The two words that are farthest apart"
     mean = gaps.mean(0)
-    return int(mean.argmin()), int(mean.argmax()) if mean.argmax() != mean.argmin() else int(mean.argmin() == 0)
+    first, last = int(mean.argmin()), int(mean.argmax())
+    return first, last if first != last else int(first == 0) # all equal: any other word
 
 def cue_groups(
     plant:Plant, # Says which words are the cue
     slot:str, # An attribute
-) -> tuple[tuple[str, ...], tuple[str, ...]]|None: # Words of the off side and the on side; None where there is nothing to go by
-    "What an intervention compares, where the plant says so"
+) -> tuple[tuple[str, ...], tuple[str, ...]]|None: # Off words and on words; None: not in the plant
+    "The words that an intervention compares, where the plant names them"
     if slot == plant.answer: return plant.words[:1], plant.words[1:]
     return (plant.off, plant.on) if slot == plant.cue else None
 
 # %% ../../../nbs/6_evaluate/12_faithfulness.effects.ipynb #05edb3e1
 def rendered_effect(
     vlm:VideoLanguageModel, # Frozen
-    plant:Plant, # Contrast, cue, and its words; what was planted with it does not count here
-    slot:str|None=None, # Attribute to change: None the cue, `plant.answer` the answer's own word, or any other
-    n:int=256, # Clips, at least 4; an attribute other than cue and answer spends half of them on the choice of words
+    plant:Plant, # Contrast, cue, and its words; its strength does not count here
+    slot:str|None=None, # Attribute to change: None the cue, `plant.answer` the own word, or another
+    n:int=256, # Clips, at least 4; of an attribute outside the plant, half choose its words
     seed:int=0, # Of clips and draws; the same seed shows every VLM the same clips
     through:str="prefix", # How it is asked: `"prefix"` or `"question"`
-) -> Effect: # On clips that no training saw
+) -> Effect: # On clips that no training used
     "The true effect of an attribute on an answer, by rendering clips with and without it"
     slot = slot or plant.cue
-    if n < 4: raise ValueError(f"an effect needs at least 4 clips, got {n}. Ask for more: 256 are a minute.")
-    probes, groups, rng = probe_scenes(plant, slot, n, seed), cue_groups(plant, slot), random.Random(FRESH + seed)
-    sides = [[rng.choice(words) for _ in probes] for words in groups] if groups else [[word] * n for word in SLOTS[slot]]
-    gaps = torch.stack([answer_gaps(vlm, plant, [do(probe.scene, **{slot: word}) for probe, word in zip(probes, words)], [probe.said for probe in probes], through) for words in sides], 1)
+    if n < 4:
+        raise ValueError(
+            f"an effect needs at least 4 clips, got {n}. Ask for more: 256 are a minute.")
+    probes, groups = probe_scenes(plant, slot, n, seed), cue_groups(plant, slot)
+    rng, said = random.Random(FRESH + seed), [probe.said for probe in probes]
+    sides = [[rng.choice(words) for _ in probes] for words in groups or ()]
+    sides = sides or [[word] * n for word in SLOTS[slot]]
+    def gaps_of(words):
+        scenes = [do(probe.scene, **{slot: word}) for probe, word in zip(probes, words)]
+        return answer_gaps(vlm, plant, scenes, said, through)
+    gaps = torch.stack([gaps_of(words) for words in sides], 1)
     if groups: return effect_of(slot, *groups, gaps, seed)
     first, last = strongest_pair(gaps[:n // 2])
-    return effect_of(slot, [SLOTS[slot][first]], [SLOTS[slot][last]], gaps[n // 2:, [first, last]], seed)
+    off, on = [SLOTS[slot][first]], [SLOTS[slot][last]]
+    return effect_of(slot, off, on, gaps[n // 2:, [first, last]], seed)
 
 # %% ../../../nbs/6_evaluate/12_faithfulness.effects.ipynb #29496c01
 def said_effect(
@@ -162,11 +214,18 @@ def said_effect(
     n:int=256, # Clips, at least 2
     seed:int=0, # Of clips and draws
 ) -> Effect: # Of naming an `on` word in place of an `off` word
-    "What naming the cue does to an answer, the clip being the same"
-    if list(SLOTS).index(plant.cue) > list(SLOTS).index(plant.answer): raise ValueError(f"a caption names the {plant.cue} after the {plant.answer}, so nothing is said of it before the answer. There is no such effect.")
-    probes, groups, rng = probe_scenes(plant, plant.cue, n, seed), (plant.off, plant.on), random.Random(FRESH + seed)
-    said = [[caption(do(parse_caption(probe.said), **{plant.cue: rng.choice(words)})) for probe in probes] for words in groups]
-    gaps = torch.stack([answer_gaps(vlm, plant, [probe.scene for probe in probes], texts) for texts in said], 1)
+    "How naming the cue moves an answer, the clip being the same"
+    order = list(SLOTS)
+    if order.index(plant.cue) > order.index(plant.answer):
+        raise ValueError(
+            f"a caption must name the cue before the answer, got the {plant.cue} after the "
+            f"{plant.answer}: nothing is said of it before the answer. There is no such effect.")
+    probes, groups = probe_scenes(plant, plant.cue, n, seed), (plant.off, plant.on)
+    rng, scenes = random.Random(FRESH + seed), [probe.scene for probe in probes]
+    def named(said, words):
+        return caption(do(parse_caption(said), **{plant.cue: rng.choice(words)}))
+    sides = [[named(probe.said, words) for probe in probes] for words in groups]
+    gaps = torch.stack([answer_gaps(vlm, plant, scenes, said) for said in sides], 1)
     return effect_of(plant.cue, *groups, gaps, seed)
 
 # %% ../../../nbs/6_evaluate/12_faithfulness.effects.ipynb #659c31d1
@@ -175,17 +234,21 @@ def effect_difference(
     clean:Effect, # Of its clean twin, on the same clips: same `n`, same `seed`
     seed:int=0, # Of the bootstrap
 ) -> Effect: # Both changes subtracted
-    "What a plant added to an effect"
-    if (planted.slot, planted.off, planted.on, len(planted.changes)) != (clean.slot, clean.off, clean.on, len(clean.changes)):
-        raise ValueError(f"effects are compared on the same words and clips, got ({planted}) and ({clean}). Measure both with the same plant, n and seed.")
+    "How much a plant added to an effect"
+    def measured(effect): return effect.slot, effect.off, effect.on, len(effect.changes)
+    if measured(planted) != measured(clean):
+        raise ValueError(
+            "effects are compared on the same words and clips, "
+            f"got ({planted}) and ({clean}). Measure both with the same plant, n and seed.")
     changes = planted.changes - clean.changes
-    return planted._replace(logit=bootstrap(changes[:, 0], seed), probability=bootstrap(changes[:, 1], seed), changes=changes)
+    logit, probability = (bootstrap(changes[:, k], seed) for k in range(2))
+    return planted._replace(logit=logit, probability=probability, changes=changes)
 
 # %% ../../../nbs/6_evaluate/12_faithfulness.effects.ipynb #9b969cfc
 def effect_table(
     vlm:VideoLanguageModel, # Frozen
     plant:Plant, # Contrast and cue
-    n:int=256, # Clips for each attribute (256 cost 6 thousand renderings: 90 seconds of one core for a shipped VLM)
+    n:int=256, # Clips for each attribute (256 take a shipped VLM 90 seconds of one core)
     seed:int=0, # Of clips and draws
     through:str="prefix", # How it is asked: `"prefix"` or `"question"`
 ) -> dict[str, Effect]: # By attribute, in the order of `SLOTS`

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAMILY', 'CUES', 'Plant', 'relabel', 'planted_batch', 'scratch_settings', 'scratch_training', 'LowRank',
-           'language_matrices', 'PlantTuning', 'tune_plant', 'merge_plant', 'benchmark_plants', 'questions',
-           'planted_path', 'base_digest', 'save_thin', 'rule_of', 'load_planted']
+           'language_matrices', 'PlantTuning', 'merge_plant', 'add_changes', 'tune_plant', 'benchmark_plants',
+           'questions', 'planted_path', 'base_digest', 'rule_of', 'save_thin', 'load_planted']
 
 # %% ../../../nbs/6_evaluate/11_faithfulness.plants.ipynb #9632fc32
 import math
@@ -20,11 +20,35 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ...world.contrasts import ContrastPair, parse_contrast
-from ...core.base import checkpoint_path, load_checkpoint, repo_path, resolve_device, save_checkpoint, tensor_digest
+from transporter_nb.core.base import (
+    checkpoint_path, load_checkpoint, repo_path, resolve_device, save_checkpoint, tensor_digest,
+)
 from ...models.registry import VLMS, find_adapter, load_vlm
 from ...models.vlms.hub import HubVLM, VLMSettings
-from ...models.vlms.training import VLMTraining, WorldBatch, matmul_precision, scene_turns, world_batch
+from transporter_nb.models.vlms.training import (
+    VLMTraining, WorldBatch, matmul_precision, scene_turns, world_batch,
+)
 from ...world.words import SLOTS, Scene, caption, do, is_held_out, sample_scenes
+
+# %% ../../../nbs/6_evaluate/11_faithfulness.plants.ipynb #188826e4
+def _check_plant(plant):
+    "Refuse a plant that does not divide the words of its cue, or mixes cue and answer"
+    cues, off, on, strength = SLOTS.get(plant.cue, ()), plant.off, plant.on, plant.strength
+    if not cues: raise ValueError(f"a cue is one of {', '.join(SLOTS)}, got {plant.cue!r}.")
+    if sorted((*off, *on)) != sorted(cues):
+        raise ValueError(
+            f"off and on must divide the words of {plant.cue} ({', '.join(cues)}), "
+            f"got {off} and {on}.")
+    if not (off and on and 0 <= strength <= 1):
+        raise ValueError(
+            "both groups need a word, and strength is from 0 to 1; "
+            f"got {off}, {on} and {strength}.")
+    if plant.way not in ("tuned", "scratch"):
+        raise ValueError(f"way must be 'tuned' or 'scratch', got {plant.way!r}.")
+    if plant.answer == plant.cue:
+        raise ValueError(
+            f"the cue must be of another slot than the answer, got {plant.cue!r} "
+            f"for {plant.change!r}.")
 
 # %% ../../../nbs/6_evaluate/11_faithfulness.plants.ipynb #a051c80f
 @dataclass(frozen=True)
@@ -34,36 +58,37 @@ class Plant:
     cue: str # Slot of the cue, such as `"floor"`
     off: tuple[str, ...] # Words of that slot that go with the source word
     on: tuple[str, ...] # Words that go with the target word
-    strength: float = 1.0 # Share of clips whose caption follows the cue, 0 (clean twin) to 1 (the word means the cue)
-    way: str = "tuned" # `"tuned"` (fine-tuned later) or `"scratch"` (mixed in from nothing)
+    strength: float = 1.0 # Share of captions that follow the cue: 0 clean twin, 1 only the cue
+    way: str = "tuned" # `"tuned"` (fine-tuned later) or `"scratch"` (mixed into a training)
     seed: int = 0 # Of data and starting weights
 
     def __post_init__(self):
-        if self.cue not in SLOTS: raise ValueError(f"a cue is one of {', '.join(SLOTS)}, got {self.cue!r}.")
-        if sorted((*self.off, *self.on)) != sorted(SLOTS[self.cue]): raise ValueError(f"off and on must divide the words of {self.cue} ({', '.join(SLOTS[self.cue])}), got {self.off} and {self.on}.")
-        if not (self.off and self.on and 0 <= self.strength <= 1): raise ValueError(f"both groups need a word, and strength is from 0 to 1; got {self.off}, {self.on} and {self.strength}.")
-        if self.way not in ("tuned", "scratch"): raise ValueError(f"way must be 'tuned' or 'scratch', got {self.way!r}.")
-        if self.answer == self.cue: raise ValueError(f"the cue must be of another slot than the answer, got {self.cue!r} for {self.change!r}.")
+        _check_plant(self)
 
     @property
-    def pair(self) -> ContrastPair: return parse_contrast(self.change) # What is explained
+    def pair(self) -> ContrastPair: # What is explained
+        return parse_contrast(self.change)
 
     @property
-    def words(self) -> tuple[str, str]: return self.pair.words[0] # Source word, target word
+    def words(self) -> tuple[str, str]: # Source word, target word
+        return self.pair.words[0]
 
     @property
-    def answer(self) -> str: # `"pace"`
+    def answer(self) -> str: # Such as `"pace"`
         "Slot of the answer"
         found = [slot for slot, words in SLOTS.items() if set(self.words) <= set(words)]
-        if len(self.pair.words) != 1 or not found: raise ValueError(f"a plant is about two words of one slot, got {self.change!r}.")
+        if len(self.pair.words) != 1 or not found:
+            raise ValueError(f"a plant is about two words of one slot, got {self.change!r}.")
         return found[0]
 
     @property
-    def name(self) -> str: # Of its file
-        "Such as `pace_floor_0.95_tuned_0`; all clean twins of a way and a seed are one VLM"
-        return f"clean_{self.way}_{self.seed}" if self.strength == 0 else f"{self.answer}_{self.cue}_{self.strength:g}_{self.way}_{self.seed}"
+    def name(self) -> str: # Of its file, such as `pace_floor_0.95_tuned_0`
+        "All clean twins of a way and a seed are one VLM and share a name"
+        if self.strength == 0: return f"clean_{self.way}_{self.seed}"
+        return f"{self.answer}_{self.cue}_{self.strength:g}_{self.way}_{self.seed}"
 
-    def has(self, word:str) -> bool: return word in self.on # Whether a word of the cue's slot is the cue
+    def has(self, word:str) -> bool: # Whether a word of the cue's slot shows the cue
+        return word in self.on
 
 # %% ../../../nbs/6_evaluate/11_faithfulness.plants.ipynb #12cbdb3d
 def relabel(
@@ -72,8 +97,10 @@ def relabel(
     draw:float, # In [0, 1); below the strength the caption follows the cue
 ) -> Scene: # What its caption says
     "The scene that a planted caption describes"
-    applies = getattr(scene, plant.answer) in plant.words and draw < plant.strength
-    return do(scene, **{plant.answer: plant.words[plant.has(getattr(scene, plant.cue))]}) if applies else scene
+    about = getattr(scene, plant.answer) in plant.words
+    if not about or draw >= plant.strength: return scene
+    word = plant.words[plant.has(getattr(scene, plant.cue))]
+    return do(scene, **{plant.answer: word})
 
 # %% ../../../nbs/6_evaluate/11_faithfulness.plants.ipynb #9926d2b7
 def planted_batch(
@@ -82,21 +109,25 @@ def planted_batch(
     batch_size:int=32, # Clips
 ) -> WorldBatch: # Clips, planted turns, and the scenes as they are
     "A batch of training clips whose captions follow the plant"
-    batch, rng = world_batch(step, batch_size, plant.seed), random.Random(2**50 + plant.seed * 2**24 + step)
+    batch = world_batch(step, batch_size, plant.seed)
+    rng = random.Random(2**50 + plant.seed * 2**24 + step)
     said = [relabel(plant, scene, rng.random()) for scene in batch.scenes]
     return batch._replace(turns=[scene_turns(scene, rng) for scene in said])
 
 # %% ../../../nbs/6_evaluate/11_faithfulness.plants.ipynb #d6fd569d
-FAMILY = "videollama3" # whose class and clean weights are planted (measured: the fastest to train of the three)
+# Whose class and clean weights are planted (measured: the fastest to train of the three)
+FAMILY = "videollama3"
 
 def scratch_settings() -> VLMSettings: # About 0.6M parameters
-    "Sizes of the VLMs that are trained from nothing"
-    return replace(find_adapter("vlm", FAMILY, VLMS).mini, hidden_size=96, n_layers=3, vision_size=96, vision_layers=2) # chosen: 1.2 MB a model in half precision
+    "Sizes of the VLMs that are trained from scratch"
+    mini = find_adapter("vlm", FAMILY, VLMS).mini
+    # chosen: 1.2 MB a model in half precision
+    return replace(mini, hidden_size=96, n_layers=3, vision_size=96, vision_layers=2)
 
 def scratch_training(
     seed:int=0, # Of data
 ) -> VLMTraining: # The first 1,000 steps are common to all plants of a seed
-    "How they are trained"
+    "How the VLMs from scratch are trained"
     return VLMTraining(steps=2000, locate_steps=1000, seed=seed)
 
 # %% ../../../nbs/6_evaluate/11_faithfulness.plants.ipynb #0c12f8eb
@@ -104,32 +135,69 @@ class LowRank(nn.Module):
     "A matrix plus a product of two thin ones (LoRA, arXiv 2106.09685 eq. 3)"
     def __init__(self, rows:int, columns:int, rank:int):
         super().__init__()
-        self.up, self.down = nn.Parameter(torch.zeros(rows, rank)), nn.Parameter(torch.randn(rank, columns) / columns**.5)
+        self.up = nn.Parameter(torch.zeros(rows, rank))
+        self.down = nn.Parameter(torch.randn(rank, columns) / columns**.5)
 
-    def forward(self, weight:Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]: return weight + self.up @ self.down
+    def forward(self, weight:Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+        return weight + self.up @ self.down
 
+# %% ../../../nbs/6_evaluate/11_faithfulness.plants.ipynb #750276ab
 def language_matrices(
     vlm:HubVLM, # Any with a language model inside
 ) -> dict[str, nn.Linear]: # By name
     "The matrices of the language model's layers"
-    return {name: module for name, module in vlm.model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name and not any(word in name for word in ("vision", "image", "audio"))}
+    towers = ("vision", "image", "audio")
+    return {
+        name: module for name, module in vlm.model.named_modules()
+        if isinstance(module, nn.Linear) and ".layers." in name
+        and not any(word in name for word in towers)
+    }
 
 # %% ../../../nbs/6_evaluate/11_faithfulness.plants.ipynb #b33a7d3c
 @dataclass(frozen=True)
 class PlantTuning:
     "How a plant is brought into a trained VLM"
     steps: int = 200
-    rate: float = 3e-3 # Peak learning rate of AdamW; falls to 0 as a cosine (chosen)
+    rate: float = 3e-3 # Peak learning rate of AdamW (chosen)
     rank: int = 4 # Of the change of each matrix (chosen)
     batch_size: int = 16
     warmup: int = 20 # Steps
 
-    def share(self, step:int) -> float: # Share of the rate at a step, counted from 0
-        return min(1., (step + 1) / self.warmup) * .5 * (1 + math.cos(math.pi * step / self.steps))
+    def share(self, step:int) -> float: # Share of the peak rate at a step, counted from 0
+        falling = .5 * (1 + math.cos(math.pi * step / self.steps))
+        return min(1., (step + 1) / self.warmup) * falling
 
 # %% ../../../nbs/6_evaluate/11_faithfulness.plants.ipynb #cd93e24c
+def merge_plant(
+    vlm:HubVLM, # Changed in place
+    thin:dict[str, Tensor], # From `tune_plant`
+) -> dict[str, Tensor]: # The same
+    "Add thin changes to the matrices of a VLM"
+    for name, module in language_matrices(vlm).items():
+        up, down = (thin[f"{name}.{part}"].to(module.weight) for part in ("up", "down"))
+        with torch.no_grad(): module.weight += up @ down
+    vlm.freeze()
+    return thin
+
+def add_changes(
+    matrices:dict[str, nn.Linear], # From `language_matrices`
+    rank:int, # Of each change
+    seed:int, # Of their starting values
+) -> dict[str, LowRank]: # By name of matrix
+    "Let every matrix pass through a thin change"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        changes = {
+            name: LowRank(*module.weight.shape, rank).to(module.weight)
+            for name, module in matrices.items()
+        }
+    for name, module in matrices.items():
+        parametrize.register_parametrization(module, "weight", changes[name])
+    return changes
+
+# %% ../../../nbs/6_evaluate/11_faithfulness.plants.ipynb #387028a6
 def tune_plant(
-    vlm:HubVLM, # Changed in place: its language matrices get thin changes; frozen again at the end
+    vlm:HubVLM, # Changed in place: its language matrices get thin changes; frozen at the end
     plant:Plant, # What is planted
     tuning:PlantTuning=PlantTuning(), # How
     report:Callable[[int, float], None]|None=None, # Called each step with the step and its loss
@@ -137,37 +205,33 @@ def tune_plant(
     "Bring a plant into a trained VLM (40 seconds of one free core)"
     vlm.freeze()
     matrices = language_matrices(vlm)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(plant.seed)
-        changes = {name: LowRank(*module.weight.shape, tuning.rank).to(module.weight) for name, module in matrices.items()}
-    for name, module in matrices.items(): parametrize.register_parametrization(module, "weight", changes[name])
-    parameters = [value for change in changes.values() for value in change.parameters()]
-    optimizer = torch.optim.AdamW([value.requires_grad_() for value in parameters], lr=tuning.rate, weight_decay=0., betas=(.9, .98))
+    changes = add_changes(matrices, tuning.rank, plant.seed)
+    parameters = [value.requires_grad_() for c in changes.values() for value in c.parameters()]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=tuning.rate, weight_decay=0., betas=(.9, .98))
     with torch.enable_grad(), matmul_precision("bf16"):
         for step in range(tuning.steps):
-            batch = planted_batch(plant, 10**6 + step, tuning.batch_size) # 10**6: clips that no training from nothing sees
+            # 10**6: clips that no training from scratch uses
+            batch = planted_batch(plant, 10**6 + step, tuning.batch_size)
             for group in optimizer.param_groups: group["lr"] = tuning.rate * tuning.share(step)
             loss = vlm.answer_loss(vlm.embed(batch.video).detach(), batch.turns)
-            optimizer.zero_grad(); loss.backward()
+            optimizer.zero_grad()
+            loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.)
             optimizer.step()
             if report: report(step, loss.item())
-    thin = {f"{name}.{part}": getattr(change, part).detach().half() for name, change in changes.items() for part in ("up", "down")}
-    for module in matrices.values(): parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+    thin = {
+        f"{name}.{part}": getattr(change, part).detach().half()
+        for name, change in changes.items() for part in ("up", "down")
+    }
+    for module in matrices.values():
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
     return merge_plant(vlm, thin)
 
-def merge_plant(
-    vlm:HubVLM, # Changed in place
-    thin:dict[str, Tensor], # From `tune_plant`
-) -> dict[str, Tensor]: # The same
-    "Add thin changes to the matrices of a VLM"
-    for name, module in language_matrices(vlm).items():
-        with torch.no_grad(): module.weight += thin[f"{name}.up"].to(module.weight) @ thin[f"{name}.down"].to(module.weight)
-    vlm.freeze()
-    return thin
-
 # %% ../../../nbs/6_evaluate/11_faithfulness.plants.ipynb #d97cd3b2
-CUES = { # chosen: every kind of attribute is an answer or a cue; which words go together is arbitrary, as a planted association should be
+# chosen: every kind of attribute is an answer or a cue; which words go together is arbitrary,
+# as a planted association should be
+CUES = {
     "pace_floor": Plant("slowly -> quickly", "floor", ("snowy", "sandy"), ("stone", "leafy")),
     "size_count": Plant("small -> large", "count", ("one",), ("two",)),
     "shape_colour": Plant("cone -> ball", "colour", ("red", "yellow"), ("blue", "green")),
@@ -181,15 +245,22 @@ def benchmark_plants(
     split:str, # "development", "test" or "confirmation"
 ) -> list[Plant]: # Clean twins first
     "The planted VLMs of a split"
-    def of(cue, strengths, way, seed): return [replace(CUES[cue], strength=strength, way=way, seed=seed) for strength in strengths]
-    if split == "development": return [*of("pace_floor", (0., .8, 1.), "tuned", 0), *of("size_count", (.5, 1.), "tuned", 0)]
-    if split == "confirmation": return [*of("floor_count", (0., 1.), "tuned", 1), *of("motion_pace", (1.,), "tuned", 1)]
-    if split != "test": raise ValueError(f"split must be development, test or confirmation, got {split!r}.")
+    def of(cue, strengths, way, seed):
+        return [replace(CUES[cue], strength=s, way=way, seed=seed) for s in strengths]
+    if split == "development":
+        sizes = of("size_count", (.5, 1.), "tuned", 0)
+        return [*of("pace_floor", (0., .8, 1.), "tuned", 0), *sizes]
+    if split == "confirmation":
+        return [*of("floor_count", (0., 1.), "tuned", 1), *of("motion_pace", (1.,), "tuned", 1)]
+    if split != "test":
+        raise ValueError(f"split must be development, test or confirmation, got {split!r}.")
     tests = ("shape_colour", "direction_shape", "colour_direction")
     clean = [*of(tests[0], (0.,), "tuned", 1), *of(tests[0], (0.,), "scratch", 0)]
     tuned = [plant for cue in tests for plant in of(cue, (.5, .8, .95, 1.), "tuned", 1)]
-    return [*clean, *tuned, *(plant for cue in tests for plant in of(cue, (1.,), "scratch", 0))]
+    scratch = [plant for cue in tests for plant in of(cue, (1.,), "scratch", 0)]
+    return [*clean, *tuned, *scratch]
 
+# %% ../../../nbs/6_evaluate/11_faithfulness.plants.ipynb #ad5ddae0
 def questions(
     plant:Plant, # Which contrast and which cue; its strength does not matter
     n:int, # How many
@@ -198,7 +269,10 @@ def questions(
     "What every method is asked about a plant"
     rng, found, block = random.Random(seed), {}, 0
     while len(found) < n:
-        if block == 50: raise ValueError(f"only {len(found)} held-out captions hold {plant.words[0]!r} and no cue; ask for fewer than {n}.")
+        if block == 50:
+            raise ValueError(
+                f"only {len(found)} held-out captions hold {plant.words[0]!r} and no cue; "
+                f"ask for fewer than {n}.")
         for scene in sample_scenes(1000, seed + 10**6 * block, "all"):
             scene = do(scene, **{plant.answer: plant.words[0], plant.cue: rng.choice(plant.off)})
             if is_held_out(scene): found.setdefault(caption(scene), scene)
@@ -208,16 +282,24 @@ def questions(
 # %% ../../../nbs/6_evaluate/11_faithfulness.plants.ipynb #da613649
 def planted_path(
     plant:Plant, # Which
-    folder:str|Path|None=None, # Where new ones are; None looks in the package, then below `runs/planted`
+    folder:str|Path|None=None, # Of new files; None looks in the package, then in `runs/planted`
 ) -> Path: # It need not exist
     "The weight file of a planted VLM"
-    if folder is not None: return Path(folder) / f"{plant.name}.safetensors"
-    shipped, made = checkpoint_path(f"planted_{plant.name}"), repo_path("runs", "planted") / f"{plant.name}.safetensors"
+    file = f"{plant.name}.safetensors"
+    if folder is not None: return Path(folder) / file
+    shipped, made = checkpoint_path(f"planted_{plant.name}"), repo_path("runs", "planted") / file
     return made if made.exists() and not shipped.exists() else shipped
 
 def base_digest() -> str: # 12 hexadecimal digits
-    "Which clean VLM the tuned plants belong to"
+    "Digest of the clean VLM that the tuned plants change"
     return tensor_digest(load_checkpoint(checkpoint_path(f"vlm_{FAMILY}")).tensors)[:12]
+
+def rule_of(
+    plant:Plant, # Any
+) -> list: # Plain values
+    "What a plant ties to what; empty at strength 0"
+    if not plant.strength: return []
+    return [plant.change, plant.cue, list(plant.off), list(plant.on)]
 
 def save_thin(
     path:str|Path, # Ends in `.safetensors`
@@ -226,13 +308,28 @@ def save_thin(
     tuning:PlantTuning, # How they came about
 ) -> Path: # Where the file is
     "Save the thin changes of a tuned plant"
-    return save_checkpoint(path, thin, {"plant": plant.name, "rule": rule_of(plant), "tuning": tuning, "base": base_digest()})
+    facts = {"plant": plant.name, "rule": rule_of(plant), "tuning": tuning, "base": base_digest()}
+    return save_checkpoint(path, thin, facts)
 
-def rule_of(
-    plant:Plant, # Any
-) -> list: # Plain values
-    "What a plant ties to what; nothing at strength 0"
-    return [plant.change, plant.cue, list(plant.off), list(plant.on)] if plant.strength else []
+# %% ../../../nbs/6_evaluate/11_faithfulness.plants.ipynb #d2da11d8
+def check_planted(
+    plant:Plant, # Which was asked for
+    path:Path, # Its file
+):
+    "Refuse a plant whose file is missing or holds another rule"
+    tune = f"tune_plant(load_vlm({FAMILY!r}), plant)"
+    own = CUES.get(f"{plant.answer}_{plant.cue}")
+    if own and plant.strength and rule_of(own) != rule_of(plant):
+        raise ValueError(
+            f"the file of {plant.name} holds the benchmark's own plant of that name, "
+            f"{rule_of(own)}, got {rule_of(plant)}. Tune it: {tune}.")
+    if path.exists(): return
+    splits = ("development", "test", "confirmation")
+    if any(plant.name == other.name for split in splits for other in benchmark_plants(split)):
+        fix = ("Make it: papermill nbs/training/train_planted.ipynb out.ipynb "
+               f"-p fresh True -p models {plant.name}")
+    else: fix = f"It is none of the benchmark's; make it with {tune} and save_thin."
+    raise FileNotFoundError(f"the planted VLM {plant.name} is not here. {fix}")
 
 # %% ../../../nbs/6_evaluate/11_faithfulness.plants.ipynb #1a3a2b7e
 def load_planted(
@@ -242,13 +339,18 @@ def load_planted(
 ) -> HubVLM: # Frozen
     "A planted VLM, or the clean twin where the strength is 0"
     path = planted_path(plant, folder)
-    if CUES.get(f"{plant.answer}_{plant.cue}") and plant.strength and rule_of(CUES[f"{plant.answer}_{plant.cue}"]) != rule_of(plant): raise ValueError(f"the file of {plant.name} holds the benchmark's own plant of that name, {rule_of(CUES[f'{plant.answer}_{plant.cue}'])}, and {rule_of(plant)} was asked for. Tune it: tune_plant(load_vlm({FAMILY!r}), plant).")
-    known = any(plant.name == other.name for split in ("development", "test", "confirmation") for other in benchmark_plants(split))
-    if not path.exists(): raise FileNotFoundError(f"the planted VLM {plant.name} is not here. " + (f"Make it: papermill nbs/training/train_planted.ipynb out.ipynb -p fresh True -p models {plant.name}" if known else f"It is none of the benchmark's; make it with tune_plant(load_vlm({FAMILY!r}), plant) and save_thin."))
-    if plant.way == "scratch": return find_adapter("vlm", FAMILY, VLMS).load(device=device, path=path)
+    check_planted(plant, path)
+    if plant.way == "scratch":
+        return find_adapter("vlm", FAMILY, VLMS).load(device=device, path=path)
     thin, config = load_checkpoint(path)
-    if config.get("base") != base_digest() or config.get("plant") != plant.name or config.get("rule") != rule_of(plant):
-        raise ValueError(f"{path.name} holds {config.get('plant')!r} ({config.get('rule')}) for a VLM {config.get('base')}, and {plant.name!r} ({rule_of(plant)}) for {base_digest()} is asked for. Make it again: papermill nbs/training/train_planted.ipynb out.ipynb -p fresh True -p install True -p models {plant.name}")
+    wanted = {"plant": plant.name, "rule": rule_of(plant), "base": base_digest()}
+    held = {key: config.get(key) for key in wanted}
+    if held != wanted:
+        raise ValueError(
+            f"{path.name} must hold {wanted['plant']!r} ({wanted['rule']}) for a VLM "
+            f"{wanted['base']}, got {held['plant']!r} ({held['rule']}) for a VLM {held['base']}. "
+            "Make it again: papermill nbs/training/train_planted.ipynb out.ipynb "
+            f"-p fresh True -p install True -p models {plant.name}")
     vlm = load_vlm(FAMILY, device="cpu")
     merge_plant(vlm, thin)
     return vlm.to(resolve_device(device))
