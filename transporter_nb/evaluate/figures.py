@@ -351,7 +351,7 @@ def draw_marked(
 
 # %% ../../nbs/6_evaluate/18_figures.ipynb #30881023
 class Choice(NamedTuple):
-    "One word that a VLM may say at a place of its answer"
+    "One word that a VLM may answer at a place"
     word: str # As the answer would write it
     before: float # Its probability for the unsteered clip, through Phi
     after: float|None = None # For the clip at hand; None where that is the unsteered one

@@ -46,7 +46,7 @@ class Stem(NamedTuple):
     install: bool = False # Whether to replace files that are there, whatever run they are of
 
     def beside(self,
-        word:str, # What the further result shows, such as `"effects"`
+        word:str, # Name of the further result, such as `"effects"`
     ) -> "Stem": # As free as this one
         "The place of a further result of the same run"
         return check_free(self._replace(path=self.path.with_name(f"{self.path.name}_{word}")))
@@ -155,7 +155,7 @@ def save_figure(
 
 # %% ../../nbs/6_evaluate/17_results.ipynb #0fbb6a28
 def cached(
-    name:str, # What is computed, such as `"readers"`
+    name:str, # Of the result, such as `"readers"`
     config:Any, # Everything it depends on: digests of models, seeds, numbers of clips
     compute:Callable[[], Any], # Does the work; returns plain values
     folder:str|Path|None=None, # Where results are kept; None is `runs/cache` in the repository

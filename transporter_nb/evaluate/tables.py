@@ -75,7 +75,7 @@ def set_number(
     return text.replace(",", THIN).replace("-", "−")
 
 def format_number(
-    value:float|int|None, # None and what is not finite give a dash
+    value:float|int|None, # None, NaN and infinities give a dash
     low:float|int|None=None, # Lower bound of its interval
     high:float|int|None=None, # Upper bound
     scientific:bool=False, # As a power of ten
