@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import torch
 from transporter_nb.world.contrasts import parse_contrast
-from transporter_nb.evaluate.figures import figure_stem, save_record
+from transporter_nb.evaluate.results import figure_stem, save_record
 from transporter_nb.explain.transporter import Transporter
 from transporter_nb.models.registry import shipped_vlm_names
 from transporter_nb.concepts.shaping import measure_answers

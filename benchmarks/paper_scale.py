@@ -105,7 +105,7 @@ def main() -> int:
         if not torch.cuda.is_available(): parser.error("--device cuda was asked for and torch sees no CUDA device. Use --device cpu --scale mini.")
     elif given.scale == "paper": parser.error("the paper's sizes on a CPU would take days. Use --device cuda, or --scale mini.")
     if given.device == "cpu": import transporter_nb.explain.plan  # once, for all processes
-    from transporter_nb.evaluate.figures import figure_stem, save_record
+    from transporter_nb.evaluate.results import figure_stem, save_record
     device = device_name(given.device)
     label = "mini_cpu" if (given.scale, given.device) == ("mini", "cpu") else f"{given.scale}_{device.replace(' ', '_')}"
     usual = {key: parser.get_default(key) for key in ("vlm", "cap_gib", "timeout")}

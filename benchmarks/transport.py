@@ -578,14 +578,14 @@ def draw(found: dict):
 
 def stem_of(given, name: str):
     "Where the record goes; options other than the usual ones make a name of their own"
-    from transporter_nb.evaluate.figures import figure_stem
+    from transporter_nb.evaluate.results import figure_stem
     chosen = ("quick", "only") if given.install else ("quick", "only", "threads", "memory_gb", "rival_seconds", "retries", "long")
     return figure_stem(name, vars(given), {key: given.usual[key] for key in chosen}, given.install)
 
 
 def save(given, stem, rows: list[dict], measured: list[dict], missing: list[dict], figure=None, **more) -> None:
     "The record, and the picture beside it"
-    from transporter_nb.evaluate.figures import save_figure, save_record
+    from transporter_nb.evaluate.results import save_figure, save_record
     from importlib.metadata import version
     versions = {name: version(package) for name, package in (("numba", "numba"), ("pot", "pot"), ("geomloss", "geomloss"))}
     setting = {"tau": TAU, "rounds": ROUNDS, "dtype": "float32", "machine": platform.machine(), "cores": os.cpu_count(), "threads": given.threads, "memory_gb": given.memory_gb, "rival_seconds": given.rival_seconds, "complete": not (given.quick or given.only)}

@@ -10,7 +10,7 @@ from transporter_nb.evaluate.comparison import (MEASURES, SINGLE_CONTRASTS, case
 from transporter_nb.concepts.bank import ConceptBank
 from transporter_nb.core.base import checkpoint_path
 from transporter_nb.models.registry import load_generator, load_vlm
-from transporter_nb.evaluate.tables import RowCache, compare_rows
+from transporter_nb.evaluate.rows import RowCache, compare_rows
 from transporter_nb.world.words import do, is_held_out, render, sample_scenes
 
 

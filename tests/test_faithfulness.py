@@ -10,9 +10,15 @@ from scipy import stats
 from transporter_nb.core.base import seeded_generator
 from transporter_nb.evaluate.faithfulness.effects import WordOracle, effect_difference, effect_of, effect_table, probe_scenes, rendered_effect, said_effect, strongest_pair
 from transporter_nb.evaluate.faithfulness.plants import Plant
-from transporter_nb.evaluate.faithfulness.scores import (PlantedCase, Outcome, agreement_kl, auroc, bounded_estimate, case_items, cluster_means, difference_in_differences, drawn_counts, effect_share, explained_effect,
-                                                false_alarm, fooled_share, method_scores, monotone_share, pair_share, pooled, preserved, rank_correlation, readable_share, resampled_means, spearman,
-                                                undefined, visible)
+from transporter_nb.evaluate.faithfulness.scores import (
+    PlantedCase, Outcome, agreement_kl, case_items, difference_in_differences, effect_share,
+    explained_effect, false_alarm, fooled_share, method_scores, monotone_share, preserved,
+    readable_share, visible,
+)
+from transporter_nb.evaluate.faithfulness.statistics import (
+    auroc, bounded_estimate, cluster_means, drawn_counts, pair_share, pooled, rank_correlation,
+    resampled_means, spearman, undefined,
+)
 from transporter_nb.evaluate.metrics.video import Estimate, wilson_interval
 from transporter_nb.models.registry import load_vlm
 from transporter_nb.world.words import SLOTS, UNREADABLE, do, parse_caption, read_video, render, sample_scenes

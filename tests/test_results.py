@@ -120,7 +120,7 @@ def parameters_of(name, **passed):
 
 @pytest.mark.parametrize("name", SAVING)
 def test_different_parameters_have_different_names_in_the_working_directory(name, tmp_path, monkeypatch):
-    from transporter_nb.evaluate.figures import figure_stem
+    from transporter_nb.evaluate.results import figure_stem
     monkeypatch.chdir(tmp_path)
     ours = parameters_of(name)["ours"]
     other = {str: "something else", bool: True, int: 12_345, float: .123}
@@ -141,12 +141,12 @@ OURS = {"caption": "a red ball", "seed": 0}
 
 def save(stem):
     from matplotlib.figure import Figure
-    from transporter_nb.evaluate.figures import save_figure
+    from transporter_nb.evaluate.results import save_figure
     return save_figure(Figure((1, 1)), stem, {"parameters": OURS})
 
 
 def test_files_of_another_run_or_of_the_reader_are_not_replaced(tmp_path, monkeypatch):
-    from transporter_nb.evaluate.figures import figure_stem
+    from transporter_nb.evaluate.results import figure_stem
     monkeypatch.chdir(tmp_path)
     mine = figure_stem("fig3_phi4", OURS | {"seed": 3}, OURS, stem="mine")
     assert mine.path == tmp_path / "mine"
@@ -163,14 +163,14 @@ def test_files_of_another_run_or_of_the_reader_are_not_replaced(tmp_path, monkey
 
 
 def test_a_link_that_leads_nowhere_is_a_file_of_the_reader(tmp_path, monkeypatch):
-    from transporter_nb.evaluate.figures import figure_stem
+    from transporter_nb.evaluate.results import figure_stem
     monkeypatch.chdir(tmp_path)
     (tmp_path / "fig3_phi4.png").symlink_to("elsewhere.png")
     with pytest.raises(FileExistsError, match="fig3_phi4.png"): figure_stem("fig3_phi4", OURS, OURS)
 
 
 def test_only_install_reaches_the_figures_of_the_repository(tmp_path, monkeypatch):
-    from transporter_nb.evaluate.figures import figure_stem
+    from transporter_nb.evaluate.results import figure_stem
     installed = figure_stem("fig3_phi4", OURS, OURS, install=True)
     assert installed.path == ROOT / "figures" / "fig3_phi4"
     assert installed.beside("effects").path == ROOT / "figures" / "fig3_phi4_effects"

@@ -12,9 +12,11 @@ import pytest
 import torch
 from matplotlib.text import Text
 
-from transporter_nb.evaluate import tables
+from transporter_nb.evaluate import typesetting
 from transporter_nb.evaluate.figures import cut_texts
-from transporter_nb.evaluate.tables import Absent, Column, Row, RowCache, Table, Typography, as_cell, compare_rows, save_table
+from transporter_nb.evaluate.tables import Absent, Column, Row, Table, as_cell
+from transporter_nb.evaluate.rows import RowCache, compare_rows
+from transporter_nb.evaluate.typesetting import Typography, save_table
 
 
 class Estimate(NamedTuple):
@@ -27,7 +29,7 @@ class Estimate(NamedTuple):
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from transporter_nb.evaluate.tables import RowCache
+from transporter_nb.evaluate.rows import RowCache
 folder, stop = Path(sys.argv[1]), int(sys.argv[2])
 cache = RowCache(folder / "cache")
 for k in range(4):
@@ -142,7 +144,7 @@ def test_clips_of_another_configuration(tmp_path):
 RACE = """
 import sys, time
 from pathlib import Path
-from transporter_nb.evaluate.tables import RowCache
+from transporter_nb.evaluate.rows import RowCache
 folder = Path(sys.argv[1])
 def compute():
     (folder / sys.argv[2]).touch()
@@ -222,7 +224,7 @@ def test_a_table_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
     before = [path.read_bytes() for path in paths]
     def full(*_, **__):
         raise OSError("No space left on device")
-    monkeypatch.setattr(tables, "record_text", full)
+    monkeypatch.setattr(typesetting, "record_text", full)
     with pytest.raises(OSError):
         save_table(table, tmp_path / "t", {"seed": 2})
     assert [path.read_bytes() for path in paths] == before and sorted(tmp_path.iterdir()) == sorted(paths)
