@@ -25,7 +25,8 @@ def seeded_normal(
     shape:Sequence[int], # Of one clip's draw
 ) -> Float[Tensor, "batch ..."]: # Standard normal; clip `k` depends on `seeds[k]` alone
     "Noise, clip by clip"
-    return torch.stack([torch.randn(*shape, generator=seeded_generator(int(seed))) for seed in seeds])
+    generators = [seeded_generator(int(seed)) for seed in seeds]
+    return torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
 
 # %% ../../../nbs/6_evaluate/05_baselines.canvas.ipynb #b7491111
 class ClipShape(NamedTuple):
@@ -45,54 +46,70 @@ class Canvas(ABC, nn.Module):
         still:bool=False, # Paint one frame and repeat it over time
     ):
         super().__init__()
-        if not len(seeds): raise ValueError("a canvas needs at least one seed, got none. Give one a clip.")
-        if len(shape) != 3 or min(shape) < 1: raise ValueError(f"shape is (frames, height, width), each at least 1, got {tuple(shape)}.")
-        self.seeds, self.shape, self.still = [int(seed) for seed in seeds], ClipShape(*shape), still
+        if not len(seeds):
+            raise ValueError("a canvas needs at least one seed, got none. Give one a clip.")
+        if len(shape) != 3 or min(shape) < 1:
+            raise ValueError(
+                f"shape is (frames, height, width), each at least 1, got {tuple(shape)}.")
+        self.seeds = [int(seed) for seed in seeds]
+        self.shape = ClipShape(*shape)
+        self.still = still
 
     @property
     def painted(self) -> ClipShape: # As `shape`, with one frame for a still image
         "Size of what is learned"
         return self.shape._replace(frames=1) if self.still else self.shape
 
-    @abstractmethod
-    def paint(self) -> Float[Tensor, "batch painted_frames 3 height width"]: # Colours in [0, 1]; differentiable
+    @abstractmethod # Colours in [0, 1]; differentiable
+    def paint(self) -> Float[Tensor, "batch painted_frames 3 height width"]:
         "From numbers to clips"
 
-    @abstractmethod
-    def set_video(self, video:Float[Tensor, "batch painted_frames 3 height width"]) -> None: # Colours in [0, 1]
-        "From clips to numbers: what is painted next is this video, as far as the canvas can"
+    @abstractmethod # Colours in [0, 1]
+    def set_video(self, video:Float[Tensor, "batch painted_frames 3 height width"]) -> None:
+        "From clips to numbers: the next `paint` gives this video, as far as the canvas can"
 
     def project(self) -> None: # In place, without gradient
-        "Bring the numbers back to where they may be; nothing to do for most canvases"
+        "Bring the numbers back into their limits; nothing to do for most canvases"
 
     def forward(self) -> Float[Tensor, "batch frames 3 height width"]: # Colours in [0, 1]
         return self.paint().expand(-1, self.shape.frames, -1, -1, -1)
 
 # %% ../../../nbs/6_evaluate/05_baselines.canvas.ipynb #3102bfce
-LEAST = 1e-3 # Colours nearer to 0 or 1 than this have no finite number under a sigmoid that is worth keeping (chosen: a quarter of an 8-bit step)
+# Under a sigmoid, colours nearer to 0 or 1 have numbers too large to be of use (chosen: a quarter
+# of an 8-bit step)
+LEAST = 1e-3
 
 def to_raw(
     video:Float[Tensor, "*batch"], # Colours in [0, 1]
     limits:str, # `"sigmoid"` or `"clamp"`
 ) -> Float[Tensor, "*batch"]: # Numbers that paint these colours
     "The inverse of a canvas's limits"
-    return video.clamp(LEAST, 1 - LEAST).logit() if limits == "sigmoid" else video.clamp(0, 1)
+    if limits == "sigmoid": return video.clamp(LEAST, 1 - LEAST).logit()
+    return video.clamp(0, 1)
 
+# %% ../../../nbs/6_evaluate/05_baselines.canvas.ipynb #d57d0467
 class PixelCanvas(Canvas):
     "Every pixel is a number of its own"
     def __init__(self,
         seeds:Sequence[int], # One a clip
         shape:Sequence[int], # (frames, height, width)
         start:str="noise", # `"noise"` around mid-grey, or `"grey"`
-        std:float=1.0, # Of the noise: logits for `"sigmoid"` (1: MIMIC's N(0, 1) [inferred: its pixels are normalised, ours are logits]), colours for `"clamp"`
+        # Of the noise: logits for `"sigmoid"` (1: MIMIC's N(0, 1) [inferred: its pixels are
+        # normalised, ours are logits]), colours for `"clamp"`
+        std:float=1.0,
         limits:str="sigmoid", # `"sigmoid"`, or `"clamp"` after each step
         still:bool=False, # Paint one frame and repeat it over time
     ):
         super().__init__(seeds, shape, still)
-        if start not in ("noise", "grey"): raise ValueError(f"start must be 'noise' or 'grey', got {start!r}. To start from a clip, call set_video.")
-        if limits not in ("sigmoid", "clamp"): raise ValueError(f"limits must be 'sigmoid' or 'clamp', got {limits!r}.")
-        self.limits, (frames, height, width) = limits, self.painted
-        noise = seeded_normal(seeds, (frames, 3, height, width)) * (std if start == "noise" else 0.)
+        if start not in ("noise", "grey"):
+            raise ValueError(f"start must be 'noise' or 'grey', got {start!r}. "
+                             "To start from a clip, call set_video.")
+        if limits not in ("sigmoid", "clamp"):
+            raise ValueError(f"limits must be 'sigmoid' or 'clamp', got {limits!r}.")
+        self.limits = limits
+        frames, height, width = self.painted
+        noise = seeded_normal(seeds, (frames, 3, height, width))
+        noise = noise * (std if start == "noise" else 0.)
         self.raw = nn.Parameter(noise if limits == "sigmoid" else (0.5 + noise).clamp(0, 1))
 
     def paint(self): return self.raw.sigmoid() if self.limits == "sigmoid" else self.raw.clamp(0, 1)
@@ -109,13 +126,14 @@ def fourier_axes(
     dims:int, # 3: time, height, width; 2: height and width, frame by frame
 ) -> tuple[int, ...]: # Axes of "batch 3 frames height width"
     "Which axes are transformed"
-    if dims not in (2, 3): raise ValueError(f"dims must be 2 (each frame alone) or 3 (time too), got {dims!r}.")
+    if dims not in (2, 3):
+        raise ValueError(f"dims must be 2 (each frame alone) or 3 (time too), got {dims!r}.")
     return tuple(range(-dims, 0))
 
 def mirrored(
-    half:Tensor, # "... height columns": what the real FFT keeps, or phases or magnitudes in that place
+    half:Tensor, # "... height columns": as the real FFT keeps it; or phases, or magnitudes
     dims:int, # 2 or 3
-) -> Tensor: # At each place what stands at minus the frequency, exchanging places within a column
+) -> Tensor: # At each place the entry at minus the frequency, exchanging places within a column
     "The partner of each coefficient within its column"
     axes = fourier_axes(dims)[:-1]
     return half.flip(axes).roll([1] * len(axes), axes)
@@ -126,22 +144,32 @@ def own_columns(
     "Zero, and Nyquist where there is one"
     return [0, width // 2] if width % 2 == 0 else [0]
 
+# %% ../../../nbs/6_evaluate/05_baselines.canvas.ipynb #798e79e4
 def symmetrise(
     half:Complex[Tensor, "*batch height columns"], # Any complex numbers
     width:int, # px, of the signal
     dims:int, # 2 or 3
 ) -> Complex[Tensor, "*batch height columns"]: # The transform of some real signal
     "The nearest half spectrum that a real signal can have"
+    return torch.where(_is_own(half, width), (half + mirrored(half, dims).conj()) / 2, half)
+
+def _is_own(half:Tensor, width:int) -> Tensor: # Boolean, "columns"
+    "Which columns are their own mirror image"
     own = torch.zeros(half.shape[-1], dtype=torch.bool, device=half.device)
     own[own_columns(width)] = True
-    return torch.where(own, (half + mirrored(half, dims).conj()) / 2, half)
+    return own
+
+def _antisymmetrise(phases:Tensor, width:int, dims:int) -> Tensor: # As `phases`
+    "The nearest phases that a real signal can have"
+    own = _is_own(phases, width)
+    return torch.where(own, (phases - mirrored(phases, dims)) / 2, phases)
 
 # %% ../../../nbs/6_evaluate/05_baselines.canvas.ipynb #47d271ef
 def frequencies(
     shape:Sequence[int], # (frames, height, width)
     dims:int, # 2 or 3
-) -> Float[Tensor, "time height columns"]: # Length of the frequency vector, cycles a pixel (and a frame); `time` is 1 for `dims=2`
-    "How fast each coefficient of the half spectrum waves"
+) -> Float[Tensor, "time height columns"]: # Cycles a pixel (and a frame); `time` is 1 for `dims=2`
+    "Length of the frequency vector of each coefficient of the half spectrum"
     fourier_axes(dims)
     time, rows = (torch.fft.fftfreq(n, dtype=torch.float64) for n in shape[:2])
     columns = torch.fft.rfftfreq(shape[2], dtype=torch.float64)
@@ -151,8 +179,8 @@ def frequencies(
 # %% ../../../nbs/6_evaluate/05_baselines.canvas.ipynb #8eb05cda
 def colour_mixing(
     videos:Float[Tensor, "batch frames 3 height width"], # Natural clips, colours in [0, 1]
-) -> Float[Tensor, "3 3"]: # Symmetric; mixes independent channels into channels that vary together as the clips' logits do; largest singular value 1
-    "Square root of the colour covariance of clips, without its scale"
+) -> Float[Tensor, "3 3"]: # Symmetric, largest singular value 1; for `mix`
+    "Square root of the colour covariance of the clips' logits, without its scale"
     pixels = to_raw(videos, "sigmoid").transpose(0, 2).flatten(1).double()
     values, vectors = torch.linalg.eigh(torch.cov(pixels))
     root = vectors @ values.clamp(min=0).sqrt().diag() @ vectors.T
@@ -168,6 +196,17 @@ def mix(
     matrix = torch.linalg.inv(colours) if inverse else colours
     return torch.einsum("ij,bjthw->bithw", matrix.to(waves), waves)
 
+def _clips_of(spectrum:Tensor, canvas:Canvas) -> Tensor: # "batch painted_frames 3 height width"
+    "Colours that a half spectrum paints"
+    size = canvas.painted[-canvas.dims:]
+    waves = torch.fft.irfftn(spectrum, s=size, dim=fourier_axes(canvas.dims), norm="ortho")
+    return mix(waves, canvas.colours).transpose(1, 2).sigmoid()
+
+def _spectrum_of(video:Tensor, canvas:Canvas) -> Tensor: # Complex
+    "Half spectrum of a clip's unmixed logits"
+    waves = mix(to_raw(video, "sigmoid").transpose(1, 2), canvas.colours, inverse=True)
+    return torch.fft.rfftn(waves, dim=fourier_axes(canvas.dims), norm="ortho")
+
 # %% ../../../nbs/6_evaluate/05_baselines.canvas.ipynb #f0b27f99
 class FourierCanvas(Canvas):
     "Every frequency is a complex number of its own (Olah et al. 2017)"
@@ -175,9 +214,9 @@ class FourierCanvas(Canvas):
         seeds:Sequence[int], # One a clip
         shape:Sequence[int], # (frames, height, width)
         dims:int=3, # 3 waves in time too, 2 writes each frame alone
-        decay:float=1.0, # Power of 1/f: 0 is pixels in another basis, 1 natural images (Olah et al. 2017)
+        decay:float=1.0, # Power of 1/f: 0 is pixels in another basis, 1 natural images (Olah)
         std:float=0.01, # Of the coefficients at the start (Olah et al. 2017)
-        colours:Float[Tensor, "3 3"]|None=None, # From `colour_mixing`; None leaves the channels independent
+        colours:Float[Tensor, "3 3"]|None=None, # From `colour_mixing`; None: independent channels
         still:bool=False, # Paint one frame and repeat it over time
     ):
         super().__init__(seeds, shape, still)
@@ -187,28 +226,32 @@ class FourierCanvas(Canvas):
         self.dims = dims
         self.register_buffer("scale", frequency.clamp(min=least)**-decay)
         self.register_buffer("colours", colours)
-        self.raw = nn.Parameter(std * seeded_normal(seeds, (3, frames, height, width // 2 + 1, 2)))
+        noise = seeded_normal(seeds, (3, frames, height, width // 2 + 1, 2))
+        self.raw = nn.Parameter(std * noise)
 
     def paint(self):
-        spectrum = symmetrise(torch.view_as_complex(self.raw), self.shape.width, self.dims) * self.scale
-        waves = torch.fft.irfftn(spectrum, s=self.painted[-self.dims:], dim=fourier_axes(self.dims), norm="ortho")
-        return mix(waves, self.colours).transpose(1, 2).sigmoid()
+        free = torch.view_as_complex(self.raw)
+        return _clips_of(symmetrise(free, self.shape.width, self.dims) * self.scale, self)
 
     @torch.no_grad()
     def set_video(self, video):
-        waves = mix(to_raw(video, "sigmoid").transpose(1, 2), self.colours, inverse=True)
-        self.raw.copy_(torch.view_as_real(torch.fft.rfftn(waves, dim=fourier_axes(self.dims), norm="ortho") / self.scale))
+        self.raw.copy_(torch.view_as_real(_spectrum_of(video, self) / self.scale))
 
 # %% ../../../nbs/6_evaluate/05_baselines.canvas.ipynb #85f94cd8
 def mean_magnitude(
     videos:Float[Tensor, "batch frames 3 height width"], # Natural clips, colours in [0, 1]
     dims:int=3, # 3: of clips in time and space; 2: of frames
-    colours:Float[Tensor, "3 3"]|None=None, # From `colour_mixing`: of the unmixed channels; None leaves them as they are
-) -> Float[Tensor, "3 time height columns"]: # Unitary half spectrum of the logits; `time` is 1 for `dims=2`; signed only where the coefficient must be real
-    "How much of each frequency natural clips hold (MACO, arXiv 2306.06805, there for images)"
-    half = torch.fft.rfftn(mix(to_raw(videos, "sigmoid").transpose(1, 2).double(), colours, inverse=True), dim=fourier_axes(dims), norm="ortho")
-    mean, signed = half.abs().mean(0), half.real.mean(0)
-    if dims == 2: mean, signed = mean.mean(1, keepdim=True), signed.mean(1, keepdim=True)
+    colours:Float[Tensor, "3 3"]|None=None, # From `colour_mixing`: unmix first; None: as they are
+) -> Float[Tensor, "3 time height columns"]: # Of the logits; signed only where it must be real
+    """How much of each frequency natural clips hold (MACO, arXiv 2306.06805, there for images)
+
+    A unitary half spectrum; `time` is 1 for `dims=2`.
+    """
+    waves = mix(to_raw(videos, "sigmoid").transpose(1, 2).double(), colours, inverse=True)
+    half = torch.fft.rfftn(waves, dim=fourier_axes(dims), norm="ortho")
+    mean = half.abs().mean(0)
+    signed = half.real.mean(0)
+    if dims == 2: mean, signed = (part.mean(1, keepdim=True) for part in (mean, signed))
     place = torch.arange(mean[0].numel()).view(mean.shape[1:])
     own = torch.zeros(mean.shape[1:], dtype=torch.bool)
     columns = own_columns(videos.shape[-1])
@@ -217,10 +260,10 @@ def mean_magnitude(
 
 # %% ../../../nbs/6_evaluate/05_baselines.canvas.ipynb #34cd5be6
 class PhaseCanvas(Canvas):
-    "Only the phase of each frequency is learned; how much of it there is, natural clips say (MACO, arXiv 2306.06805)"
+    "Only phases are learned; magnitudes are those of natural clips (MACO, arXiv 2306.06805)"
     def __init__(self,
         seeds:Sequence[int], # One a clip
-        magnitude:Float[Tensor, "3 time height columns"], # From `mean_magnitude`, with the same `dims`
+        magnitude:Float[Tensor, "3 time height columns"], # From `mean_magnitude`, with these `dims`
         shape:Sequence[int], # (frames, height, width)
         dims:int=3, # 3 waves in time too, 2 gives each frame phases of its own
         colours:Float[Tensor, "3 3"]|None=None, # As given to `mean_magnitude`
@@ -228,31 +271,28 @@ class PhaseCanvas(Canvas):
     ):
         super().__init__(seeds, shape, still)
         frames, height, width = self.painted
-        if still and dims == 3: raise ValueError("a still image has no waves in time, got still=True with dims=3. Use dims=2.")
+        if still and dims == 3:
+            raise ValueError("a still image has no waves in time, got dims=3. Use dims=2.")
         expected = (3, frames if fourier_axes(dims)[0] == -3 else 1, height, width // 2 + 1)
         if tuple(magnitude.shape) != expected:
-            raise ValueError(f"clips of {tuple(self.painted)} with dims={dims} need a magnitude of shape {expected}, got {tuple(magnitude.shape)}. "
-                             f"Use mean_magnitude(videos, dims={dims}) of clips of this size.")
+            raise ValueError(
+                f"clips of {tuple(self.painted)} with dims={dims} need a magnitude of shape "
+                f"{expected}, got {tuple(magnitude.shape)}. "
+                f"Use mean_magnitude(videos, dims={dims}) of clips of this size.")
         self.dims = dims
         self.register_buffer("magnitude", magnitude.clone())
         self.register_buffer("colours", colours)
-        turns = [torch.rand(3, frames, height, width // 2 + 1, generator=seeded_generator(int(seed))) for seed in seeds]
+        draws = (3, frames, height, width // 2 + 1)
+        turns = [torch.rand(*draws, generator=seeded_generator(int(seed))) for seed in seeds]
         self.raw = nn.Parameter(2 * math.pi * torch.stack(turns)) # uniform over the circle
 
+    def phase(self) -> Float[Tensor, "batch 3 painted_frames height columns"]: # Radians
+        "The phases in force: those learned, antisymmetric where they must be"
+        return _antisymmetrise(self.raw, self.shape.width, self.dims)
+
     def paint(self):
-        spectrum = self.magnitude * torch.polar(torch.ones_like(self.raw), self.phase())
-        waves = torch.fft.irfftn(spectrum, s=self.painted[-self.dims:], dim=fourier_axes(self.dims), norm="ortho")
-        return mix(waves, self.colours).transpose(1, 2).sigmoid()
+        turned = torch.polar(torch.ones_like(self.raw), self.phase())
+        return _clips_of(self.magnitude * turned, self)
 
     @torch.no_grad()
-    def set_video(self, video): # the phases only
-        waves = mix(to_raw(video, "sigmoid").transpose(1, 2), self.colours, inverse=True)
-        self.raw.copy_(torch.fft.rfftn(waves, dim=fourier_axes(self.dims), norm="ortho").angle())
-
-# %% ../../../nbs/6_evaluate/05_baselines.canvas.ipynb #4cf2c8d8
-@patch
-def phase(self:PhaseCanvas) -> Float[Tensor, "batch 3 painted_frames height columns"]: # Radians
-    "The phases in force: those learned, antisymmetric where they must be"
-    own = torch.zeros(self.raw.shape[-1], dtype=torch.bool, device=self.raw.device)
-    own[own_columns(self.shape.width)] = True
-    return torch.where(own, (self.raw - mirrored(self.raw, self.dims)) / 2, self.raw)
+    def set_video(self, video): self.raw.copy_(_spectrum_of(video, self).angle())

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPTIMISERS', 'InversionConfig', 'check_config', 'rate_at', 'Term', 'weight_at', 'clip_generators', 'Asked', 'Best',
-           'weigh', 'InversionResult', 'Run', 'measure', 'take_step', 'finish', 'invert']
+           'weigh', 'Run', 'measure', 'take_step', 'finish', 'InversionResult', 'invert']
 
 # %% ../../../nbs/6_evaluate/06_baselines.inversion.ipynb #81b70808
 import hashlib
@@ -22,7 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .canvas import Canvas
-from ...core.base import as_config, config_hash, load_training, save_training, seeded_generator
+from transporter_nb.core.base import (
+    as_config, config_hash, load_training, save_training, seeded_generator,
+)
 
 # %% ../../../nbs/6_evaluate/06_baselines.inversion.ipynb #531e6633
 OPTIMISERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "nadam": torch.optim.NAdam}
@@ -34,16 +36,22 @@ class InversionConfig:
     lr: float = 0.05 # Highest learning rate
     lr_end: float = 0.0 # Learning rate at the end of a cosine
     optimiser: str = "adam" # `"adam"`, `"adamw"` or `"nadam"`
-    betas: tuple[float, float] = (0.9, 0.999) # Memory of gradients and of their squares (PyTorch's own)
+    betas: tuple[float, float] = (0.9, 0.999) # Memory of gradients and squares (PyTorch's own)
     weight_decay: float = 0.0 # Of the raw numbers
     warmup: int = 0 # Steps over which the rate rises from 0
     schedule: str = "cosine" # From `lr` to `lr_end` after the warm-up, or `"constant"`
-    early_stop: float|None = None # A clip is finished once it reached this much, in (0, 1]; the run ends when all are
-    check_every: int = 10 # Steps between two measurements without augmentation; the last video is always measured
-    tie: float = 1e-3 # Clips that reached the same multiple of this are equal, and the lower loss wins (chosen: a probability of 0.9999 is no better than one of 0.9995)
+    # A clip is finished once it reached this much, in (0, 1]; the run ends when all are
+    early_stop: float|None = None
+    # Steps between two measurements without augmentation; the last video is always measured
+    check_every: int = 10
+    # Clips that reached the same multiple of this are equal, and the lower loss wins (chosen: a
+    # probability of 0.9999 is no better than one of 0.9995)
+    tie: float = 1e-3
     normalise: bool = False # Divide the gradient of each clip by its norm
-    weights: dict[str, float] = field(default_factory=dict) # Term to weight, in place of the one given with it
-    stages: dict[str, tuple[float, float]] = field(default_factory=dict) # Term to the part of the run in which it counts, shares in [0, 1]
+    # Term to weight, in place of the one given with it
+    weights: dict[str, float] = field(default_factory=dict)
+    # Term to the part of the run in which it counts, shares in [0, 1]
+    stages: dict[str, tuple[float, float]] = field(default_factory=dict)
     seed: int = 0 # Of augmentations; the canvas has seeds of its own
 
 # %% ../../../nbs/6_evaluate/06_baselines.inversion.ipynb #3d9e100b
@@ -52,15 +60,26 @@ def check_config(
     terms:Sequence[str], # Names of the terms there are
 ) -> None:
     "Refuse settings that cannot run"
-    if config.optimiser not in OPTIMISERS: raise ValueError(f"optimiser must be one of {list(OPTIMISERS)}, got {config.optimiser!r}.")
-    if config.schedule not in ("cosine", "constant"): raise ValueError(f"schedule must be 'cosine' or 'constant', got {config.schedule!r}.")
-    if config.steps < 1 or config.check_every < 1 or config.warmup < 0 or not config.lr > 0 or not config.tie > 0:
-        raise ValueError(f"need steps >= 1, check_every >= 1, warmup >= 0, lr > 0 and tie > 0, got {config.steps}, {config.check_every}, {config.warmup}, {config.lr} and {config.tie}.")
-    if config.early_stop is not None and not 0 < config.early_stop <= 1: raise ValueError(f"early_stop is a share in (0, 1] or None, got {config.early_stop}.")
+    if config.optimiser not in OPTIMISERS:
+        raise ValueError(
+            f"optimiser must be one of {list(OPTIMISERS)}, got {config.optimiser!r}.")
+    if config.schedule not in ("cosine", "constant"):
+        raise ValueError(f"schedule must be 'cosine' or 'constant', got {config.schedule!r}.")
+    counts = config.steps >= 1 and config.check_every >= 1 and config.warmup >= 0
+    if not (counts and config.lr > 0 and config.tie > 0):
+        raise ValueError(
+            "need steps >= 1, check_every >= 1, warmup >= 0, lr > 0 and tie > 0, got "
+            f"{config.steps}, {config.check_every}, {config.warmup}, {config.lr} and {config.tie}.")
+    if config.early_stop is not None and not 0 < config.early_stop <= 1:
+        raise ValueError(f"early_stop is a share in (0, 1] or None, got {config.early_stop}.")
     unknown = sorted((set(config.weights) | set(config.stages)) - set(terms))
-    if unknown: raise ValueError(f"weights and stages name terms that do not exist: {', '.join(unknown)}. The terms are {', '.join(terms)}.")
+    if unknown:
+        raise ValueError(f"weights and stages name terms that do not exist: {', '.join(unknown)}. "
+                         f"The terms are {', '.join(terms)}.")
     for name, (start, end) in config.stages.items():
-        if not 0 <= start < end <= 1: raise ValueError(f"a stage is (start, end) with 0 <= start < end <= 1, got {start, end} for {name!r}.")
+        if not 0 <= start < end <= 1:
+            raise ValueError("a stage is (start, end) with 0 <= start < end <= 1, "
+                             f"got {start, end} for {name!r}.")
 
 # %% ../../../nbs/6_evaluate/06_baselines.inversion.ipynb #f39f4584
 def rate_at(
@@ -78,7 +97,7 @@ class Term(NamedTuple):
     "One part of the loss"
     weight: float|Callable # A number, or a function of the share of the run done, [0, 1)
     fn: Callable # `fn(video, step)` -> one loss a clip
-    plain: bool = False # See the clips before augmentation
+    plain: bool = False # Take the clips before augmentation
 
 def weight_at(
     config:InversionConfig, # `weights` and `stages`
@@ -87,7 +106,8 @@ def weight_at(
     step:int, # From 0
 ) -> float: # 0 outside its stage
     "How much a term counts at a step"
-    share, (start, end) = step / config.steps, config.stages.get(name, (0., 1.))
+    share = step / config.steps
+    start, end = config.stages.get(name, (0., 1.))
     if not start <= share < end: return 0.
     weight = config.weights.get(name, term.weight)
     return float(weight(share) if callable(weight) else weight)
@@ -99,28 +119,39 @@ def clip_generators(
     step:int, # From 0
 ) -> list[torch.Generator]: # One a clip, on the CPU
     "Random generators for the augmentations of one step"
-    def number(*parts): return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "little")
+    def number(*parts):
+        digest = hashlib.sha256(repr(parts).encode()).digest()
+        return int.from_bytes(digest[:4], "little")
     return [seeded_generator(number(seed, int(clip_seed), step)) for clip_seed in clip_seeds]
 
 # %% ../../../nbs/6_evaluate/06_baselines.inversion.ipynb #1ad8c5e7
 @runtime_checkable
 class Asked(Protocol):
-    "What `invert` needs of an objective"
-    def reached(self, video:Float[Tensor, "batch frames 3 height width"]) -> Float[Tensor, "batch"]: # In [0, 1], 1 is all that was asked for
-        ...
-    def target_probability(self, video:Float[Tensor, "batch frames 3 height width"]) -> Float[Tensor, "batch"]: # In [0, 1]
+    "What `invert` needs of an objective: both numbers lie in [0, 1]"
+
+    # 1 is all that was asked for
+    def reached(self, video:Float[Tensor, "batch frames 3 height width"]) -> Float[Tensor, "batch"]:
         ...
 
+    def target_probability(self,
+        video:Float[Tensor, "batch frames 3 height width"],
+    ) -> Float[Tensor, "batch"]:
+        ...
+
+# %% ../../../nbs/6_evaluate/06_baselines.inversion.ipynb #6ba9e8c4
 class Best:
     "The best video of each clip so far"
     def __init__(self, video:Float[Tensor, "batch frames 3 height width"]):
         n = len(video)
-        self.videos, self.loss = video.detach().clone(), torch.full((n,), math.inf)
-        self.reached, self.probability = torch.full((n,), -1.), torch.full((n,), -1.)
-        self.step, self.done = torch.full((n,), -1), torch.zeros(n, dtype=torch.bool)
+        self.videos = video.detach().clone()
+        self.loss = torch.full((n,), math.inf)
+        self.reached = torch.full((n,), -1.)
+        self.probability = torch.full((n,), -1.)
+        self.step = torch.full((n,), -1)
+        self.done = torch.zeros(n, dtype=torch.bool)
 
     def tensors(self) -> dict[str, Tensor]: # The very tensors, by name
-        return {name: value for name, value in vars(self).items()}
+        return dict(vars(self))
 
     def update(self,
         video:Float[Tensor, "batch frames 3 height width"], # Of this step
@@ -131,11 +162,16 @@ class Best:
         config:InversionConfig, # `tie` and `early_stop`
     ) -> None:
         "Keep what is better"
-        reached, probability, loss = (value.detach().cpu().float() for value in (reached, probability, loss))
-        rank, held = (reached / config.tie).floor(), (self.reached / config.tie).floor()
+        measured = (value.detach().cpu().float() for value in (reached, probability, loss))
+        reached, probability, loss = measured
+        rank = (reached / config.tie).floor()
+        held = (self.reached / config.tie).floor()
         better = ((rank > held) | ((rank == held) & (loss < self.loss))) & ~self.done
         self.videos[better] = video.detach()[better.to(video.device)]
-        for name, value in (("reached", reached), ("probability", probability), ("loss", loss), ("step", torch.full_like(self.step, step))): getattr(self, name)[better] = value[better]
+        self.reached[better] = reached[better]
+        self.probability[better] = probability[better]
+        self.loss[better] = loss[better]
+        self.step[better] = step
         if config.early_stop is not None: self.done |= reached >= config.early_stop
 
 # %% ../../../nbs/6_evaluate/06_baselines.inversion.ipynb #748aebb0
@@ -145,73 +181,56 @@ def weigh(
     seen:Float[Tensor, "batch frames 3 height width"], # After augmentation
     config:InversionConfig, # Weights and stages
     step:int, # From 0
-) -> tuple[Float[Tensor, "batch"], dict[str, list[float]]]: # Total of each clip, and each term before weighing
+) -> tuple[Float[Tensor, "batch"], dict[str, list[float]]]: # Total a clip; terms before weighing
     "Compute the terms that count, and their sum"
-    total, values = plain.new_zeros(len(plain)), {}
+    total = plain.new_zeros(len(plain))
+    values = {}
     for name, term in terms.items():
         weight = weight_at(config, name, term, step)
         if weight == 0: continue
         value = term.fn(plain if term.plain else seen, step)
         if value.shape != (len(plain),):
-            raise ValueError(f"a term returns one number a clip, shape ({len(plain)},), and {name!r} returned {tuple(value.shape)}. Do not average over the batch.")
+            raise ValueError(
+                f"a term returns one number a clip, shape ({len(plain)},), and {name!r} returned "
+                f"{tuple(value.shape)}. Do not average over the batch.")
         bad = (~value.detach().isfinite()).nonzero()[:, 0].tolist()
         if bad:
-            raise ValueError(f"every loss must be finite, and {name!r} is {value[bad[0]].item()} for clip {bad[0]} at step {step}. "
-                             f"Lower lr (now {rate_at(config, step):.3g}) or its weight (now {weight:.3g}).")
-        total, values[name] = total + weight * value, value.detach().tolist()
-    if not values: raise ValueError(f"no term counts at step {step}: every weight is 0 or out of its stage. Give one term a weight for the whole run.")
+            raise ValueError(
+                f"every loss must be finite, and {name!r} is {value[bad[0]].item()} for clip "
+                f"{bad[0]} at step {step}. Lower lr (now {rate_at(config, step):.3g}) or its "
+                f"weight (now {weight:.3g}).")
+        total = total + weight * value
+        values[name] = value.detach().tolist()
+    if not values:
+        raise ValueError(f"no term counts at step {step}: every weight is 0 or out of its stage. "
+                         "Give one term a weight for the whole run.")
     return total, values
-
-# %% ../../../nbs/6_evaluate/06_baselines.inversion.ipynb #52452cde
-class InversionResult(NamedTuple):
-    "What an inversion found"
-    videos: Float[Tensor, "batch frames 3 height width"] # The best of each clip
-    probability: Float[Tensor, "batch"] # Of the target words at that video, measured without augmentation
-    reached: Float[Tensor, "batch"] # How much of what was asked for is there, [0, 1]; for a target word the same as `probability`
-    best_step: Int[Tensor, "batch"] # Steps done before that video was painted
-    curves: dict[str, list] # Per term, and for "total", a list a step of one value a clip (a term out of its stage is missing there); "checked", "reached" and "probability" per measurement
-    steps: int # Steps done
-    seconds: float # Wall time, summed over interruptions
 
 # %% ../../../nbs/6_evaluate/06_baselines.inversion.ipynb #52ef7712
 class Run:
     "An inversion between two steps"
-    def __init__(self, canvas:Canvas, terms:Mapping[str, tuple], config:InversionConfig, question:str=""):
-        self.canvas, self.config, self.question = canvas, config, question
-        self.terms = {name: term if isinstance(term, Term) else Term(*term) for name, term in terms.items()}
+    def __init__(self,
+        canvas:Canvas, # What is optimised
+        terms:Mapping[str, tuple], # Name to `Term`, or to (weight, fn)
+        config:InversionConfig, # How
+        question:str="", # Digest of what the terms ask
+    ):
+        self.canvas = canvas
+        self.config = config
+        self.question = question
+        self.terms = {name: Term(*term) for name, term in terms.items()}
         check_config(config, list(self.terms))
-        extra = {} if config.optimiser == "adam" else dict(weight_decay=config.weight_decay)
-        if config.optimiser == "adam" and config.weight_decay: raise ValueError(f"weight_decay needs optimiser 'adamw' or 'nadam', got 'adam' with {config.weight_decay}.")
-        self.optimiser = OPTIMISERS[config.optimiser](canvas.parameters(), lr=config.lr, betas=tuple(config.betas), **extra)
+        options = dict(lr=config.lr, betas=tuple(config.betas))
+        if config.optimiser != "adam": options["weight_decay"] = config.weight_decay
+        elif config.weight_decay:
+            raise ValueError("weight_decay needs optimiser 'adamw' or 'nadam', "
+                             f"got 'adam' with {config.weight_decay}.")
+        self.optimiser = OPTIMISERS[config.optimiser](canvas.parameters(), **options)
         with torch.no_grad(): self.best = Best(canvas())
-        self.step, self.seconds, self.curves = 0, 0., {name: [] for name in (*self.terms, "total", "checked", "reached", "probability")}
-
-# %% ../../../nbs/6_evaluate/06_baselines.inversion.ipynb #b427c7f1
-@patch(as_prop=True)
-def identity(self:Run) -> str: # The same for a run that may be continued
-    "What was asked, as a short name"
-    settings = dict(as_config(self.config), weights={name: None if callable(term.weight) else float(term.weight) for name, term in self.terms.items()} | self.config.weights)
-    return config_hash(dict(settings, canvas=type(self.canvas).__name__, shape=list(self.canvas.shape), still=self.canvas.still, seeds=self.canvas.seeds, question=self.question))
-
-@patch
-def save(self:Run, path:str|Path) -> None:
-    "Keep everything the next step depends on"
-    extra = dict(identity=self.identity, curves=self.curves, seconds=self.seconds)
-    save_training(path, self.step, self.canvas, self.optimiser, self.best.tensors(), extra=extra)
-
-@patch
-def load(self:Run, path:str|Path) -> None:
-    "Continue where `save` left off"
-    state = load_training(path)
-    if state.extra["identity"] != self.identity:
-        raise ValueError(f"{Path(path).name} belongs to an inversion with another question, other settings, terms or seeds ({state.extra['identity']}, this one is {self.identity}). "
-                         "Delete it, or give another resume_path.")
-    random_state = torch.get_rng_state() # the global generator is not ours
-    kept = {}
-    self.step = state.restore(self.canvas, self.optimiser, kept)
-    torch.set_rng_state(random_state)
-    for name, value in kept.items(): getattr(self.best, name).copy_(value)
-    self.curves, self.seconds = {name: list(values) for name, values in state.extra["curves"].items()}, state.extra["seconds"]
+        self.step = 0
+        self.seconds = 0.
+        names = (*self.terms, "total", "checked", "reached", "probability")
+        self.curves = {name: [] for name in names}
 
 # %% ../../../nbs/6_evaluate/06_baselines.inversion.ipynb #a50ef46c
 def measure(
@@ -221,9 +240,20 @@ def measure(
     objective:Asked, # What is asked
 ) -> None:
     "Measure without augmentation and keep the best"
-    with torch.no_grad(): reached, probability = objective.reached(video), objective.target_probability(video)
+    with torch.no_grad():
+        reached = objective.reached(video)
+        probability = objective.target_probability(video)
     run.best.update(video, reached, probability, total, run.step, run.config)
-    for name, value in (("checked", run.step), ("reached", reached.tolist()), ("probability", probability.tolist())): run.curves[name].append(value)
+    run.curves["checked"].append(run.step)
+    run.curves["reached"].append(reached.tolist())
+    run.curves["probability"].append(probability.tolist())
+
+# %% ../../../nbs/6_evaluate/06_baselines.inversion.ipynb #9b9cdcce
+def _augmented(run:Run, plain:Tensor, augment:Callable|None) -> Tensor:
+    "Clips as the terms take them at this step"
+    if augment is None: return plain
+    generators = clip_generators(run.config.seed, run.canvas.seeds, run.step)
+    return augment(plain, generators, run.step)
 
 def take_step(
     run:Run, # Changed in place
@@ -231,11 +261,13 @@ def take_step(
     augment:Callable|None=None, # `augment(video, generators, step)`
 ) -> None:
     "One step of an inversion"
-    canvas, config, step = run.canvas, run.config, run.step
+    canvas = run.canvas
+    config = run.config
+    step = run.step
     plain = canvas()
-    seen = plain if augment is None else augment(plain, clip_generators(config.seed, canvas.seeds, step), step)
-    total, values = weigh(run.terms, plain, seen, config, step)
-    for name, value in (*values.items(), ("total", total.detach().tolist())): run.curves[name].append(value)
+    total, values = weigh(run.terms, plain, _augmented(run, plain, augment), config, step)
+    for name, value in values.items(): run.curves[name].append(value)
+    run.curves["total"].append(total.detach().tolist())
     if step % config.check_every == 0: measure(run, plain, total, objective)
     run.optimiser.zero_grad(set_to_none=True)
     total.sum().backward()
@@ -256,11 +288,69 @@ def finish(
     augment:Callable|None, # As in `invert`
 ) -> None:
     "Measure the last video"
-    canvas, last = run.canvas, run.step - 1
-    plain = canvas()
-    seen = plain if augment is None else augment(plain, clip_generators(run.config.seed, canvas.seeds, run.step), run.step)
-    total, _ = weigh(run.terms, plain, seen, run.config, last) # with the weights of the last step
+    plain = run.canvas()
+    last = run.step - 1 # with the weights of the last step
+    total, _ = weigh(run.terms, plain, _augmented(run, plain, augment), run.config, last)
     measure(run, plain, total, objective)
+
+# %% ../../../nbs/6_evaluate/06_baselines.inversion.ipynb #b427c7f1
+@patch(as_prop=True)
+def identity(self:Run) -> str: # The same for a run that may be continued
+    "What was asked, as a short name"
+    weights = {name: None if callable(term.weight) else float(term.weight)
+               for name, term in self.terms.items()}
+    settings = dict(as_config(self.config), weights=weights | self.config.weights)
+    canvas = self.canvas
+    drawn = dict(canvas=type(canvas).__name__, shape=list(canvas.shape), still=canvas.still)
+    return config_hash(dict(settings, **drawn, seeds=canvas.seeds, question=self.question))
+
+@patch
+def save(self:Run, path:str|Path) -> None:
+    "Keep everything the next step depends on"
+    extra = dict(identity=self.identity, curves=self.curves, seconds=self.seconds)
+    save_training(path, self.step, self.canvas, self.optimiser, self.best.tensors(), extra=extra)
+
+@patch
+def load(self:Run, path:str|Path) -> None:
+    "Continue where `save` left off"
+    state = load_training(path)
+    if state.extra["identity"] != self.identity:
+        raise ValueError(
+            f"{Path(path).name} belongs to an inversion with another question, other settings, "
+            f"terms or seeds ({state.extra['identity']}, this one is {self.identity}). "
+            "Delete it, or give another resume_path.")
+    random_state = torch.get_rng_state() # the global generator is not ours
+    kept = {}
+    self.step = state.restore(self.canvas, self.optimiser, kept)
+    torch.set_rng_state(random_state)
+    for name, value in kept.items(): getattr(self.best, name).copy_(value)
+    self.curves = {name: list(values) for name, values in state.extra["curves"].items()}
+    self.seconds = state.extra["seconds"]
+
+# %% ../../../nbs/6_evaluate/06_baselines.inversion.ipynb #52452cde
+class InversionResult(NamedTuple):
+    "What an inversion found"
+    videos: Float[Tensor, "batch frames 3 height width"] # The best of each clip
+    probability: Float[Tensor, "batch"] # Of the target words there, without augmentation
+    reached: Float[Tensor, "batch"] # How much of what was asked for is there, [0, 1]
+    best_step: Int[Tensor, "batch"] # Steps done before that video was painted
+    # Per term, and for "total", a list a step of one value a clip (a term out of its stage is
+    # missing there); "checked", "reached" and "probability" per measurement
+    curves: dict[str, list]
+    steps: int # Steps done
+    seconds: float # Wall time, summed over interruptions
+
+def _polish(canvas:Canvas, polish:Callable|None, step:int) -> None:
+    "Let the canvas take over another video, if there is one"
+    if polish is None: return
+    with torch.no_grad(): other = polish(canvas.paint(), step)
+    if other is not None: canvas.set_video(other)
+
+def _result(run:Run) -> InversionResult:
+    "The best of each clip"
+    best = run.best
+    return InversionResult(
+        best.videos, best.probability, best.reached, best.step, run.curves, run.step, run.seconds)
 
 # %% ../../../nbs/6_evaluate/06_baselines.inversion.ipynb #6d7df039
 @torch.enable_grad()
@@ -268,28 +358,34 @@ def invert(
     canvas:Canvas, # What is optimised; ends at its last state, not at the best
     terms:Mapping[str, tuple], # Name to `Term`, or to (weight, fn): what is minimised
     config:InversionConfig, # How
-    objective:Asked, # What is asked: measured without augmentation, decides which video is best; usually the function of a term too
-    augment:Callable|None=None, # `augment(video, generators, step)` -> video, see `evaluate.baselines.priors`; None for none
+    # Measured without augmentation, decides which video is best; usually the function of a term too
+    objective:Asked,
+    # `augment(video, generators, step)` -> video, see `evaluate.baselines.priors`; None for none
+    augment:Callable|None=None,
     progress:bool=True, # Show a bar
-    resume_path:str|Path|None=None, # Ends in `.safetensors`; saved there while running, continued from there if it exists
+    # Ends in `.safetensors`; saved there while running, continued from there if it exists
+    resume_path:str|Path|None=None,
     save_every:int=100, # Steps between two saves
     polish:Callable|None=None, # `polish(video, step)` -> video to go on from, or None
-    question:str="", # Digest of what the terms ask (VLM, words, real clips): a run saved for another one is refused
+    # Digest of what the terms ask (VLM, words, real clips): a run saved for another is refused
+    question:str="",
 ) -> InversionResult: # The best of each clip
     "Optimise a batch of clips until a frozen VLM answers as wanted"
-    start, run = time.monotonic(), Run(canvas, terms, config, question)
+    start = time.monotonic()
+    run = Run(canvas, terms, config, question)
     if resume_path and Path(resume_path).exists(): run.load(resume_path)
     before = run.seconds
-    bar = tqdm(total=config.steps, initial=run.step, disable=not progress, desc="invert", leave=False)
+    shown = dict(desc="invert", disable=not progress, leave=False)
+    bar = tqdm(total=config.steps, initial=run.step, **shown)
     while run.step < config.steps and not run.best.done.all():
         take_step(run, objective, augment)
-        if polish is not None:
-            with torch.no_grad(): other = polish(canvas.paint(), run.step)
-            if other is not None: canvas.set_video(other)
+        _polish(canvas, polish, run.step)
         if run.step == config.steps and not run.best.done.all(): finish(run, objective, augment)
         run.seconds = before + time.monotonic() - start
         if resume_path and run.step % save_every == 0: run.save(resume_path)
-        bar.set_postfix(reached=f"{run.best.reached.clamp(min=0).mean():.2f}", refresh=False); bar.update()
+        reached = run.best.reached.clamp(min=0).mean()
+        bar.set_postfix(reached=f"{reached:.2f}", refresh=False)
+        bar.update()
     bar.close()
     if resume_path: run.save(resume_path)
-    return InversionResult(*(getattr(run.best, name) for name in ("videos", "probability", "reached", "step")), run.curves, run.step, run.seconds)
+    return _result(run)

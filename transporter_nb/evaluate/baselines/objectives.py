@@ -21,45 +21,57 @@ from torch import Tensor, nn
 from ...models.answers import pair_ids, pair_turns
 from ...world.contrasts import ContrastPair, parse_contrast
 from ...world.distances import hellinger_distance
-from ...models.vlms.base import DESCRIBE, PackedTurns, Turn, VideoLanguageModel, pack_turns
+from transporter_nb.models.vlms.base import (
+    DESCRIBE, PackedTurns, Turn, VideoLanguageModel, pack_turns,
+)
 
 # %% ../../../nbs/6_evaluate/07_baselines.objectives.ipynb #3e2bd83b
 @contextmanager
 def watch(
     layers:Sequence[nn.Module], # Modules to look into
-    inputs:bool=False, # Keep what goes in, in place of what comes out
-) -> Iterator[list[Tensor]]: # Filled while the network runs: one tensor a call, in order; with gradient
+    inputs:bool=False, # Keep each module's input in place of its output
+) -> Iterator[list[Tensor]]: # Filled while the network runs: one tensor a call; with gradient
     "Collect what layers produce, inside a `with` block"
-    kept, handles = [], []
-    def first(value): return value[0] if isinstance(value, tuple) else value
+    kept = []
+    handles = []
+    def keep_input(module, args): kept.append(args[0])
+    def keep_output(module, args, output):
+        kept.append(output[0] if isinstance(output, tuple) else output)
     try:
         for layer in layers:
-            if inputs: handles.append(layer.register_forward_pre_hook(lambda module, args: kept.append(args[0])))
-            else: handles.append(layer.register_forward_hook(lambda module, args, output: kept.append(first(output))))
+            if inputs: handles.append(layer.register_forward_pre_hook(keep_input))
+            else: handles.append(layer.register_forward_hook(keep_output))
         yield kept
     finally:
         for handle in handles: handle.remove()
 
 # %% ../../../nbs/6_evaluate/07_baselines.objectives.ipynb #e796ea83
 VISION_BLOCKS = { # Class of one encoder block in transformers -> registry name of the VLM
-    "Phi4MultimodalVisionEncoderLayer": "phi4", "SiglipEncoderLayer": "gemma3", "VideoLlama3VisionEncoderLayer": "videollama3",
-    "Qwen2_5_VLVisionBlock": "qwen25vl", "SmolVLMEncoderLayer": "smolvlm"}
+    "Phi4MultimodalVisionEncoderLayer": "phi4",
+    "SiglipEncoderLayer": "gemma3",
+    "VideoLlama3VisionEncoderLayer": "videollama3",
+    "Qwen2_5_VLVisionBlock": "qwen25vl",
+    "SmolVLMEncoderLayer": "smolvlm",
+}
 
 def vision_layers(
     vlm:VideoLanguageModel, # Any adapter whose tower is known
 ) -> list[nn.Module]: # Encoder blocks, first to last
     "The blocks of a VLM's vision tower"
-    found = [module for module in vlm.modules() if type(module).__name__ in VISION_BLOCKS]
-    if not found:
-        lists = sorted({type(module[0]).__name__ for module in vlm.modules() if isinstance(module, nn.ModuleList) and len(module)})
-        raise ValueError(f"the vision blocks of {type(vlm).__name__} are not known; known are {', '.join(VISION_BLOCKS)}, "
-                         f"and this model is made of {', '.join(lists) or 'no list of blocks'}. "
-                         "Pass its blocks as VisionReader(vlm, layers=[...]).")
-    return found
+    modules = list(vlm.modules())
+    found = [module for module in modules if type(module).__name__ in VISION_BLOCKS]
+    if found: return found
+    lists = [module for module in modules if isinstance(module, nn.ModuleList) and len(module)]
+    blocks = sorted({type(module[0]).__name__ for module in lists})
+    raise ValueError(
+        f"the vision blocks of {type(vlm).__name__} are not known; known are "
+        f"{', '.join(VISION_BLOCKS)}, and this model is made of "
+        f"{', '.join(blocks) or 'no list of blocks'}. "
+        "Pass its blocks as VisionReader(vlm, layers=[...]).")
 
 # %% ../../../nbs/6_evaluate/07_baselines.objectives.ipynb #d42900a4
 class Look(NamedTuple):
-    "What a VLM's vision makes of clips"
+    "The output of a VLM's vision for some clips"
     embeddings: Float[Tensor, "batch vlm_tokens vlm_dim"] # As the language model receives them
     layers: list[Float[Tensor, "batch seen_frames tokens width"]] # Output of each block
 
@@ -70,25 +82,29 @@ class VisionReader:
         layers:Sequence[nn.Module]|None=None, # Blocks to read; None finds them
     ):
         if any(parameter.requires_grad for parameter in vlm.parameters()):
-            raise ValueError(f"an inversion explains a frozen VLM, and parameters of {type(vlm).__name__} ask for gradients. Call vlm.freeze() first.")
-        self.vlm, self.blocks, self.last = vlm, None if layers is None else list(layers), None
+            raise ValueError("an inversion explains a frozen VLM, and parameters of "
+                             f"{type(vlm).__name__} ask for gradients. Call vlm.freeze() first.")
+        self.vlm = vlm
+        self.blocks = None if layers is None else list(layers)
+        self.last = None
 
-    @classmethod
-    def of(cls, vlm:"VideoLanguageModel|VisionReader") -> "VisionReader": # The same reader, or a new one
+    @classmethod # The same reader, or a new one
+    def of(cls, vlm:"VideoLanguageModel|VisionReader") -> "VisionReader":
         return vlm if isinstance(vlm, VisionReader) else cls(vlm)
 
     def __call__(self,
         video:Float[Tensor, "batch frames 3 height width"], # Colours in [0, 1]
-        layers:bool=True, # Whether the blocks are needed too
-    ) -> Look: # With gradient where the caller records one; `layers` may be empty if they were not asked for
+        layers:bool=True, # Whether the blocks are needed too; without, `Look.layers` may be empty
+    ) -> Look: # With gradient where the caller records one
         wanted = torch.is_grad_enabled() and video.requires_grad
         if self.last is not None:
-            seen, version, with_gradient, look = self.last
-            if seen is video and version == video._version and (with_gradient or not wanted) and (look.layers or not layers): return look
+            seen, version, has_gradient, look = self.last
+            enough = (has_gradient or not wanted) and (look.layers or not layers)
+            if seen is video and version == video._version and enough: return look
         if layers and self.blocks is None: self.blocks = vision_layers(self.vlm)
         with watch(self.blocks or []) as kept: embeddings = self.vlm.embed(video)
-        shape = (len(video), self.vlm.settings.n_frames, -1)
-        look = Look(embeddings, [output.reshape(*shape, output.shape[-1]) for output in kept])
+        axes = (len(video), self.vlm.settings.n_frames, -1)
+        look = Look(embeddings, [output.reshape(*axes, output.shape[-1]) for output in kept])
         self.last = (video, video._version, wanted, look)
         return look
 
@@ -98,13 +114,34 @@ def as_pairs(
     captions:Sequence[str], # Source captions, one a clip
 ) -> list[ContrastPair]: # One a clip
     "One contrast a clip"
-    rows = [pairs] * len(captions) if isinstance(pairs, (ContrastPair, str)) else list(pairs)
-    if len(rows) != len(captions) or not rows:
-        raise ValueError(f"give one pair for all clips or one each, got {len(rows)} pairs and {len(captions)} captions.")
+    n = len(captions)
+    rows = [pairs] * n if isinstance(pairs, (ContrastPair, str)) else list(pairs)
+    if len(rows) != n or not rows:
+        raise ValueError(
+            f"give one pair for all clips or one each, got {len(rows)} pairs and {n} captions.")
     rows = [parse_contrast(pair) for pair in rows]
     if len({len(pair.words) for pair in rows}) != 1:
-        raise ValueError(f"the pairs of a batch must change the same number of words, got {[pair.name for pair in rows]}. Invert them in batches of their own.")
+        names = [pair.name for pair in rows]
+        raise ValueError("the pairs of a batch must change the same number of words, "
+                         f"got {names}. Invert them in batches of their own.")
     return rows
+
+def _check_clips(video:Tensor, rows:Sequence, what:str) -> None:
+    "Refuse a batch of another size than the objective's"
+    if len(video) == len(rows): return
+    raise ValueError(f"the objective has {len(rows)} {what}s and got {len(video)} clips. "
+                     f"Give one {what} a clip.")
+
+def _packed_answers(vlm:VideoLanguageModel, turns:Sequence[Turn]) -> tuple:
+    "Packed turns that end with their answers, and target ids, -100 outside the answers"
+    prompts = [vlm.prompt_ids(turn.question, turn.prefix) for turn in turns]
+    answers = [vlm.answer_ids(turn) for turn in turns]
+    rows = [[prompt + answer[:-1]] for prompt, answer in zip(prompts, answers)]
+    packed = pack_turns(rows, vlm.tokenizer.pad_token_id)
+    targets = torch.full_like(packed.token_ids, -100)
+    for row, answer, end in zip(targets, answers, packed.last[:, 0].tolist()):
+        row[end + 1 - len(answer):end + 1] = torch.tensor(answer)
+    return packed, targets
 
 # %% ../../../nbs/6_evaluate/07_baselines.objectives.ipynb #255d44d9
 class WordObjective(nn.Module):
@@ -116,25 +153,33 @@ class WordObjective(nn.Module):
         question:str=DESCRIBE, # What the VLM is asked
     ):
         super().__init__()
-        self.reader, self.pairs, self.captions = VisionReader.of(vlm), as_pairs(pairs, captions), list(captions)
-        self.turns = [pair_turns(pair, caption, question) for pair, caption in zip(self.pairs, captions)]
-        self.register_buffer("ids", torch.stack([pair_ids(self.reader.vlm, pair, caption) for pair, caption in zip(self.pairs, captions)]))
-
-    def answers(self, video:Float[Tensor, "batch frames 3 height width"]) -> Float[Tensor, "batch words vocab"]: # Log-probabilities
-        "What the VLM says in the place of each word"
-        self.check(video)
-        return self.reader.vlm.turn_log_probs(self.reader(video, layers=False).embeddings, self.turns)
+        self.reader = VisionReader.of(vlm)
+        self.pairs = as_pairs(pairs, captions)
+        self.captions = list(captions)
+        asked = list(zip(self.pairs, captions))
+        self.turns = [pair_turns(*both, question) for both in asked]
+        ids = [pair_ids(self.reader.vlm, *both) for both in asked]
+        self.register_buffer("ids", torch.stack(ids)) # source and target of each word
 
     def check(self, video:Float[Tensor, "batch frames 3 height width"]):
-        if len(video) != len(self.turns): raise ValueError(f"the objective has {len(self.turns)} captions and got {len(video)} clips. Give one caption a clip.")
+        _check_clips(video, self.turns, "caption")
+
+    def answers(self,
+        video:Float[Tensor, "batch frames 3 height width"],
+    ) -> Float[Tensor, "batch words vocab"]: # Log-probabilities
+        self.check(video)
+        embeddings = self.reader(video, layers=False).embeddings
+        return self.reader.vlm.turn_log_probs(embeddings, self.turns)
 
     @torch.no_grad()
-    def target_probability(self, video:Float[Tensor, "batch frames 3 height width"]) -> Float[Tensor, "batch"]: # In [0, 1]
-        "How likely the VLM says the target words"
-        return self.answers(video).gather(-1, self.ids[..., 1:].to(video.device)).sum((1, 2)).exp()
+    def target_probability(self,
+        video:Float[Tensor, "batch frames 3 height width"],
+    ) -> Float[Tensor, "batch"]: # Of the target words, in [0, 1]
+        targets = self.ids[..., 1:].to(video.device)
+        return self.answers(video).gather(-1, targets).sum((1, 2)).exp()
 
-    def reached(self, video:Float[Tensor, "batch frames 3 height width"]) -> Float[Tensor, "batch"]: # In [0, 1], 1 is all that was asked for
-        "How much of what was asked for is there"
+    # How much of what was asked for is there, in [0, 1]
+    def reached(self, video:Float[Tensor, "batch frames 3 height width"]) -> Float[Tensor, "batch"]:
         return self.target_probability(video)
 
 # %% ../../../nbs/6_evaluate/07_baselines.objectives.ipynb #1a42441a
@@ -144,112 +189,159 @@ def next_logits(
     turns:Sequence[Sequence[Turn]], # What to ask about each video, the same number each
 ) -> Float[Tensor, "batch turns vocab"]: # Unnormalised, float32
     "As `turn_log_probs`, before the softmax"
-    packed = pack_turns([[vlm.prompt_ids(turn.question, turn.prefix) for turn in row] for row in turns], vlm.tokenizer.pad_token_id)
+    prompts = [[vlm.prompt_ids(turn.question, turn.prefix) for turn in row] for row in turns]
+    packed = pack_turns(prompts, vlm.tokenizer.pad_token_id)
     packed = PackedTurns(*(part.to(vlm_embeddings.device) for part in packed))
     logits = vlm.text_logits(vlm_embeddings, packed)
-    return logits.gather(1, packed.last[..., None].expand(-1, -1, logits.shape[-1])).float()
+    last = packed.last[..., None].expand(-1, -1, logits.shape[-1])
+    return logits.gather(1, last).float()
 
 class TargetToken(WordObjective):
-    "Say the target words (activation maximisation of an answer)"
-    def __init__(self, vlm:VideoLanguageModel|VisionReader, pairs:Sequence[ContrastPair|str]|ContrastPair|str, captions:Sequence[str], question:str=DESCRIBE,
+    "Answer with the target words (activation maximisation of an answer)"
+    def __init__(self,
+        vlm:VideoLanguageModel|VisionReader, # As for `WordObjective`
+        pairs:Sequence[ContrastPair|str]|ContrastPair|str,
+        captions:Sequence[str],
+        question:str=DESCRIBE,
         form:str="log_prob", # Or `"logit"`, activation maximisation's plain form
     ):
         super().__init__(vlm, pairs, captions, question)
-        if form not in ("log_prob", "logit"): raise ValueError(f"form must be 'log_prob' or 'logit', got {form!r}.")
+        if form not in ("log_prob", "logit"):
+            raise ValueError(f"form must be 'log_prob' or 'logit', got {form!r}.")
         self.form = form
 
-    def forward(self, video:Float[Tensor, "batch frames 3 height width"], step:int=0) -> Float[Tensor, "batch"]: # Minus log-probability (nats) or minus logit, mean over the words of a pair
+    def forward(self,
+        video:Float[Tensor, "batch frames 3 height width"],
+        step:int=0,
+    ) -> Float[Tensor, "batch"]: # Minus log-probability (nats) or minus logit, mean over words
         self.check(video)
-        scores = self.answers(video) if self.form == "log_prob" else next_logits(self.reader.vlm, self.reader(video, layers=False).embeddings, self.turns)
+        if self.form == "log_prob": scores = self.answers(video)
+        else:
+            embeddings = self.reader(video, layers=False).embeddings
+            scores = next_logits(self.reader.vlm, embeddings, self.turns)
         return -scores.gather(-1, self.ids[..., 1:].to(video.device)).mean((1, 2))
 
 # %% ../../../nbs/6_evaluate/07_baselines.objectives.ipynb #7bebea48
 def wanted_answer(
-    source_log_probs:Float[Tensor, "*batch vocab"], # The answer about the source video, float32, normalised
+    source_log_probs:Float[Tensor, "*batch vocab"], # About the source video, float32, normalised
     target_ids:Int[Tensor, "*batch"], # Token of the target word
-    divergence:Float[Tensor, "*batch"], # Wanted Hellinger distance from the source answer, [0, 1]; cut at that of the certain target answer
+    # Wanted Hellinger distance from the source answer, [0, 1]; cut at that of the certain target
+    divergence:Float[Tensor, "*batch"],
 ) -> Float[Tensor, "*batch vocab"]: # Log-probabilities of the wanted answer
-    "The answer at a wanted distance from the source's, on the way to the target word (paper Table 1, omega- + Delta omega)"
-    if not bool(((divergence >= 0) & (divergence <= 1)).all()): raise ValueError(f"a Hellinger distance is in [0, 1], got {divergence.tolist()}.")
-    log_u = source_log_probs.double() / 2
-    at_target = torch.zeros_like(log_u).scatter(-1, target_ids[..., None], 1.)
-    at, beside = ((log_u.exp() * part).square().sum(-1, keepdim=True).sqrt() for part in (at_target, 1 - at_target))
-    total = torch.atan2(beside, at) # theta; arccos alone has few digits where the target is nearly certain
-    turned = torch.minimum((1 - divergence.double()[..., None]**2).clamp(-1, 1).arccos(), total)
-    length = total.sin().clamp(min=1e-12)
-    root = (total - turned).sin() / length * log_u.exp() + turned.sin() / length * at_target
-    root = torch.where(total < 1e-9, at_target, root) # the source answer is the target already
+    """The answer at a wanted distance from the source's, on the way to the target word
+
+    Paper Table 1, omega- + Delta omega.
+    """
+    if not bool(((divergence >= 0) & (divergence <= 1)).all()):
+        raise ValueError(f"a Hellinger distance is in [0, 1], got {divergence.tolist()}.")
+    u = (source_log_probs.double() / 2).exp()
+    e = torch.zeros_like(u).scatter(-1, target_ids[..., None], 1.)
+    at, beside = ((u * part).square().sum(-1, keepdim=True).sqrt() for part in (e, 1 - e))
+    # theta; arccos alone has few digits where the target is nearly certain
+    theta = torch.atan2(beside, at)
+    turned = (1 - divergence.double()[..., None]**2).clamp(-1, 1).arccos()
+    turned = torch.minimum(turned, theta)
+    length = theta.sin().clamp(min=1e-12)
+    root = (theta - turned).sin() / length * u + turned.sin() / length * e
+    root = torch.where(theta < 1e-9, e, root) # the source answer is the target already
     log_q = 2 * root.clamp(min=1e-30).log()
     return (log_q - log_q.logsumexp(-1, keepdim=True)).float()
 
 # %% ../../../nbs/6_evaluate/07_baselines.objectives.ipynb #ecc32fce
 class WantedDivergence(WordObjective):
     "Reach the source answer plus a wanted divergence (paper Table 1, second block)"
-    def __init__(self, vlm:VideoLanguageModel|VisionReader, pairs:Sequence[ContrastPair|str]|ContrastPair|str, captions:Sequence[str],
-        source_log_probs:Float[Tensor, "batch words vocab"], # The VLM's answers about the source videos
-        divergence:float|Float[Tensor, "batch"], # Wanted Hellinger distance, one for all clips or one each
+    def __init__(self,
+        vlm:VideoLanguageModel|VisionReader, # As for `WordObjective`
+        pairs:Sequence[ContrastPair|str]|ContrastPair|str,
+        captions:Sequence[str],
+        source_log_probs:Float[Tensor, "batch words vocab"], # Answers about the source videos
+        divergence:float|Float[Tensor, "batch"], # Wanted Hellinger distance, for all or each
         question:str=DESCRIBE, # What the VLM is asked
-        over:str="vocab", # Or `"pair"`: both answers renormalised over source and target word
+        over:str="vocab", # Or `"pair"`: answers renormalised over source and target word
     ):
         super().__init__(vlm, pairs, captions, question)
-        if over not in ("vocab", "pair"): raise ValueError(f"over must be 'vocab' or 'pair', got {over!r}.")
-        self.over, ids = over, self.ids[..., 1]
+        if over not in ("vocab", "pair"):
+            raise ValueError(f"over must be 'vocab' or 'pair', got {over!r}.")
+        self.over = over
         source = self.narrow(source_log_probs.detach())
-        far = torch.as_tensor(divergence, dtype=torch.float32, device=source.device).reshape(-1, 1).expand(ids.shape)
+        ids = self.ids[..., 1]
+        far = torch.as_tensor(divergence, dtype=torch.float32, device=source.device)
+        far = far.reshape(-1, 1).expand(ids.shape)
+        place = ids if over == "vocab" else torch.ones_like(ids)
         self.register_buffer("source", source)
-        self.register_buffer("wanted", wanted_answer(source, ids if over == "vocab" else torch.ones_like(ids), far))
+        self.register_buffer("wanted", wanted_answer(source, place, far))
 
-    def narrow(self, log_probs:Float[Tensor, "batch words vocab"]) -> Float[Tensor, "batch words tokens"]: # All tokens, or source and target
-        return log_probs if self.over == "vocab" else log_probs.gather(-1, self.ids.to(log_probs.device)).log_softmax(-1)
+    def narrow(self,
+        log_probs:Float[Tensor, "batch words vocab"],
+    ) -> Float[Tensor, "batch words tokens"]: # All tokens, or source and target
+        if self.over == "vocab": return log_probs
+        return log_probs.gather(-1, self.ids.to(log_probs.device)).log_softmax(-1)
 
-    def forward(self, video:Float[Tensor, "batch frames 3 height width"], step:int=0) -> Float[Tensor, "batch"]: # KL to the wanted answer, nats
-        return (self.wanted.exp() * (self.wanted - self.narrow(self.answers(video)))).sum(-1).mean(-1)
+    def forward(self,
+        video:Float[Tensor, "batch frames 3 height width"],
+        step:int=0,
+    ) -> Float[Tensor, "batch"]: # KL to the wanted answer, nats
+        answers = self.narrow(self.answers(video))
+        return (self.wanted.exp() * (self.wanted - answers)).sum(-1).mean(-1)
 
-    @torch.no_grad()
-    def divergence(self, video:Float[Tensor, "batch frames 3 height width"]) -> Float[Tensor, "batch"]: # Hellinger distance from the source answer, mean over words
-        "How far the answer has moved"
-        return hellinger_distance(self.source, self.narrow(self.answers(video))).mean(-1)
+# %% ../../../nbs/6_evaluate/07_baselines.objectives.ipynb #91193756
+@patch
+def divergence(
+    self:WantedDivergence,
+    video:Float[Tensor, "batch frames 3 height width"], # Colours in [0, 1]
+) -> Float[Tensor, "batch"]: # Hellinger distance from the source answer, mean over words
+    "How far the answer has moved"
+    with torch.no_grad(): answers = self.narrow(self.answers(video))
+    return hellinger_distance(self.source, answers).mean(-1)
 
-    @torch.no_grad()
-    def reached(self, video:Float[Tensor, "batch frames 3 height width"]) -> Float[Tensor, "batch"]: # 1 - Hellinger distance to the wanted answer, mean over words
-        "How near the wanted answer is"
-        return 1 - hellinger_distance(self.wanted, self.narrow(self.answers(video))).mean(-1)
+@patch
+def reached(
+    self:WantedDivergence,
+    video:Float[Tensor, "batch frames 3 height width"], # Colours in [0, 1]
+) -> Float[Tensor, "batch"]: # 1 - Hellinger distance to the wanted answer, mean over words
+    "How near the wanted answer is"
+    with torch.no_grad(): answers = self.narrow(self.answers(video))
+    return 1 - hellinger_distance(self.wanted, answers).mean(-1)
 
 # %% ../../../nbs/6_evaluate/07_baselines.objectives.ipynb #7787b369
 class TeacherForcedAnswer(nn.Module):
-    "Say a whole answer (MIMIC's L_SCE, arXiv 2508.07833)"
+    "Give a whole answer (MIMIC's L_SCE, arXiv 2508.07833)"
     def __init__(self,
         vlm:VideoLanguageModel|VisionReader, # Frozen
         turns:Sequence[Turn], # One a clip, with the answer that is wanted
     ):
         super().__init__()
-        if not len(turns): raise ValueError("a teacher-forced answer needs one turn a clip, got none.")
-        self.reader, self.turns = VisionReader.of(vlm), list(turns)
-        vlm = self.reader.vlm
-        prompts, answers = [vlm.prompt_ids(turn.question, turn.prefix) for turn in turns], [vlm.answer_ids(turn) for turn in turns]
-        self.packed = pack_turns([[prompt + answer[:-1]] for prompt, answer in zip(prompts, answers)], vlm.tokenizer.pad_token_id)
-        targets = torch.full_like(self.packed.token_ids, -100) # -100 marks what is not part of the answer
-        for row, answer, end in zip(targets, answers, self.packed.last[:, 0].tolist()): row[end + 1 - len(answer):end + 1] = torch.tensor(answer)
+        if not len(turns):
+            raise ValueError("a teacher-forced answer needs one turn a clip, got none.")
+        self.reader = VisionReader.of(vlm)
+        self.turns = list(turns)
+        self.packed, targets = _packed_answers(self.reader.vlm, turns)
         self.register_buffer("targets", targets)
 
-    def token_log_probs(self, video:Float[Tensor, "batch frames 3 height width"]) -> Float[Tensor, "batch text_tokens"]: # 0 outside the answer
-        "Log-probability of each token of the answer"
-        if len(video) != len(self.turns): raise ValueError(f"the objective has {len(self.turns)} turns and got {len(video)} clips. Give one turn a clip.")
+    def token_log_probs(self,
+        video:Float[Tensor, "batch frames 3 height width"],
+    ) -> Float[Tensor, "batch text_tokens"]: # Of each token of the answer; 0 outside it
+        _check_clips(video, self.turns, "turn")
         packed = PackedTurns(*(part.to(video.device) for part in self.packed))
-        log_probs = self.reader.vlm.text_logits(self.reader(video, layers=False).embeddings, packed).float().log_softmax(-1)
-        said = log_probs.gather(-1, self.targets.clamp(min=0)[..., None].to(video.device))[..., 0]
-        return said * (self.targets >= 0).to(said)
+        embeddings = self.reader(video, layers=False).embeddings
+        log_probs = self.reader.vlm.text_logits(embeddings, packed).float().log_softmax(-1)
+        targets = self.targets.clamp(min=0)[..., None].to(video.device)
+        return log_probs.gather(-1, targets)[..., 0] * (self.targets >= 0).to(log_probs)
 
-    def forward(self, video:Float[Tensor, "batch frames 3 height width"], step:int=0) -> Float[Tensor, "batch"]: # Nats a token, mean over the answer
-        return -self.token_log_probs(video).sum(1) / (self.targets >= 0).sum(1).to(video.device)
+    def forward(self,
+        video:Float[Tensor, "batch frames 3 height width"],
+        step:int=0,
+    ) -> Float[Tensor, "batch"]: # Nats a token, mean over the answer
+        n = (self.targets >= 0).sum(1).to(video.device)
+        return -self.token_log_probs(video).sum(1) / n
 
     @torch.no_grad()
-    def target_probability(self, video:Float[Tensor, "batch frames 3 height width"]) -> Float[Tensor, "batch"]: # Of the whole answer
-        "How likely the VLM gives this answer"
+    def target_probability(self,
+        video:Float[Tensor, "batch frames 3 height width"],
+    ) -> Float[Tensor, "batch"]: # Of the whole answer
         return self.token_log_probs(video).sum(1).exp()
 
-    def reached(self, video:Float[Tensor, "batch frames 3 height width"]) -> Float[Tensor, "batch"]: # In [0, 1]
-        "How much of what was asked for is there"
+    def reached(self, video:Float[Tensor, "batch frames 3 height width"]) -> Float[Tensor, "batch"]:
         return self.target_probability(video)
 
 # %% ../../../nbs/6_evaluate/07_baselines.objectives.ipynb #e1fa7e94
@@ -262,7 +354,8 @@ def layer_statistics(
     layers:Sequence[Float[Tensor, "batch seen_frames tokens width"]], # From a `VisionReader`
 ) -> Statistics: # Over the frames and tokens of each clip
     "Token statistics of each clip"
-    return Statistics([layer.mean((1, 2)) for layer in layers], [layer.var((1, 2), unbiased=False) for layer in layers])
+    means = [layer.mean((1, 2)) for layer in layers]
+    return Statistics(means, [layer.var((1, 2), unbiased=False) for layer in layers])
 
 def vector_distance(
     a:Float[Tensor, "*batch width"], # Any vectors
@@ -271,29 +364,46 @@ def vector_distance(
     "How far two vectors are apart"
     return torch.linalg.vector_norm(a - b, dim=-1)
 
+def _layer_weights(given:Sequence[float]|None, n:int) -> list: # None weighs all with 1
+    "One weight a layer"
+    weights = [1.] * n if given is None else list(given)
+    if len(weights) == n: return weights
+    raise ValueError(f"one weight a layer, got {len(weights)} for {n} layers.")
+
 # %% ../../../nbs/6_evaluate/07_baselines.objectives.ipynb #fa258c41
 class FeatureStatistics(nn.Module):
-    "Have the token statistics of real clips in every layer of the vision tower (MIMIC's L_base, arXiv 2508.07833; LEAPS, arXiv 2303.09941)"
+    """Have the token statistics of real clips in every layer of the vision tower
+
+    MIMIC's L_base, arXiv 2508.07833; LEAPS, arXiv 2303.09941.
+    """
     def __init__(self,
         vlm:VideoLanguageModel|VisionReader, # Frozen
-        real_videos:Sequence[Float[Tensor, "real frames 3 height width"]], # For each clip the real clips to resemble, any number of each
+        # For each clip the real clips to resemble, any number of each
+        real_videos:Sequence[Float[Tensor, "real frames 3 height width"]],
         layer_weights:Sequence[float]|None=None, # One a layer; None weighs all with 1
     ):
         super().__init__()
-        self.reader, wanted, made = VisionReader.of(vlm), [], {}
-        for videos in real_videos: # clips of one class share their statistics
-            if id(videos) not in made:
-                with torch.no_grad(): layers = self.reader(videos).layers
-                made[id(videos)] = layer_statistics([layer.flatten(0, 1)[None] for layer in layers])
-            wanted.append(made[id(videos)])
-        self.means, self.variances = ([torch.cat(rows) for rows in zip(*(getattr(one, part) for one in wanted))] for part in ("means", "variances"))
-        self.weights = [1.] * len(self.means) if layer_weights is None else list(layer_weights)
-        if len(self.weights) != len(self.means): raise ValueError(f"one weight a layer, got {len(self.weights)} for {len(self.means)} layers.")
+        self.reader = VisionReader.of(vlm)
+        made = {} # clips of one class share their statistics
+        for videos in real_videos:
+            if id(videos) in made: continue
+            with torch.no_grad(): layers = self.reader(videos).layers
+            made[id(videos)] = layer_statistics([layer.flatten(0, 1)[None] for layer in layers])
+        wanted = [made[id(videos)] for videos in real_videos]
+        self.means = [torch.cat(rows) for rows in zip(*(one.means for one in wanted))]
+        self.variances = [torch.cat(rows) for rows in zip(*(one.variances for one in wanted))]
+        self.weights = _layer_weights(layer_weights, len(self.means))
 
-    def forward(self, video:Float[Tensor, "batch frames 3 height width"], step:int=0) -> Float[Tensor, "batch"]: # Sum over layers, in the layers' own units
+    def forward(self,
+        video:Float[Tensor, "batch frames 3 height width"],
+        step:int=0,
+    ) -> Float[Tensor, "batch"]: # Sum over layers, in the layers' own units
         here = layer_statistics(self.reader(video).layers)
-        parts = [weight * (vector_distance(mean, real_mean) + vector_distance(variance, real_variance)) for weight, mean, real_mean, variance, real_variance
-                 in zip(self.weights, here.means, self.means, here.variances, self.variances)]
+        parts = []
+        for k, weight in enumerate(self.weights):
+            of_means = vector_distance(here.means[k], self.means[k])
+            of_variances = vector_distance(here.variances[k], self.variances[k])
+            parts.append(weight * (of_means + of_variances))
         return torch.stack(parts).sum(0)
 
 # %% ../../../nbs/6_evaluate/07_baselines.objectives.ipynb #4990a8d6
@@ -306,7 +416,10 @@ def jaccard_similarity(
     return dot / (a.square().sum(-1) + b.square().sum(-1) - dot).clamp(min=1e-12)
 
 class JaccardSimilarity(nn.Module):
-    "Resemble a stimulus clip in the mean embedding of every layer (LEAPS' priming, arXiv 2303.09941)"
+    """Resemble a stimulus clip in the mean embedding of every layer
+
+    LEAPS' priming, arXiv 2303.09941.
+    """
     def __init__(self,
         vlm:VideoLanguageModel|VisionReader, # Frozen
         stimulus:Float[Tensor, "batch frames 3 height width"], # One real clip for each clip
@@ -314,13 +427,18 @@ class JaccardSimilarity(nn.Module):
     ):
         super().__init__()
         self.reader = VisionReader.of(vlm)
-        with torch.no_grad(): self.wanted = layer_statistics(self.reader(stimulus).layers).means
-        self.weights = [1.] * len(self.wanted) if layer_weights is None else list(layer_weights)
-        if len(self.weights) != len(self.wanted): raise ValueError(f"one weight a layer, got {len(self.weights)} for {len(self.wanted)} layers.")
+        with torch.no_grad(): layers = self.reader(stimulus).layers
+        self.wanted = layer_statistics(layers).means
+        self.weights = _layer_weights(layer_weights, len(self.wanted))
 
-    def forward(self, video:Float[Tensor, "batch frames 3 height width"], step:int=0) -> Float[Tensor, "batch"]: # 0 for the stimulus' own means
+    def forward(self,
+        video:Float[Tensor, "batch frames 3 height width"],
+        step:int=0,
+    ) -> Float[Tensor, "batch"]: # 0 for the stimulus' own means
         here = layer_statistics(self.reader(video).layers).means
-        return torch.stack([weight * (1 - jaccard_similarity(a, b)) for weight, a, b in zip(self.weights, here, self.wanted)]).mean(0)
+        rows = zip(self.weights, here, self.wanted)
+        parts = [weight * (1 - jaccard_similarity(own, wanted)) for weight, own, wanted in rows]
+        return torch.stack(parts).mean(0)
 
 # %% ../../../nbs/6_evaluate/07_baselines.objectives.ipynb #9dd5ab9a
 def frame_distances(
@@ -336,7 +454,8 @@ def real_margin(
 ) -> float: # Mean distance of frames that are not neighbours, in the units of the last layer
     "How far apart the frames of real clips are"
     with torch.no_grad(): apart = frame_distances(VisionReader.of(vlm)(real_videos).layers[-1])
-    return apart[:, torch.ones(apart.shape[1:], dtype=torch.bool).triu(2)].mean().item()
+    far = torch.ones(apart.shape[1:], dtype=torch.bool).triu(2)
+    return apart[:, far].mean().item()
 
 # %% ../../../nbs/6_evaluate/07_baselines.objectives.ipynb #d1ee8fd3
 class Coherence(nn.Module):
@@ -346,33 +465,50 @@ class Coherence(nn.Module):
         margin:float, # In the units of the last layer, see `real_margin`
     ):
         super().__init__()
-        self.reader, self.margin = VisionReader.of(vlm), margin
+        self.reader = VisionReader.of(vlm)
+        self.margin = margin
 
-    def forward(self, video:Float[Tensor, "batch frames 3 height width"], step:int=0) -> Float[Tensor, "batch"]: # At least 0, in the units of the last layer
+    def forward(self,
+        video:Float[Tensor, "batch frames 3 height width"],
+        step:int=0,
+    ) -> Float[Tensor, "batch"]: # At least 0, in the units of the last layer
         apart = frame_distances(self.reader(video).layers[-1])
         near = torch.ones(apart.shape[1:], dtype=torch.bool, device=apart.device).triu(1)
-        far = near.triu(2)
-        return torch.where(far, (self.margin - apart).clamp(min=0), torch.where(near, apart, 0.)).sum((1, 2)) / near.sum()
+        cost = torch.where(near, apart, 0.)
+        cost = torch.where(near.triu(2), (self.margin - apart).clamp(min=0), cost)
+        return cost.sum((1, 2)) / near.sum()
 
 # %% ../../../nbs/6_evaluate/07_baselines.objectives.ipynb #d96d1ebe
 class BatchNormGuide(nn.Module):
     "Have the batch statistics of a network's training images (DeepInversion, arXiv 1912.08777)"
     def __init__(self,
-        encoder:nn.Module, # Takes images [batch 3 height width]; has `BatchNorm2d` layers; put into evaluation mode and frozen
-        first:float=1.0, # Weight of the first layer against 1 for the others (DeepInversion's code for ImageNet uses 10)
+        # Takes images [batch 3 height width] and has `BatchNorm2d` layers; put into evaluation mode
+        # and frozen
+        encoder:nn.Module,
+        # Weight of the first layer against 1 for the others (DeepInversion's code for ImageNet: 10)
+        first:float=1.0,
     ):
         super().__init__()
-        self.layers = [module for module in encoder.modules() if isinstance(module, nn.BatchNorm2d)]
+        modules = encoder.modules()
+        self.layers = [module for module in modules if isinstance(module, nn.BatchNorm2d)]
         if not self.layers or any(layer.running_mean is None for layer in self.layers):
             found = "no such layer" if not self.layers else "layers without them"
-            raise ValueError(f"a batch-norm guide needs BatchNorm2d layers with running statistics, and {type(encoder).__name__} has {found}. Use another network.")
-        self.encoder, self.first = encoder.eval().requires_grad_(False), first
+            raise ValueError("a batch-norm guide needs BatchNorm2d layers with running statistics, "
+                             f"and {type(encoder).__name__} has {found}. Use another network.")
+        self.encoder = encoder.eval().requires_grad_(False)
+        self.first = first
 
-    def forward(self, video:Float[Tensor, "batch frames 3 height width"], step:int=0) -> Float[Tensor, "batch"]: # Sum over layers
+    def forward(self,
+        video:Float[Tensor, "batch frames 3 height width"],
+        step:int=0,
+    ) -> Float[Tensor, "batch"]: # Sum over layers
         with watch(self.layers, inputs=True) as kept: self.encoder(video.flatten(0, 1))
         parts = []
         for k, (layer, given) in enumerate(zip(self.layers, kept, strict=True)):
-            channels = given.unflatten(0, video.shape[:2]).movedim(2, 1).flatten(2) # batch, channels, all frames and places
-            apart = vector_distance(channels.mean(-1), layer.running_mean) + vector_distance(channels.var(-1, unbiased=False), layer.running_var)
+            frames = given.unflatten(0, video.shape[:2])
+            channels = frames.movedim(2, 1).flatten(2) # batch, channels, all frames and places
+            of_means = vector_distance(channels.mean(-1), layer.running_mean)
+            variances = channels.var(-1, unbiased=False)
+            apart = of_means + vector_distance(variances, layer.running_var)
             parts.append(apart * (self.first if k == 0 else 1.))
         return torch.stack(parts).sum(0)

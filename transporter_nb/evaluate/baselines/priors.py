@@ -18,23 +18,34 @@ from torch import Tensor, nn
 def l2_size(
     video:Float[Tensor, "batch frames 3 height width"], # Colours in [0, 1]
     squared:bool=False, # Activation maximisation's square, in place of MIMIC's norm
-) -> Float[Tensor, "batch"]: # Mean over frames; of one frame, 0 for grey, at most sqrt(3 height width) or its square
-    "Norm of the normalised pixels of a frame"
+) -> Float[Tensor, "batch"]: # Mean over frames; 0 for grey, at most sqrt(3 height width)
+    "Norm of the normalised pixels of a frame, or its square"
     pixels = (2 * video - 1).flatten(2)
-    return (pixels.square().sum(-1) if squared else torch.linalg.vector_norm(pixels, dim=-1)).mean(1)
+    sizes = pixels.square().sum(-1) if squared else torch.linalg.vector_norm(pixels, dim=-1)
+    return sizes.mean(1)
 
 # %% ../../../nbs/6_evaluate/08_baselines.priors.ipynb #d9e1584a
 def neighbour_steps(
     video:Float[Tensor, "*batch height width"], # Any values
 ) -> list[Float[Tensor, "*batch pairs"]]: # To the right, down, down right, down left
     "Differences between neighbouring pixels in four directions"
-    steps = [video[..., :, 1:] - video[..., :, :-1], video[..., 1:, :] - video[..., :-1, :],
-             video[..., 1:, 1:] - video[..., :-1, :-1], video[..., 1:, :-1] - video[..., :-1, 1:]]
+    steps = [
+        video[..., :, 1:] - video[..., :, :-1],
+        video[..., 1:, :] - video[..., :-1, :],
+        video[..., 1:, 1:] - video[..., :-1, :-1],
+        video[..., 1:, :-1] - video[..., :-1, 1:],
+    ]
     return [step.flatten(-2) for step in steps]
 
 def check_power(power:int) -> None:
     "Refuse a total variation that does not exist"
-    if power not in (1, 2): raise ValueError(f"power must be 1 (mean absolute step) or 2 (norm of the steps), got {power!r}.")
+    if power not in (1, 2):
+        raise ValueError(
+            f"power must be 1 (mean absolute step) or 2 (norm of the steps), got {power!r}.")
+
+def _varied(steps:Tensor, power:int) -> Tensor: # Over the last axis
+    "Mean absolute step, or norm of the steps"
+    return steps.abs().mean(-1) if power == 1 else torch.linalg.vector_norm(steps, dim=-1)
 
 def total_variation(
     video:Float[Tensor, "batch frames 3 height width"], # Colours in [0, 1]
@@ -42,8 +53,7 @@ def total_variation(
 ) -> Float[Tensor, "batch"]: # Sum over four directions, mean over frames; 0 for flat frames
     "Variation over space, with diagonals"
     check_power(power)
-    parts = [step.flatten(2) for step in neighbour_steps(video)]
-    return sum(part.abs().mean(-1) if power == 1 else torch.linalg.vector_norm(part, dim=-1) for part in parts).mean(1)
+    return sum(_varied(step.flatten(2), power) for step in neighbour_steps(video)).mean(1)
 
 # %% ../../../nbs/6_evaluate/08_baselines.priors.ipynb #f7a0d650
 def temporal_variation(
@@ -54,20 +64,21 @@ def temporal_variation(
     check_power(power)
     if video.shape[1] == 1: return (video * 0).sum((1, 2, 3, 4))
     steps = (video[:, 1:] - video[:, :-1]).flatten(2)
-    return (steps.abs().mean(-1) if power == 1 else torch.linalg.vector_norm(steps, dim=-1)).mean(1)
+    return _varied(steps, power).mean(1)
 
 # %% ../../../nbs/6_evaluate/08_baselines.priors.ipynb #2bf346f1
 def check_patch(video:Float[Tensor, "batch frames 3 height width"], patch:int) -> None:
     "Refuse a grid that does not fit"
     height, width = video.shape[-2:]
     if patch < 1 or height % patch or width % patch or patch in (height, width):
-        raise ValueError(f"patches of {patch} px must divide frames of {height} x {width} px into several. Use the VLM's patch size in pixels of the clip.")
+        raise ValueError(f"patches of {patch} px must divide frames of {height} x {width} px into "
+                         "several. Use the VLM's patch size in pixels of the clip.")
 
 def patch_borders(
     video:Float[Tensor, "batch frames 3 height width"], # Colours in [0, 1]
     patch:int, # px, side of a patch
-) -> Float[Tensor, "batch"]: # Mean squared step across horizontal grid lines plus that across vertical ones; 0 where no line shows
-    "Jumps across the patch grid (GradViT; MIMIC's R_patch)"
+) -> Float[Tensor, "batch"]: # Mean squared step across horizontal grid lines plus across vertical
+    "Jumps across the patch grid, 0 where no line shows (GradViT; MIMIC's R_patch)"
     check_patch(video, patch)
     down = video[..., patch::patch, :] - video[..., patch - 1:-1:patch, :]
     right = video[..., patch::patch] - video[..., patch - 1:-1:patch]
@@ -79,13 +90,18 @@ def patch_variance(
 ) -> Float[Tensor, "batch"]: # Mean over patches and channels; at most 1/4
     "Variance inside patches (MIMIC v2)"
     check_patch(video, patch)
-    inside = video.unflatten(-1, (-1, patch)).unflatten(-3, (-1, patch)) # rows, row in patch, columns, column in patch
+    # rows, row in patch, columns, column in patch
+    inside = video.unflatten(-1, (-1, patch)).unflatten(-3, (-1, patch))
     return inside.var((-3, -1), unbiased=False).mean((1, 2, 3, 4))
 
 # %% ../../../nbs/6_evaluate/08_baselines.priors.ipynb #4c267e78
-def check_generators(video:Float[Tensor, "batch frames 3 height width"], generators:Sequence[torch.Generator]) -> None:
+def check_generators(
+    video:Float[Tensor, "batch frames 3 height width"],
+    generators:Sequence[torch.Generator],
+) -> None:
     "Refuse a batch without a generator for each clip"
-    if len(generators) != len(video): raise ValueError(f"one random generator a clip, got {len(generators)} for {len(video)} clips.")
+    if len(generators) == len(video): return
+    raise ValueError(f"one random generator a clip, got {len(generators)} for {len(video)} clips.")
 
 def jitter(
     video:Float[Tensor, "batch frames 3 height width"], # Colours in [0, 1]
@@ -95,19 +111,29 @@ def jitter(
 ) -> Float[Tensor, "batch frames 3 height width"]: # Each clip shifted as a whole
     "Shift clips by some pixels"
     check_generators(video, generators)
-    if border not in ("wrap", "reflect"): raise ValueError(f"border must be 'wrap' or 'reflect', got {border!r}.")
-    if not 0 <= pixels < min(video.shape[-2:]): raise ValueError(f"a shift is from 0 to less than the frame's {min(video.shape[-2:])} px, got {pixels}.")
-    shifts = [torch.randint(-pixels, pixels + 1, (2,), generator=generator).tolist() for generator in generators]
-    if border == "wrap": return torch.stack([clip.roll(shift, (-2, -1)) for clip, shift in zip(video, shifts)])
+    if border not in ("wrap", "reflect"):
+        raise ValueError(f"border must be 'wrap' or 'reflect', got {border!r}.")
     height, width = video.shape[-2:]
-    padded = nn.functional.pad(video.flatten(1, 2), (pixels,) * 4, mode="reflect").view(*video.shape[:3], height + 2 * pixels, width + 2 * pixels)
-    return torch.stack([clip[..., pixels - down:pixels - down + height, pixels - right:pixels - right + width] for clip, (down, right) in zip(padded, shifts)])
+    side = min(height, width)
+    if not 0 <= pixels < side:
+        raise ValueError(f"a shift is from 0 to less than the frame's {side} px, got {pixels}.")
+    draws = [torch.randint(-pixels, pixels + 1, (2,), generator=one) for one in generators]
+    shifts = [draw.tolist() for draw in draws]
+    if border == "wrap":
+        return torch.stack([clip.roll(shift, (-2, -1)) for clip, shift in zip(video, shifts)])
+    padded = nn.functional.pad(video.flatten(1, 2), (pixels,) * 4, mode="reflect")
+    padded = padded.unflatten(1, video.shape[1:3])
+    shifted = []
+    for clip, (down, right) in zip(padded, shifts):
+        rows = clip[..., pixels - down:pixels - down + height, :]
+        shifted.append(rows[..., pixels - right:pixels - right + width])
+    return torch.stack(shifted)
 
 # %% ../../../nbs/6_evaluate/08_baselines.priors.ipynb #636a702e
 def random_flip(
     video:Float[Tensor, "batch frames 3 height width"], # Colours in [0, 1]
     generators:Sequence[torch.Generator], # One a clip
-    share:float=0.0, # How often a clip is mirrored; 0 by default, since a mirrored clip moves the other way
+    share:float=0.0, # How often a clip is mirrored; 0 by default: mirrored, it moves the other way
 ) -> Float[Tensor, "batch frames 3 height width"]: # Each clip as it is, or mirrored
     "Mirror clips left to right"
     check_generators(video, generators)
@@ -120,17 +146,24 @@ def random_crop(
     generators:Sequence[torch.Generator], # One a clip
     low:float, # Smallest share of the frame's sides, in (0, 1]
     high:float, # Largest share
-) -> Float[Tensor, "batch frames 3 height width"]: # One crop of each clip, the same for all its frames, bilinear
+) -> Float[Tensor, "batch frames 3 height width"]: # One crop a clip for all its frames, bilinear
     "Cut out a part and enlarge it"
     check_generators(video, generators)
-    if not 0 < low <= high <= 1: raise ValueError(f"the share of a crop needs 0 < low <= high <= 1, got {low} and {high}.")
+    if not 0 < low <= high <= 1:
+        raise ValueError(
+            f"the share of a crop needs 0 < low <= high <= 1, got {low} and {high}.")
     draws = torch.stack([torch.rand(3, generator=generator) for generator in generators]).to(video)
     share = low + (high - low) * draws[:, 0]
-    centre = (1 - share)[:, None] * (2 * draws[:, 1:] - 1) # of the crop, with the frame from -1 to 1
-    maps = torch.cat([torch.diag_embed(share[:, None].expand(-1, 2)), centre[..., None]], 2)
+    # of the crop, with the frame from -1 to 1
+    centre = (1 - share)[:, None] * (2 * draws[:, 1:] - 1)
+    scale = torch.diag_embed(share[:, None].expand(-1, 2))
+    maps = torch.cat([scale, centre[..., None]], 2)
     n, frames, _, height, width = video.shape
-    grid = nn.functional.affine_grid(maps, [n, 3, height, width], align_corners=False).repeat_interleave(frames, 0)
-    return nn.functional.grid_sample(video.flatten(0, 1), grid, padding_mode="border", align_corners=False).view_as(video).clamp(0, 1)
+    grid = nn.functional.affine_grid(maps, [n, 3, height, width], align_corners=False)
+    grid = grid.repeat_interleave(frames, 0)
+    images = video.flatten(0, 1)
+    cut = nn.functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    return cut.view_as(video).clamp(0, 1)
 
 # %% ../../../nbs/6_evaluate/08_baselines.priors.ipynb #2055b6b1
 def add_noise(
@@ -140,8 +173,8 @@ def add_noise(
 ) -> Float[Tensor, "batch frames 3 height width"]: # Clamped to [0, 1]
     "Add Gaussian noise, new in every frame"
     check_generators(video, generators)
-    noise = torch.stack([torch.randn(video.shape[1:], generator=generator) for generator in generators])
-    return (video + std * noise.to(video)).clamp(0, 1)
+    noise = [torch.randn(video.shape[1:], generator=generator) for generator in generators]
+    return (video + std * torch.stack(noise).to(video)).clamp(0, 1)
 
 def blur(
     video:Float[Tensor, "batch frames 3 height width"], # Colours in [0, 1]
@@ -149,17 +182,20 @@ def blur(
 ) -> Float[Tensor, "batch frames 3 height width"]: # Each frame smoothed
     "Gaussian blur of every frame"
     if sigma < 0: raise ValueError(f"sigma is a width in pixels, at least 0, got {sigma}.")
-    reach = min(math.ceil(3 * sigma), min(video.shape[-2:]) - 1) # beyond 3 sigma nothing is left
+    # beyond 3 sigma nothing is left
+    reach = min(math.ceil(3 * sigma), min(video.shape[-2:]) - 1)
     if reach == 0: return video
-    kernel = torch.exp(-torch.arange(-reach, reach + 1, device=video.device, dtype=video.dtype)**2 / (2 * sigma**2))
+    places = torch.arange(-reach, reach + 1, device=video.device, dtype=video.dtype)
+    kernel = torch.exp(-places**2 / (2 * sigma**2))
     kernel = (kernel / kernel.sum()).view(1, 1, -1)
     frames = video.reshape(-1, 1, *video.shape[-2:])
     padded = nn.functional.pad(frames, (reach,) * 4, mode="reflect")
-    return nn.functional.conv2d(nn.functional.conv2d(padded, kernel[:, :, :, None]), kernel[:, :, None]).view_as(video)
+    down = nn.functional.conv2d(padded, kernel[:, :, :, None])
+    return nn.functional.conv2d(down, kernel[:, :, None]).view_as(video)
 
 # %% ../../../nbs/6_evaluate/08_baselines.priors.ipynb #416a5947
 def chain(
-    *augmentations:Callable, # Each `f(video, generators)` -> video, for example `partial(jitter, pixels=4)`
+    *augmentations:Callable, # Each `f(video, generators)` -> video, as `partial(jitter, pixels=4)`
 ) -> Callable: # `augment(video, generators, step)`, as `invert` calls it
     "Several augmentations, one after the other, drawing from the same generators"
     def augment(video, generators, step=0):

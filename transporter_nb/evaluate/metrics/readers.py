@@ -27,18 +27,27 @@ def slot_of(
     for form in (spelt, SINGULARS.get(spelt), PLURALS.get(spelt)):
         for slot, words in SLOTS.items():
             if form in words: return slot, form
-    raise ValueError(f"no attribute of the world has the word {word!r}; its words are {', '.join(word for words in SLOTS.values() for word in words)}. Readers judge contrasts of the world only.")
+    known = ", ".join(known for words in SLOTS.values() for known in words)
+    raise ValueError(f"no attribute of the world has the word {word!r}; its words are {known}. "
+                     "Readers judge contrasts of the world only.")
 
 def wanted_words(
     caption:str, # The source caption
     pair:str|ContrastPair, # What changes in it; several words joined by `+`
 ) -> dict[str, str]: # Attribute to target word
     "What the readers should find after a contrast"
-    source, wanted = parse_caption(caption).words, {}
+    source = parse_caption(caption).words
+    wanted = {}
     for before, after in parse_contrast(pair).words:
-        (slot, old), (target_slot, new) = slot_of(before), slot_of(after)
-        if slot != target_slot: raise ValueError(f"{before!r} names the {slot} and {after!r} the {target_slot}. A contrast exchanges words of one attribute.")
-        if source[slot] != old: raise ValueError(f"the caption's {slot} is {source[slot]!r}, and the contrast starts from {before!r}: {caption!r}. Choose a caption that holds it.")
+        slot, old = slot_of(before)
+        target_slot, new = slot_of(after)
+        if slot != target_slot:
+            raise ValueError(f"{before!r} names the {slot} and {after!r} the {target_slot}. "
+                             "A contrast exchanges words of one attribute.")
+        if source[slot] != old:
+            raise ValueError(
+                f"the caption's {slot} is {source[slot]!r}, and the contrast starts from "
+                f"{before!r}: {caption!r}. Choose a caption that holds it.")
         wanted[slot] = new
     return wanted
 
@@ -49,14 +58,21 @@ class ReadChange:
     target: Float[Tensor, "batch"] # 1 where every target word is read, else 0
     kept: Float[Tensor, "batch"] # Share of the other attributes that read as in the source caption
     readable: Float[Tensor, "batch"] # Share of the eight attributes that read as any word
-    unchanged: Float[Tensor, "batch"]|None = None # Share of the other attributes that read as in the base clip; NaN where none was readable there; None without base videos
+    # Share of the other attributes that read as in the base clip; NaN where none was readable
+    # there; None without base videos
+    unchanged: Float[Tensor, "batch"]|None = None
 
     def estimates(self,
         seed:int=0, # Of the bootstrap
-    ) -> dict[str, Estimate]: # Mean of each with its interval; clips without a value are left out, and n says so; what fewer than two clips have is left out whole
+    ) -> dict[str, Estimate]: # Only numbers that at least two clips have; n is how many have it
         "Means with intervals"
-        found = {name: values[~values.isnan()] for name in ("target", "kept", "readable", "unchanged") if (values := getattr(self, name)) is not None}
-        return {name: bootstrap(values, seed) for name, values in found.items() if len(values) > 1}
+        found = {}
+        for name in ("target", "kept", "readable", "unchanged"):
+            values = getattr(self, name)
+            if values is None: continue
+            values = values[~values.isnan()]
+            if len(values) > 1: found[name] = bootstrap(values, seed)
+        return found
 
 # %% ../../../nbs/6_evaluate/04_metrics.readers.ipynb #1cd686cb
 def share_equal(
@@ -64,7 +80,8 @@ def share_equal(
     expected:dict[str, str], # Attribute to the word it should have
 ) -> float: # From 0 to 1; NaN where nothing is expected
     "Share of the expected words that are read"
-    return sum(reading[slot] == word for slot, word in expected.items()) / len(expected) if expected else float("nan")
+    if not expected: return float("nan")
+    return sum(reading[slot] == word for slot, word in expected.items()) / len(expected)
 
 def per_video(
     value:Any, # One thing for all videos, or a list with one for each
@@ -73,62 +90,94 @@ def per_video(
 ) -> list: # `n` of them
     "Repeat what is shared, refuse a wrong number"
     values = [value] * n if isinstance(value, (str, ContrastPair)) else list(value)
-    if len(values) != n: raise ValueError(f"there must be one of the {what} for each video, got {len(values)} for {n} videos. Give a list as long as the batch, or one for all.")
+    if len(values) != n:
+        raise ValueError(
+            f"there must be one of the {what} for each video, got {len(values)} for {n} videos. "
+            "Give a list as long as the batch, or one for all.")
     return values
 
 # %% ../../../nbs/6_evaluate/04_metrics.readers.ipynb #cd9bcbe6
 def read_change(
-    videos:Float[Tensor, "batch frames 3 height width"], # Steered clips of the world's size, values in [0, 1]; abstract ones are unreadable, not refused
+    # Steered clips of the world's size, values in [0, 1]; abstract ones are unreadable, not refused
+    videos:Float[Tensor, "batch frames 3 height width"],
     captions:str|Sequence[str], # Source captions, one a video or one for all
     pairs:str|ContrastPair|Sequence[str|ContrastPair], # The contrasts, likewise
-    base_videos:Float[Tensor, "batch_b frames_b 3 height_b width_b"]|None=None, # The same seeds without steering
+    # The same seeds without steering
+    base_videos:Float[Tensor, "batch_b frames_b 3 height_b width_b"]|None=None,
 ) -> ReadChange: # On the device of the videos
     "Read from pixels whether the target was reached and the rest was kept"
     n = len(videos)
-    captions, pairs = per_video(captions, n, "captions"), per_video(pairs, n, "pairs")
+    captions = per_video(captions, n, "captions")
+    pairs = per_video(pairs, n, "pairs")
     wanted = [wanted_words(*both) for both in zip(captions, pairs)]
-    others = [{slot: word for slot, word in parse_caption(text).words.items() if slot not in words} for text, words in zip(captions, wanted)]
+    sources = [parse_caption(text).words for text in captions]
+    others = [{slot: word for slot, word in source.items() if slot not in words}
+              for source, words in zip(sources, wanted)]
     readings = read_video(videos)
-    rows = {"target": [float(share_equal(*both) == 1) for both in zip(readings, wanted)], "kept": [share_equal(*both) for both in zip(readings, others)],
-            "readable": [sum(word != UNREADABLE for word in reading.values()) / len(SLOTS) for reading in readings]}
+    n_read = [sum(word != UNREADABLE for word in reading.values()) for reading in readings]
+    rows = {
+        "target": [float(share_equal(*both) == 1) for both in zip(readings, wanted)],
+        "kept": [share_equal(*both) for both in zip(readings, others)],
+        "readable": [count / len(SLOTS) for count in n_read],
+    }
     if base_videos is not None:
-        if len(base_videos) != n: raise ValueError(f"each video needs its base video, got {len(base_videos)} for {n} videos. Repeat the base for each strength.")
-        before = [{slot: read[slot] for slot in rest if read[slot] != UNREADABLE} for read, rest in zip(read_video(base_videos), others)]
+        if len(base_videos) != n:
+            raise ValueError(
+                f"each video needs its base video, got {len(base_videos)} for {n} videos. "
+                "Repeat the base for each strength.")
+        before = [{slot: read[slot] for slot in rest if read[slot] != UNREADABLE}
+                  for read, rest in zip(read_video(base_videos), others)]
         rows["unchanged"] = [share_equal(*both) for both in zip(readings, before)]
-    return ReadChange(**{name: torch.tensor(values, device=videos.device) for name, values in rows.items()})
+    device = videos.device
+    return ReadChange(**{name: torch.tensor(row, device=device) for name, row in rows.items()})
 
 # %% ../../../nbs/6_evaluate/04_metrics.readers.ipynb #3fdc6c79
 def smoothness(
-    steps:Float[Tensor, "*batch steps"], # Distance between neighbouring strengths, 0 or more, at least two steps
-    strengths:Sequence[float]|None=None, # The strengths, rising, one more than steps; None if evenly spaced
+    steps:Float[Tensor, "*batch steps"], # At least two distances of neighbours, each 0 or more
+    strengths:Sequence[float]|None=None, # Rising, one more than steps; None if evenly spaced
 ) -> Float[Tensor, "*batch"]: # From 0 (one jump) to 1 (even); NaN where nothing changes at all
     "How evenly a video changes over strength"
     n = steps.shape[-1]
-    if n < 2 or (steps < 0).any(): raise ValueError(f"smoothness needs at least two distances, none negative, got {n} and a least of {steps.min().item() if n else 'none'}. Use three strengths or more.")
+    if n < 2 or (steps < 0).any():
+        least = steps.min().item() if n else "none"
+        raise ValueError(
+            f"smoothness needs at least two distances, none negative, got {n} and a least of "
+            f"{least}. Use three strengths or more.")
     if strengths is not None:
         gaps = torch.as_tensor(list(strengths), dtype=steps.dtype, device=steps.device).diff()
-        if len(gaps) != n or not (gaps > 0).all(): raise ValueError(f"strengths must rise and be one more than the {n} steps, got {list(strengths)}. Sort them.")
+        if len(gaps) != n or not (gaps > 0).all():
+            raise ValueError(f"strengths must rise and be one more than the {n} steps, "
+                             f"got {list(strengths)}. Sort them.")
         steps = steps / gaps
     shares = steps / steps.sum(-1, keepdim=True)
     return 1 - (n * shares.square().sum(-1) - 1) / (n - 1)
 
 # %% ../../../nbs/6_evaluate/04_metrics.readers.ipynb #e1d2df4e
 def progress(
-    from_base:Float[Tensor, "*batch strengths"], # Distance of each video from the first one, which is at 0; at least two strengths
-) -> Float[Tensor, "*batch"]: # From -1 (it only falls) to 1 (it only rises); NaN where nothing changes
+    # Distance of each video from the first one, which is at 0; at least two strengths
+    from_base:Float[Tensor, "*batch strengths"],
+) -> Float[Tensor, "*batch"]: # From -1 (it only falls) to 1 (it only rises); NaN without change
     "How directly a video moves away from where it started"
-    if from_base.shape[-1] < 2: raise ValueError(f"progress needs at least two strengths, got {from_base.shape[-1]}.")
+    n = from_base.shape[-1]
+    if n < 2: raise ValueError(f"progress needs at least two strengths, got {n}.")
     moves = from_base.diff(dim=-1)
     return moves.sum(-1) / moves.abs().sum(-1)
 
+# %% ../../../nbs/6_evaluate/04_metrics.readers.ipynb #10421e2a
 def sweep_distances(
-    videos:Float[Tensor, "strengths batch frames 3 height width"], # One seed a column, strengths rising, the base first
-    encoder:Callable[[Tensor], Any]|None=None, # Of the perceptual distance; None takes the in-world one
+    # One seed a column, strengths rising, the base first
+    videos:Float[Tensor, "strengths batch frames 3 height width"],
+    encoder:Callable[[Tensor], Any]|None=None, # Of the perceptual distance; None: the in-world one
     chunk:int=32, # Pairs at a time
-) -> tuple[Float[Tensor, "batch steps"], Float[Tensor, "batch strengths"]]: # Between neighbours, for `smoothness`; from the base, for `progress`
+) -> tuple[ # Between neighbours, for `smoothness`; from the base, for `progress`
+    Float[Tensor, "batch steps"],
+    Float[Tensor, "batch strengths"],
+]:
     "Perceptual distances along a sweep of strengths"
     n, batch = videos.shape[:2]
     if n < 2: raise ValueError(f"a sweep has at least two strengths, got {n}.")
-    between = perceptual_distance(videos[:-1].flatten(0, 1), videos[1:].flatten(0, 1), encoder, chunk)
-    away = perceptual_distance(videos[:1].expand_as(videos).flatten(0, 1), videos.flatten(0, 1), encoder, chunk)
+    flat = videos.flatten(0, 1)
+    base = videos[:1].expand_as(videos).flatten(0, 1)
+    between = perceptual_distance(flat[:-batch], flat[batch:], encoder, chunk)
+    away = perceptual_distance(base, flat, encoder, chunk)
     return between.view(n - 1, batch).T, away.view(n, batch).T

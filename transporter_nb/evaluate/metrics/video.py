@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COVERAGE', 'KEPT', 'I3D_SOURCE', 'I3D_FRAMES', 'Estimate', 'bootstrap', 'wilson_interval', 'bootstrap_statistic',
            'GaussianStatistics', 'gaussian_statistics', 'frechet_distance', 'frechet_estimate', 'frechet_at',
-           'FeatureNetwork', 'in_chunks', 'world_encoder', 'WorldFeatures', 'world_features', 'I3DFeatures',
-           'i3d_features', 'FrechetDistance', 'feature_statistics', 'frechet_video_distance', 'perceptual_embedding',
+           'FeatureNetwork', 'in_chunks', 'world_encoder', 'WorldFeatures', 'world_features', 'feature_statistics',
+           'I3DFeatures', 'i3d_features', 'FrechetDistance', 'frechet_video_distance', 'perceptual_embedding',
            'perceptual_distance', 'nearest_perceptual_distance']
 
 # %% ../../../nbs/6_evaluate/01_metrics.video.ipynb #681b2960
@@ -35,39 +35,56 @@ class Estimate(NamedTuple):
     high: float # Upper end
     n: int # Clips it rests on
 
-    def __str__(self) -> str: return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}], n = {self.n}"
+    def __str__(self) -> str:
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}], n = {self.n}"
 
 # %% ../../../nbs/6_evaluate/01_metrics.video.ipynb #9c64f1ae
 COVERAGE = .95 # share of the resampled values inside an interval (chosen: the usual one)
 
+def _middle(values:Float64[Tensor, "n"]) -> list: # Two numbers
+    "Ends of the middle 95 % of some values"
+    ends = torch.tensor([(1 - COVERAGE) / 2, (1 + COVERAGE) / 2], dtype=torch.float64)
+    return torch.quantile(values, ends).tolist()
+
 def bootstrap(
     values:Float[Tensor, "n"], # One number a clip, finite, at least two
     seed:int=0, # Of the resampling
-    n_resamples:int=1000, # More make the ends steadier (chosen: their own error is then about 5 % of the width)
+    n_resamples:int=1000, # More make the ends steadier (chosen: known to 5 % of the width)
 ) -> Estimate: # Mean and percentile interval
     "Mean of some values with its percentile bootstrap interval"
-    if values.ndim != 1 or len(values) < 2 or not values.isfinite().all():
-        raise ValueError(f"an interval needs at least two finite values, got {len(values)}, of which {int(values.isfinite().sum())} are finite. Measure more clips, or leave the failed ones out and say so.")
+    n = len(values)
+    if values.ndim != 1 or n < 2 or not values.isfinite().all():
+        n_finite = int(values.isfinite().sum())
+        raise ValueError(
+            f"an interval needs at least two finite values, got {n}, of which {n_finite} are "
+            "finite. Measure more clips, or leave the failed ones out and say so.")
     values = values.detach().double().cpu()
-    draws = torch.randint(len(values), (n_resamples, len(values)), generator=seeded_generator(seed))
-    low, high = torch.quantile(values[draws].mean(1), torch.tensor([(1 - COVERAGE) / 2, (1 + COVERAGE) / 2], dtype=torch.float64)).tolist()
-    return Estimate(values.mean().item(), low, high, len(values))
+    draws = torch.randint(n, (n_resamples, n), generator=seeded_generator(seed))
+    low, high = _middle(values[draws].mean(1))
+    return Estimate(values.mean().item(), low, high, n)
 
+# %% ../../../nbs/6_evaluate/01_metrics.video.ipynb #70546361
 def wilson_interval(
     share:float, # Of clips for which something holds, [0, 1]
     n:int, # Clips, at least one
     z:float=1.96, # Normal quantile; 1.96 covers 95 %
 ) -> tuple[float, float]: # Has a width even where all clips agree
     "Wilson's interval for a share of clips"
-    if n < 1 or not 0 <= share <= 1: raise ValueError(f"a share lies in [0, 1] and rests on at least one clip, got {share} of {n}.")
-    centre, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0., (centre - spread) / (1 + z * z / n)), min(1., (centre + spread) / (1 + z * z / n))
+    if n < 1 or not 0 <= share <= 1:
+        raise ValueError(
+            f"a share lies in [0, 1] and rests on at least one clip, got {share} of {n}.")
+    centre = share + z * z / (2 * n)
+    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0., (centre - spread) / scale), min(1., (centre + spread) / scale)
 
 # %% ../../../nbs/6_evaluate/01_metrics.video.ipynb #36a1efa6
-KEPT = .8 # share of the clips in a subsample (measured: on Gaussians nearer to the true spread than .5, no worse than .9)
+# share of the clips in a subsample (measured: on Gaussians nearer to the true spread than .5, no
+# worse than .9)
+KEPT = .8
 
 def bootstrap_statistic(
-    statistic:Callable[[Tensor], float], # Takes row numbers, integers `[m]`, and returns the statistic of those rows
+    statistic:Callable[[Tensor], float], # Of the rows whose numbers, integers `[m]`, it is given
     n:int, # How many rows there are, at least 4
     seed:int=0, # Of the resampling
     n_resamples:int=200, # Subsamples (chosen: one costs a decomposition of the covariance)
@@ -75,13 +92,18 @@ def bootstrap_statistic(
     most:float=math.inf, # Nor above; a cosine: 1
 ) -> Estimate: # The statistic of all rows, and an interval for its expected value at this `n`
     "A statistic of many clips with an interval from subsamples, drawn without replacement"
-    if n < 4: raise ValueError(f"an interval by subsamples needs at least 4 clips, got {n}. Measure more.")
-    kept, rng = int(KEPT * n), seeded_generator(seed)
-    draws = torch.tensor([float(statistic(torch.randperm(n, generator=rng)[:kept])) for _ in range(n_resamples)], dtype=torch.float64)
+    if n < 4:
+        raise ValueError(
+            f"an interval by subsamples needs at least 4 clips, got {n}. Measure more.")
+    kept = int(KEPT * n)
+    rng = seeded_generator(seed)
+    subsamples = [torch.randperm(n, generator=rng)[:kept] for _ in range(n_resamples)]
+    draws = torch.tensor([float(statistic(rows)) for rows in subsamples], dtype=torch.float64)
     spread = (draws - draws.mean()) * math.sqrt(kept / (n - kept))
-    low, high = torch.quantile(spread, torch.tensor([(1 - COVERAGE) / 2, (1 + COVERAGE) / 2], dtype=torch.float64)).tolist()
+    low, high = _middle(spread)
     value = float(statistic(torch.arange(n)))
-    return Estimate(value, max(value - high, least), min(value - low, most), n) # mirrored: where subsamples reach up, the truth reaches down
+    # mirrored: where subsamples reach up, the truth reaches down
+    return Estimate(value, max(value - high, least), min(value - low, most), n)
 
 # %% ../../../nbs/6_evaluate/01_metrics.video.ipynb #484b8005
 @dataclass(frozen=True)
@@ -90,25 +112,30 @@ class GaussianStatistics:
     mean: Float64[Tensor, "dim"]
     covariance: Float64[Tensor, "dim dim"]
     n: int # Clips they were taken from
-    network: str = "" # Name of the feature network; statistics of different networks are not compared
+    network: str = "" # Feature network; statistics of different networks are not compared
 
     @cached_property
     def root(self) -> Float64[Tensor, "dim dim"]: # Symmetric, its square is the covariance
         "Square root of the covariance"
         values, vectors = torch.linalg.eigh(self.covariance)
-        floor = len(values) * torch.finfo(values.dtype).eps * values.amax().clamp(min=0) # below it an eigenvalue is rounding: its root, 1e-8, would not be
+        # an eigenvalue below the floor is rounding; its root, 1e-8, would count
+        floor = len(values) * torch.finfo(values.dtype).eps * values.amax().clamp(min=0)
         return (vectors * values.where(values > floor, 0.).sqrt()) @ vectors.T
 
 def gaussian_statistics(
     features:Float[Tensor, "n dim"], # One row a clip, at least two, finite
     network:str="", # What made them
-) -> GaussianStatistics: # In float64, on the device of the features; the covariance divides by n - 1
+) -> GaussianStatistics: # In float64, on the features' device; the covariance divides by n - 1
     "Describe features by a Gaussian"
-    if len(features) < 2 or not features.isfinite().all():
-        raise ValueError(f"a covariance needs at least two clips with finite features, got {len(features)}, all finite: {bool(features.isfinite().all())}. Measure more clips, or look at the videos.")
+    n = len(features)
+    all_finite = bool(features.isfinite().all())
+    if n < 2 or not all_finite:
+        raise ValueError(
+            f"a covariance needs at least two clips with finite features, got {n}, "
+            f"all finite: {all_finite}. Measure more clips, or look at the videos.")
     mean = features.detach().double().mean(0)
     away = features.detach().double() - mean
-    return GaussianStatistics(mean, away.T @ away / (len(features) - 1), len(features), network)
+    return GaussianStatistics(mean, away.T @ away / (n - 1), n, network)
 
 # %% ../../../nbs/6_evaluate/01_metrics.video.ipynb #4e714f01
 def frechet_distance(
@@ -117,9 +144,12 @@ def frechet_distance(
 ) -> float: # In squared units of the features, 0 or more: 0 for equal mean and covariance
     "Frechet distance between two Gaussians (Dowson and Landau 1982)"
     if a.mean.shape != b.mean.shape or a.network != b.network:
-        raise ValueError(f"both sets need features of one network, got {a.network!r} with {len(a.mean)} and {b.network!r} with {len(b.mean)} dimensions. Compute both with the same network.")
+        raise ValueError(
+            f"both sets need features of one network, got {a.network!r} with {len(a.mean)} and "
+            f"{b.network!r} with {len(b.mean)} dimensions. Compute both with the same network.")
     shared = torch.linalg.svdvals(a.root @ b.root).sum()
-    distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * shared
+    apart = (a.mean - b.mean).square().sum()
+    distance = apart + a.covariance.trace() + b.covariance.trace() - 2 * shared
     return max(distance.item(), 0.)
 
 # %% ../../../nbs/6_evaluate/01_metrics.video.ipynb #a326dade
@@ -129,25 +159,31 @@ def frechet_estimate(
     seed:int=0, # Of the resampling
     n_resamples:int=200, # Subsamples
 ) -> Estimate: # Biased upwards for small `n`: compare equal n
-    "Frechet distance of a set of features to a reference, with an interval for its expected value at this n"
+    "Frechet distance of features to a reference, with an interval for its expected value at this n"
     features = features.detach().double()
-    distance = lambda rows: frechet_distance(gaussian_statistics(features[rows], reference.network), reference)
+    def distance(rows):
+        return frechet_distance(gaussian_statistics(features[rows], reference.network), reference)
     return bootstrap_statistic(distance, len(features), seed, n_resamples, least=0.)
 
 # %% ../../../nbs/6_evaluate/01_metrics.video.ipynb #ab121340
 def frechet_at(
     features:Float[Tensor, "n dim"], # Of the clips to judge
     reference:GaussianStatistics, # Of real clips, made by the same network
-    n:int, # Size of the subsets, from 2 to the number of clips: the smallest n of the rows to be compared
+    n:int, # Size of the subsets, from 2 to the number of clips: the smallest n of the compared rows
     seed:int=0, # Of the subsets
     n_subsets:int=50, # How many (chosen: the mean is then steady to a few percent)
-) -> Estimate: # Mean over subsets, and the middle 95 % of *them*: where one set of this size would fall
+) -> Estimate: # Mean over subsets; the middle 95 % of them, where one set of this size would fall
     "Frechet distance that the same features would get with fewer clips"
-    if not 2 <= n <= len(features): raise ValueError(f"a subset has from 2 to {len(features)} clips, got {n}. Take the smallest n of the rows compared.")
-    rng, features = seeded_generator(seed), features.detach().double()
+    if not 2 <= n <= len(features):
+        raise ValueError(f"a subset has from 2 to {len(features)} clips, got {n}. "
+                         "Take the smallest n of the rows compared.")
+    rng = seeded_generator(seed)
+    features = features.detach().double()
     subsets = [features[torch.randperm(len(features), generator=rng)[:n]] for _ in range(n_subsets)]
-    values = torch.tensor([frechet_distance(gaussian_statistics(rows, reference.network), reference) for rows in subsets], dtype=torch.float64)
-    low, high = torch.quantile(values, torch.tensor([(1 - COVERAGE) / 2, (1 + COVERAGE) / 2], dtype=torch.float64)).tolist()
+    statistics = [gaussian_statistics(rows, reference.network) for rows in subsets]
+    distances = [frechet_distance(own, reference) for own in statistics]
+    values = torch.tensor(distances, dtype=torch.float64)
+    low, high = _middle(values)
     return Estimate(values.mean().item(), low, high, n)
 
 # %% ../../../nbs/6_evaluate/01_metrics.video.ipynb #73aa3e49
@@ -157,7 +193,8 @@ class FeatureNetwork(Protocol):
     name: str # Which network, with its training data: statistics carry it
     metric: str # What a distance of its features is called in print
 
-    def __call__(self, video:Tensor) -> Tensor: ... # `batch frames 3 height width` in [0, 1] to `batch dim`
+    # `batch frames 3 height width` in [0, 1] to `batch dim`
+    def __call__(self, video:Tensor) -> Tensor: ...
 
 def in_chunks(
     function:Callable[[Tensor], Tensor], # Takes and returns a batch
@@ -180,7 +217,7 @@ def world_encoder(
 @dataclass(frozen=True)
 class WorldFeatures:
     "Features of the in-world video encoder"
-    encoder: Callable[[Tensor], Any]|None = None # Returns an object with `features`; None takes the shipped one
+    encoder: Callable[[Tensor], Any]|None = None # Its result has `features`; None: the shipped one
     name: str = "in-world video encoder"
     metric: str = "FVD-mini"
 
@@ -188,51 +225,12 @@ class WorldFeatures:
         video:Float[Tensor, "batch frames 3 height width"], # Values in [0, 1]
     ) -> Float[Tensor, "batch dim"]: # On the device of the videos
         "Features of clips"
-        return (self.encoder or world_encoder("video", str(video.device)))(check_video(video)).features
+        encoder = self.encoder or world_encoder("video", str(video.device))
+        return encoder(check_video(video)).features
 
 def world_features() -> WorldFeatures: # The shipped encoder
     "The feature network of the embedded world"
     return WorldFeatures()
-
-# %% ../../../nbs/6_evaluate/01_metrics.video.ipynb #ea8f3c68
-I3D_SOURCE = "the StyleGAN-V authors' i3d_torchscript.pt (https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt, mirrored at https://huggingface.co/flateon/FVD-I3D-torchscript)"
-I3D_FRAMES = 10 # fewest frames that public FVD code gives the file (its strides leave too few to pool below that)
-
-@dataclass(frozen=True)
-class I3DFeatures:
-    "Kinetics-400 logits of I3D, from its TorchScript"
-    module: torch.jit.ScriptModule|Callable[..., Tensor] # Called as `module(video, rescale=True, resize=True, return_features=True)`
-    name: str = "I3D, Kinetics-400 logits"
-    metric: str = "FVD"
-
-    def __call__(self,
-        video:Float[Tensor, "batch frames 3 height width"], # Values in [0, 1], at least ten frames
-    ) -> Float[Tensor, "batch 400"]: # Logits
-        "Logits of clips"
-        if check_video(video).shape[1] < I3D_FRAMES: raise ValueError(f"I3D needs at least {I3D_FRAMES} frames, got {video.shape[1]}. For clips of the embedded world use world_features().")
-        colours = (video.float() * 255).round().transpose(1, 2).contiguous() # to bytes, as the reference reads its clips
-        return self.module(colours, rescale=True, resize=True, return_features=True)
-
-# %% ../../../nbs/6_evaluate/01_metrics.video.ipynb #1f1d6bb8
-def i3d_features(
-    path:str|Path, # The TorchScript file
-    device:str|torch.device="cpu", # Where it runs; the videos must be there too
-) -> I3DFeatures: # A feature network whose distance is FVD
-    "Load I3D, or say where it comes from"
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"FVD needs the I3D network, and there is no file {Path(path).name!r} where it was looked for. It comes from {I3D_SOURCE}. Download it and give its path, or use world_features() for FVD-mini.")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning) # TorchScript is the format that the file has
-        return I3DFeatures(torch.jit.load(str(path), map_location=device).eval())
-
-# %% ../../../nbs/6_evaluate/01_metrics.video.ipynb #ebcb8d86
-class FrechetDistance(NamedTuple):
-    "A Frechet distance between videos, with all that must stand beside it in print"
-    metric: str # `"FVD"` or `"FVD-mini"`: the feature network decides
-    estimate: Estimate # Value, interval and number of clips judged
-    n_reference: int # Real clips behind the reference
-
-    def __str__(self) -> str: return f"{self.metric} {self.estimate} against {self.n_reference} real clips"
 
 def feature_statistics(
     videos:Float[Tensor, "n frames 3 height width"], # Values in [0, 1]
@@ -243,10 +241,63 @@ def feature_statistics(
     network = network or world_features()
     return gaussian_statistics(in_chunks(network, videos, chunk), network.name)
 
-# %% ../../../nbs/6_evaluate/01_metrics.video.ipynb #8a1e22d6
+# %% ../../../nbs/6_evaluate/01_metrics.video.ipynb #ea8f3c68
+I3D_SOURCE = (
+    "the StyleGAN-V authors' i3d_torchscript.pt "
+    "(https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt, "
+    "mirrored at https://huggingface.co/flateon/FVD-I3D-torchscript)")
+# fewest frames that public FVD code gives the file (with fewer, its strides leave too few to pool)
+I3D_FRAMES = 10
+
+@dataclass(frozen=True)
+class I3DFeatures:
+    "Kinetics-400 logits of I3D, from its TorchScript"
+    # Called as `module(video, rescale=True, resize=True, return_features=True)`
+    module: torch.jit.ScriptModule|Callable[..., Tensor]
+    name: str = "I3D, Kinetics-400 logits"
+    metric: str = "FVD"
+
+    def __call__(self,
+        video:Float[Tensor, "batch frames 3 height width"], # Values in [0, 1], at least ten frames
+    ) -> Float[Tensor, "batch 400"]: # Logits
+        "Logits of clips"
+        n_frames = check_video(video).shape[1]
+        if n_frames < I3D_FRAMES:
+            raise ValueError(f"I3D needs at least {I3D_FRAMES} frames, got {n_frames}. "
+                             "For clips of the embedded world use world_features().")
+        colours = (video.float() * 255).round() # to bytes, as the reference reads its clips
+        colours = colours.transpose(1, 2).contiguous()
+        return self.module(colours, rescale=True, resize=True, return_features=True)
+
+# %% ../../../nbs/6_evaluate/01_metrics.video.ipynb #1f1d6bb8
+def i3d_features(
+    path:str|Path, # The TorchScript file
+    device:str|torch.device="cpu", # Where it runs; the videos must be there too
+) -> I3DFeatures: # A feature network whose distance is FVD
+    "Load I3D, or say where it comes from"
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"FVD needs the I3D network, and there is no file {Path(path).name!r} where it was "
+            f"looked for. It comes from {I3D_SOURCE}. Download it and give its path, or use "
+            "world_features() for FVD-mini.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning) # the file is a TorchScript
+        return I3DFeatures(torch.jit.load(str(path), map_location=device).eval())
+
+# %% ../../../nbs/6_evaluate/01_metrics.video.ipynb #ebcb8d86
+class FrechetDistance(NamedTuple):
+    "A Frechet distance between videos, with all that must stand beside it in print"
+    metric: str # `"FVD"` or `"FVD-mini"`: the feature network decides
+    estimate: Estimate # Value, interval and number of clips judged
+    n_reference: int # Real clips behind the reference
+
+    def __str__(self) -> str:
+        return f"{self.metric} {self.estimate} against {self.n_reference} real clips"
+
 def frechet_video_distance(
     videos:Float[Tensor, "n frames 3 height width"], # To judge, values in [0, 1], at least 4 clips
-    reference:Float[Tensor, "m frames_ref 3 height_ref width_ref"]|GaussianStatistics, # Real clips, or their statistics
+    # Real clips, or their statistics
+    reference:Float[Tensor, "m frames_ref 3 height_ref width_ref"]|GaussianStatistics,
     network:FeatureNetwork|None=None, # None takes the in-world one
     seed:int=0, # Of the resampling
     n_resamples:int=200, # Subsamples behind the interval
@@ -256,30 +307,44 @@ def frechet_video_distance(
     network = network or world_features()
     if isinstance(reference, Tensor): reference = feature_statistics(reference, network, chunk)
     if reference.network != network.name:
-        raise ValueError(f"the reference was made by {reference.network!r} and the videos would be seen by {network.name!r}. Use one network for both.")
-    estimate = frechet_estimate(in_chunks(network, videos, chunk), reference, seed, n_resamples)
+        raise ValueError(
+            f"the reference was made by {reference.network!r} and the videos would be seen by "
+            f"{network.name!r}. Use one network for both.")
+    features = in_chunks(network, videos, chunk)
+    estimate = frechet_estimate(features, reference, seed, n_resamples)
     return FrechetDistance(network.metric, estimate, reference.n)
 
 # %% ../../../nbs/6_evaluate/01_metrics.video.ipynb #74e6c414
 def perceptual_embedding(
     video:Float[Tensor, "batch frames 3 height width"], # Values in [0, 1]
-    encoder:Callable[[Tensor], Any]|None=None, # Returns an object with `layers`, each `batch channels frames height width`; None takes the in-world one
+    # Its result has `layers`, each `batch channels frames height width`; None: the in-world one
+    encoder:Callable[[Tensor], Any]|None=None,
 ) -> Float[Tensor, "batch dim"]: # Squared distances of these rows are perceptual distances
     "All layers of a clip as one vector, channels scaled to unit length at each place"
-    layers = (encoder or world_encoder("video", str(video.device)))(check_video(video)).layers
-    scale = [(len(layers) * layer[0, 0].numel())**.5 for layer in layers] # mean over places, then over layers
-    return torch.cat([F.normalize(layer, dim=1, eps=1e-10).flatten(1) / s for layer, s in zip(layers, scale)], 1) # eps as in LPIPS
+    encoder = encoder or world_encoder("video", str(video.device))
+    layers = encoder(check_video(video)).layers
+    parts = []
+    for layer in layers:
+        scale = (len(layers) * layer[0, 0].numel())**.5 # mean over places, then over layers
+        parts.append(F.normalize(layer, dim=1, eps=1e-10).flatten(1) / scale) # eps as in LPIPS
+    return torch.cat(parts, 1)
 
 # %% ../../../nbs/6_evaluate/01_metrics.video.ipynb #150b1616
 def perceptual_distance(
     a:Float[Tensor, "batch frames 3 height width"], # Clips, values in [0, 1]
-    b:Float[Tensor, "batch_b frames_b 3 height_b width_b"], # As many and of the same size; row by row the partner of `a`, for example the same seed without steering
+    # Partners of `a` row by row and of its size, for example the same seeds without steering
+    b:Float[Tensor, "batch_b frames_b 3 height_b width_b"],
     encoder:Callable[[Tensor], Any]|None=None, # None takes the in-world one
     chunk:int=32, # Pairs at a time
-) -> Float[Tensor, "batch"]: # From 0 (the network sees no difference) to 4
-    "LPIPS-mini of pairs of clips: how much a change changed, as the network sees it"
-    if a.shape != b.shape: raise ValueError(f"clips are compared pair by pair, so both need one shape, got {tuple(a.shape)} and {tuple(b.shape)}. For clips without partners use nearest_perceptual_distance.")
-    apart = lambda pair: (perceptual_embedding(pair[:, 0], encoder) - perceptual_embedding(pair[:, 1], encoder)).square().sum(1)
+) -> Float[Tensor, "batch"]: # From 0 (no difference in any layer) to 4
+    "LPIPS-mini of pairs of clips: how much a change changed, inside the network"
+    if a.shape != b.shape:
+        raise ValueError(
+            f"clips are compared pair by pair, so both need one shape, got {tuple(a.shape)} and "
+            f"{tuple(b.shape)}. For clips without partners use nearest_perceptual_distance.")
+    def apart(pair):
+        left, right = (perceptual_embedding(pair[:, k], encoder) for k in (0, 1))
+        return (left - right).square().sum(1)
     return in_chunks(apart, torch.stack([a, b], 1), chunk)
 
 # %% ../../../nbs/6_evaluate/01_metrics.video.ipynb #3fef015f
@@ -288,10 +353,14 @@ def nearest_perceptual_distance(
     reference:Float[Tensor, "m frames_ref 3 height_ref width_ref"], # Real clips of the same size
     encoder:Callable[[Tensor], Any]|None=None, # None takes the in-world one
     chunk:int=32, # Clips at a time, of each side
-) -> Float[Tensor, "batch"]: # From 0 (a copy of a real clip) to 4; falls with the number of real clips
+) -> Float[Tensor, "batch"]: # From 0 (a copy of a real clip) to 4; falls with more real clips
     "LPIPS-mini to the nearest real clip"
-    if videos.shape[1:] != reference.shape[1:]: raise ValueError(f"videos and real clips need one size, got {tuple(videos.shape[1:])} and {tuple(reference.shape[1:])}. Resize one of them.")
-    embed, nearest = (lambda part: perceptual_embedding(part, encoder)), []
+    if videos.shape[1:] != reference.shape[1:]:
+        raise ValueError(
+            f"videos and real clips need one size, got {tuple(videos.shape[1:])} and "
+            f"{tuple(reference.shape[1:])}. Resize one of them.")
+    def embed(part): return perceptual_embedding(part, encoder)
+    nearest = []
     for part in videos.split(max(chunk, 128)): # wider: each pass encodes the whole reference again
         own = in_chunks(embed, part, chunk)
         def apart(real): # squared distances `real clips, videos` without a table of differences
