@@ -19,6 +19,7 @@ from pathlib import Path
 from types import MethodType
 
 import torch
+from fastcore.basics import patch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, patchify, unpatchify
 from jaxtyping import Float
@@ -44,27 +45,38 @@ class WanTraining:
     weight_decay:float=0.0
     ema_decay:float=0.999 # Of the average of the weights, which is what is kept
     clip_norm:float=1.0 # Largest norm of the gradient
-    precision:str="bf16" # "float32"; "bf16" by autocast; "bf16-matmul": float32 numbers, their products in bf16 (CPUs that have it)
-    kl_weight:float=3e-5 # Autoencoder: weight of the divergence of the posterior from N(0, 1), in means over elements
-    caption_dropout:float=0.1 # Generator: share of captions emptied, so that guidance has something to move away from
+    # "float32"; "bf16" by autocast; "bf16-matmul": float32 with products in bf16 (some CPUs)
+    precision:str="bf16"
+    kl_weight:float=3e-5 # Autoencoder: weight of the posterior's mean divergence from N(0, 1)
+    caption_dropout:float=0.1 # Generator: share of captions emptied, so that guidance can work
     t_mean:float=0.0 # Generator: t = sigmoid(normal); > 0 trains more on nearly finished latents
     t_std:float=1.0 # Generator: spread of that normal
-    compiled:bool=False # Generator: run the transformers through `torch.compile`; needs a C++ compiler and a minute, then a step takes about half
+    # Generator: use `torch.compile`; needs a C++ compiler and a minute, then halves a step's time
+    compiled:bool=False
     seed:int=0 # Of every random draw
 
     def __post_init__(self):
-        if self.precision not in ("float32", "bf16", "bf16-matmul"): raise ValueError(f"precision must be float32, bf16 or bf16-matmul, got {self.precision!r}")
-
+        if self.precision not in ("float32", "bf16", "bf16-matmul"):
+            raise ValueError("precision must be float32, bf16 or bf16-matmul, "
+                             f"got {self.precision!r}")
     @classmethod
     def vae(cls, **changes) -> "WanTraining": return cls(**changes)
-
     @classmethod
     def generator(cls, **changes) -> "WanTraining":
-        return cls(**{**dict(steps=20000, batch_size=32, warmup=200, hold=0.5, ema_decay=0.9992), **changes})
+        own = dict(steps=20000, batch_size=32, warmup=200, hold=0.5, ema_decay=0.9992)
+        return cls(**{**own, **changes})
 
-    def rate(self, step:int) -> float: # Share of the peak rate in a step, counted from 0
-        fall = max(0.0, (step / self.steps - self.hold) / (1 - self.hold)) if self.hold < 1 else 0.0
-        return min(1.0, (step + 1) / self.warmup) * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, fall))))
+# %% ../../../nbs/2_models/03_generators.training.ipynb #40b80ea9
+@patch
+def rate(
+    self:WanTraining,
+    step:int, # Counted from 0
+) -> float: # Share of the peak rate
+    "The learning rate of a step"
+    after = (step / self.steps - self.hold) / (1 - self.hold) if self.hold < 1 else 0.0
+    fall = min(1.0, max(0.0, after))
+    cosine = self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * fall))
+    return min(1.0, (step + 1) / self.warmup) * cosine
 
 # %% ../../../nbs/2_models/03_generators.training.ipynb #c90cf1a2
 @contextmanager
@@ -73,30 +85,36 @@ def compute_in(
     device:torch.device, # Where the computation runs
 ):
     "Compute in this precision inside the block"
-    matmul, before = torch.backends.mkldnn.matmul, torch.backends.mkldnn.matmul.fp32_precision
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    autocast = precision == "bf16"
     try:
         if precision == "bf16-matmul": matmul.fp32_precision = "bf16"
-        with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext(): yield
+        with torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext(): yield
     finally: matmul.fp32_precision = before
 
 # %% ../../../nbs/2_models/03_generators.training.ipynb #31763af1
-BORDERS = ("shared", "relative_attention_bias", "patch_embedding", "time_embedder.linear_1", "proj_out") # first and last layers of transformer and text encoder
+BORDERS = ( # first and last layers of transformer and text encoder
+    "shared", "relative_attention_bias", "patch_embedding", "time_embedder.linear_1", "proj_out",
+)
 
 def is_inner(
     name:str, # Of a parameter
     parameter:Tensor, # The parameter
 ) -> bool: # True for inner kernels and linear maps of at least 32 rows and columns
     "Whether Muon may have a parameter"
-    return is_matrix(name, parameter, kernels=True) and not any(border in name for border in BORDERS)
+    at_border = any(border in name for border in BORDERS)
+    return is_matrix(name, parameter, kernels=True) and not at_border
 
 def wan_optimizer(
     module:nn.Module, # In training
     settings:WanTraining, # Rates and weight decay
 ) -> MuonAdamW: # At rate 0 until `set_share`
     "Muon for inner matrices and kernels, AdamW for the rest"
-    return MuonAdamW(module, settings.learning_rate, settings.muon_rate, is_inner, settings.weight_decay)
+    return MuonAdamW(
+        module, settings.learning_rate, settings.muon_rate, is_inner, settings.weight_decay)
 
-# %% ../../../nbs/2_models/03_generators.training.ipynb #6fe3d962
+# %% ../../../nbs/2_models/03_generators.training.ipynb #bad3a0c9
 def take_step(
     module:nn.Module, # In training
     optimizer:MuonAdamW, # Over its parameters
@@ -114,29 +132,34 @@ def take_step(
 # %% ../../../nbs/2_models/03_generators.training.ipynb #11fb0fdc
 def train(
     module:nn.Module, # Changed in place: ends with the averaged weights, frozen
-    loss_fn:Callable, # `loss_fn(step)` -> scalar loss; the same step gives the same batch and draws
+    loss_fn:Callable, # `loss_fn(step)` -> scalar loss; a function of the step alone
     settings:WanTraining, # The plan
-    resume_path:str|Path|None=None, # Saved there every `save_every` steps and at the end; continued from there if it exists
+    resume_path:str|Path|None=None, # Saved there; continued from there if it exists
     minutes:float=math.inf, # Stop after this time, to be continued by another call
-    save_every:int=500, # Steps
+    save_every:int=500, # Steps; a training is saved at its end as well
     report:Callable|None=None, # `report(step, loss)` after each step
 ) -> list[float]: # Loss of every step since the very start
     "Train a module, resumable to the same numbers"
     module.train().requires_grad_(True)
     optimizer, device = wan_optimizer(module, settings), next(module.parameters()).device
-    average, losses, step = {name: value.detach().clone() for name, value in module.named_parameters()}, [], 0
+    average = {name: value.detach().clone() for name, value in module.named_parameters()}
+    losses, step = [], 0
     if resume_path and Path(resume_path).exists():
         state = load_training(resume_path)
         step, losses = state.restore(module, optimizer, average), list(state.extra["losses"])
+    def save():
+        if resume_path:
+            save_training(resume_path, step, module, optimizer, average, extra={"losses": losses})
     start = time.monotonic()
     while step < settings.steps and time.monotonic() - start < 60 * minutes:
         with compute_in(settings.precision, device): loss = loss_fn(step)
         take_step(module, optimizer, loss, settings, step)
         update_average(average, module, step, settings.ema_decay)
-        losses.append(loss.item()); step += 1
+        losses.append(loss.item())
+        step += 1
         if report: report(step, losses[-1])
-        if resume_path and step % save_every == 0: save_training(resume_path, step, module, optimizer, average, extra={"losses": losses})
-    if resume_path: save_training(resume_path, step, module, optimizer, average, extra={"losses": losses})
+        if step % save_every == 0: save()
+    save()
     module.load_state_dict(average, strict=False) # buffers keep their own values
     module.eval().requires_grad_(False)
     return losses
@@ -147,14 +170,17 @@ def resample_whole(
     x:Float[Tensor, "batch channels frames height width"], # Features of a whole clip
     feat_cache:list|None=None, # Unused: nothing is carried over
     feat_idx:list|None=None, # Unused
-) -> Float[Tensor, "batch out_channels out_frames out_height out_width"]: # As the chunked reading gives over all chunks
+    # As the chunked reading gives over all chunks
+) -> Float[Tensor, "batch out_channels out_frames out_height out_width"]:
     "Resample a whole clip; the first frame is never merged with, nor split from, the others"
     if layer.mode == "upsample3d" and x.shape[2] > 1:
-        doubled = layer.time_conv(x[:, :, 1:]).unflatten(1, (2, -1)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+        halves = layer.time_conv(x[:, :, 1:]).unflatten(1, (2, -1))
+        doubled = halves.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
         x = torch.cat([x[:, :, :1], doubled], 2)
     frames = layer.resample(x.transpose(1, 2).flatten(0, 1))
     x = frames.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
-    if layer.mode == "downsample3d" and x.shape[2] > 1: x = torch.cat([x[:, :, :1], layer.time_conv(x)], 2)
+    if layer.mode == "downsample3d" and x.shape[2] > 1:
+        x = torch.cat([x[:, :, :1], layer.time_conv(x)], 2)
     return x
 
 @contextmanager
@@ -172,7 +198,8 @@ def whole_clips(
 def encode_whole(
     vae:AutoencoderKLWan, # Inside `whole_clips`
     x:Float[Tensor, "batch 3 frames height width"], # In [-1, 1]
-) -> tuple[Tensor, Tensor]: # Mean and log-variance of the posterior, each "batch channels latent_frames latent_height latent_width", float32
+    # Each float32, "batch channels latent_frames latent_height latent_width"
+) -> tuple[Tensor, Tensor]: # Mean and log-variance of the posterior
     "Posterior of whole clips"
     folded = patchify(x, vae.config.patch_size) if vae.config.patch_size else x
     mean, log_variance = vae.quant_conv(vae.encoder(folded)).float().chunk(2, 1)
@@ -180,7 +207,8 @@ def encode_whole(
 
 def decode_whole(
     vae:AutoencoderKLWan, # Inside `whole_clips`
-    latents:Float[Tensor, "batch channels latent_frames latent_height latent_width"], # As the encoder gives them, not normalised
+    # As the encoder gives them, not normalised
+    latents:Float[Tensor, "batch channels latent_frames latent_height latent_width"],
 ) -> Float[Tensor, "batch 3 frames height width"]: # About [-1, 1], not clamped, float32
     "Whole clips from latents"
     y = vae.decoder(vae.post_quant_conv(latents), first_chunk=True)
@@ -194,7 +222,8 @@ def step_generator(
 ) -> torch.Generator: # On the CPU
     "A random generator that is a function of training, step and purpose"
     digest = hashlib.sha256(f"{seed}/{step}/{stream}".encode()).digest()
-    return seeded_generator(int.from_bytes(digest[:4], "little")) # 4 bytes: torch's CPU generator reads only the low 32 bits of a seed
+    # torch's CPU generator reads only the low 32 bits of a seed
+    return seeded_generator(int.from_bytes(digest[:4], "little"))
 
 def draw(
     shape:Sequence[int], # Of the tensor
@@ -213,7 +242,8 @@ def rows_of(
     settings:WanTraining, # Batch size and seed
 ) -> Tensor: # Row numbers, drawn with replacement
     "Which rows a step sees"
-    return torch.randint(n, (settings.batch_size,), generator=step_generator(settings.seed, step, "rows"))
+    generator = step_generator(settings.seed, step, "rows")
+    return torch.randint(n, (settings.batch_size,), generator=generator)
 
 def clip_batches(
     clips:Tensor, # "clip frames 3 height width": bytes, or floats in [0, 1]
@@ -231,7 +261,9 @@ def latent_batches(
     settings:WanTraining, # Batch size and seed
 ) -> Callable: # `batches(step)` for `train_generator`
     "Batches of latents with their captions for the generator"
-    if len(latents) != len(captions): raise ValueError(f"one caption a clip, got {len(latents)} clips and {len(captions)} captions")
+    if len(latents) != len(captions):
+        raise ValueError(f"one caption a clip, got {len(latents)} clips and "
+                         f"{len(captions)} captions")
     def batches(step):
         rows = rows_of(step, len(latents), settings)
         return latents[rows].float(), [captions[i] for i in rows.tolist()]
@@ -245,7 +277,8 @@ def with_articles(
 ) -> list[str]: # Some "one ..." turned into "a ..."
     "Let some captions begin with an article"
     chosen = torch.rand(len(captions), generator=seeded_generator(seed)) < share
-    return ["a " + text.removeprefix("one ") if pick and text.startswith("one ") else text for pick, text in zip(chosen.tolist(), captions)]
+    return ["a " + text.removeprefix("one ") if pick and text.startswith("one ") else text
+            for pick, text in zip(chosen.tolist(), captions)]
 
 # %% ../../../nbs/2_models/03_generators.training.ipynb #ae539bdf
 def vae_loss(
@@ -257,19 +290,22 @@ def vae_loss(
     "Loss of the autoencoder"
     x = (2 * video - 1).transpose(1, 2)
     mean, log_variance = encode_whole(vae, x)
-    latents = mean + draw(mean.shape, settings.seed, step, "posterior", mean.device) * (log_variance / 2).exp()
+    noise = draw(mean.shape, settings.seed, step, "posterior", mean.device)
+    latents = mean + noise * (log_variance / 2).exp()
     divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    return (decode_whole(vae, latents) - x).square().mean() + settings.kl_weight * divergence
+    error = (decode_whole(vae, latents) - x).square().mean()
+    return error + settings.kl_weight * divergence
 
 def train_vae(
     vae:AutoencoderKLWan, # Changed in place: ends with the averaged weights, frozen
-    batches:Callable, # `batches(step)` -> clips in [0, 1], "batch frames 3 height width"; a function of the step alone
+    batches:Callable, # `batches(step)` -> clips in [0, 1], "batch frames 3 height width"
     settings:WanTraining, # The plan, e.g. `WanTraining.vae()`
     **loop, # `resume_path`, `minutes`, `save_every`, `report`, as for `train`
 ) -> list[float]: # Loss of every step since the very start
     "Train the autoencoder, resumable to the same numbers"
     device = next(vae.parameters()).device
-    with whole_clips(vae): return train(vae, lambda step: vae_loss(vae, batches(step).to(device), settings, step), settings, **loop)
+    def loss_fn(step): return vae_loss(vae, batches(step).to(device), settings, step)
+    with whole_clips(vae): return train(vae, loss_fn, settings, **loop)
 
 # %% ../../../nbs/2_models/03_generators.training.ipynb #77546299
 @torch.no_grad()
@@ -277,49 +313,63 @@ def encode_clips(
     vae:AutoencoderKLWan, # Trained
     video:Float[Tensor, "batch frames 3 height width"], # In [0, 1]
     batch_size:int=64, # Clips at a time
-) -> Float[Tensor, "batch channels latent_frames latent_height latent_width"]: # Posterior means, *not* normalised
+    # Posterior means, *not* normalised
+) -> Float[Tensor, "batch channels latent_frames latent_height latent_width"]:
     "Latents to cache before the generator is trained"
     device = next(vae.parameters()).device
+    means = []
     with whole_clips(vae):
-        return torch.cat([encode_whole(vae, (2 * part.to(device) - 1).transpose(1, 2))[0].cpu() for part in video.split(batch_size)])
+        for part in video.split(batch_size):
+            x = (2 * part.to(device) - 1).transpose(1, 2)
+            means.append(encode_whole(vae, x)[0].cpu())
+    return torch.cat(means)
 
 def fit_latent_scale(
     config:WanConfig, # To be given the numbers
-    latents:Float[Tensor, "batch channels latent_frames latent_height latent_width"], # As `encode_clips` gives them
+    # As `encode_clips` gives them
+    latents:Float[Tensor, "batch channels latent_frames latent_height latent_width"],
 ) -> WanConfig: # With `latents_mean` by channel and one `latents_std`
     "Measure mean and deviation of latents"
     mean = latents.double().mean((0, 2, 3, 4))
     std = (latents.double() - mean.view(-1, 1, 1, 1)).square().mean().sqrt().item()
-    return replace(config, vae=replace(config.vae, latents_mean=tuple(mean.tolist()), latents_std=(std,) * len(mean)))
+    fitted = replace(config.vae, latents_mean=tuple(mean.tolist()), latents_std=(std,) * len(mean))
+    return replace(config, vae=fitted)
 
 # %% ../../../nbs/2_models/03_generators.training.ipynb #2cbe60ac
 def flow_loss(
     generator:WanGenerator, # Its transformers and text encoder are asked
-    latents:Float[Tensor, "batch channels latent_frames latent_height latent_width"], # Normalised latents of clips
+    # Normalised latents of clips
+    latents:Float[Tensor, "batch channels latent_frames latent_height latent_width"],
     prompts:list[str], # Their captions
     settings:WanTraining, # Distribution of t, caption dropout, seed
     step:int, # Seeds every draw
-) -> Float[Tensor, ""]: # Mean squared error of the velocity; 1 + mean square of the latents for a network that answers 0
+) -> Float[Tensor, ""]: # Mean squared error; 1 + mean square of the latents for an answer of 0
     "Flow-matching loss of one batch"
     def numbers(shape, stream): return draw(shape, settings.seed, step, stream, latents.device)
     n = len(latents)
-    noise, t = numbers(latents.shape, "noise"), torch.sigmoid(settings.t_mean + settings.t_std * numbers((n,), "time"))
+    noise = numbers(latents.shape, "noise")
+    t = torch.sigmoid(settings.t_mean + settings.t_std * numbers((n,), "time"))
     dropped = torch.special.ndtr(numbers((n,), "dropout")) < settings.caption_dropout
-    condition = generator.encode_prompt(["" if drop else prompt for drop, prompt in zip(dropped.tolist(), prompts)])
-    return (generator.velocity(mix(noise, latents, t), condition, t) - (latents - noise)).square().mean()
+    shown = ["" if drop else prompt for drop, prompt in zip(dropped.tolist(), prompts)]
+    predicted = generator.velocity(mix(noise, latents, t), generator.encode_prompt(shown), t)
+    return (predicted - (latents - noise)).square().mean()
 
+# %% ../../../nbs/2_models/03_generators.training.ipynb #d270a5eb
 def train_generator(
-    generator:WanGenerator, # With its trained autoencoder; transformers and text encoder change in place
-    batches:Callable, # `batches(step)` -> (normalised latents, captions); a function of the step alone
+    generator:WanGenerator, # With its trained autoencoder; the other networks change in place
+    batches:Callable, # `batches(step)` -> (normalised latents, captions); of the step alone
     settings:WanTraining, # The plan, e.g. `WanTraining.generator()`
     **loop, # `resume_path`, `minutes`, `save_every`, `report`, as for `train`
 ) -> list[float]: # Loss of every step since the very start
     "Train transformers and text encoder, resumable to the same numbers"
-    parts = {name: getattr(generator, name) for name in ("transformer", "transformer_2", "text_encoder")}
+    names = ("transformer", "transformer_2", "text_encoder")
+    parts = {name: getattr(generator, name) for name in names}
     module = nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
+    on_cpu = generator.device.type == "cpu"
     def loss_fn(step):
         latents, prompts = batches(step)
-        with sdpa_kernel(SDPBackend.MATH) if generator.device.type == "cpu" else nullcontext(): # measured: faster than fused attention on 80 tokens
+        # measured on a CPU: plain attention is faster than the fused one on 80 tokens
+        with sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
             return flow_loss(generator, latents.to(generator.device), prompts, settings, step)
     generator.vae.eval().requires_grad_(False)
     transformers = [part for name, part in module.items() if name.startswith("transformer")]

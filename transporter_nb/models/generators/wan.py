@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPECIAL_TOKENS', 'WAN_MEAN', 'WAN_STD', 'PAPER_FIELDS', 'ENCODER_CHUNK', 'VAE_LOCK', 'TIED', 'PARTS', 'WanVAEConfig',
-           'WanTransformerConfig', 'WanTextConfig', 'size_errors', 'WanConfig', 'world_words', 'config_from_dict',
-           'to_timestep', 'kept_in_float32', 'compute_dtype', 'run_expert', 'flow_times', 'word_tokenizer', 'tokenize',
+           'WanTransformerConfig', 'WanTextConfig', 'WanConfig', 'size_errors', 'world_words', 'config_from_dict',
+           'to_timestep', 'flow_times', 'kept_in_float32', 'compute_dtype', 'run_expert', 'word_tokenizer', 'tokenize',
            'tokens_covering', 'check_clip', 'build_vae', 'build_transformer', 'build_text_encoder', 'WanGenerator',
            'latent_size', 'encode_words', 'wan_velocity', 'latent_scale', 'encode_video', 'decode_latents',
            'part_tensors', 'fit_tensors', 'load_files', 'OneAtATime', 'place', 'load_hub', 'widen_kept',
@@ -40,24 +40,24 @@ class WanVAEConfig:
     "Arguments of `AutoencoderKLWan` [sic: `temperal_downsample`]"
     base_dim:int=64 # Channels of the first stage
     z_dim:int=96 # Channels of the latents
-    dim_mult:tuple=(1, 1) # Channels of each stage, in units of `base_dim`; each stage but the last halves the picture
+    dim_mult:tuple=(1, 1) # Channels a stage, in `base_dim`s; all but the last halve the picture
     num_res_blocks:int=1 # Residual blocks a stage
     temperal_downsample:tuple=(True,) # Which of the halvings also halve time
-    is_residual:bool=True # Average-pooled shortcuts around each stage (Wan2.2's small autoencoder); the last two `dim_mult` must then be equal
+    is_residual:bool=True # Wan2.2's averaged shortcuts; the last two `dim_mult` must then be equal
     in_channels:int=48 # 3 * patch_size**2
     out_channels:int=48 # 3 * patch_size**2
     patch_size:int|None=4 # Pixels folded into channels before the first stage; None for none
     scale_factor_temporal:int=2 # Frames a latent frame, after the first
     scale_factor_spatial:int=8 # Pixels a latent cell and side
     latents_mean:tuple=(0.,) * 96 # Mean of each channel, subtracted from the latents
-    latents_std:tuple=(1.,) * 96 # Divides them; one common number keeps the natural decay of their variances
+    latents_std:tuple=(1.,) * 96 # Divides them; one common number keeps their variances' decay
 
 @dataclass(frozen=True)
 class WanTransformerConfig:
     "Arguments of `WanTransformer3DModel`"
     patch_size:tuple=(1, 1, 1) # Latent frames, rows and columns a token
     num_attention_heads:int=4
-    attention_head_dim:int=48 # The width is heads times this; even parts of it encode time, height and width
+    attention_head_dim:int=48 # Width a head; even parts of it encode time, height and width
     in_channels:int=96 # Channels of the latents
     out_channels:int=96 # The same
     text_dim:int=96 # Width of a text token
@@ -66,6 +66,7 @@ class WanTransformerConfig:
     num_layers:int=6
     rope_max_seq_len:int=32 # Longest axis of positions, in tokens
 
+# %% ../../../nbs/2_models/02_generators.wan.ipynb #8c80691c
 @dataclass(frozen=True)
 class WanTextConfig:
     "Arguments of `UMT5Config`, of which only the encoder is built"
@@ -79,84 +80,119 @@ class WanTextConfig:
     relative_attention_max_distance:int=128
     dropout_rate:float=0.0 # Off in the miniature: captions are few and exact
 
-# %% ../../../nbs/2_models/02_generators.wan.ipynb #8c80691c
-SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>") # ids 0, 1, 2; the first two as in T5
-
-def size_errors(
-    config:"WanConfig", # Defined below
-) -> list[str]: # One sentence a broken rule
-    "What is wrong with the sizes of a configuration"
-    vae, transformer, text = config.vae, config.transformer, config.text
-    patch, n_halvings, n_vocabulary = vae.patch_size or 1, len(vae.dim_mult) - 1, len(config.words) + len(SPECIAL_TOKENS)
-    rules = {
+def _size_rules(
+    vae:WanVAEConfig, # Sizes of the autoencoder
+    transformer:WanTransformerConfig, # Sizes of the transformer
+    text:WanTextConfig, # Sizes of the text encoder
+) -> dict[str, tuple]: # Name of a size -> (its value, the value it must have)
+    "The sizes that follow from others"
+    patch, n_halvings = vae.patch_size or 1, len(vae.dim_mult) - 1
+    return {
         "vae.scale_factor_spatial": (vae.scale_factor_spatial, patch * 2**n_halvings),
         "vae.scale_factor_temporal": (vae.scale_factor_temporal, 2**sum(vae.temperal_downsample)),
         "len(vae.temperal_downsample)": (len(vae.temperal_downsample), n_halvings),
-        "vae.in_channels": (vae.in_channels, 3 * patch**2), "vae.out_channels": (vae.out_channels, 3 * patch**2),
-        "len(vae.latents_mean)": (len(vae.latents_mean), vae.z_dim), "len(vae.latents_std)": (len(vae.latents_std), vae.z_dim),
-        "transformer.in_channels": (transformer.in_channels, vae.z_dim), "transformer.out_channels": (transformer.out_channels, vae.z_dim),
-        "transformer.text_dim": (transformer.text_dim, text.d_model)}
-    errors = [f"{name} must be {wanted}, got {got}" for name, (got, wanted) in rules.items() if got != wanted]
-    if text.vocab_size < n_vocabulary: errors.append(f"text.vocab_size must be at least {n_vocabulary} for {len(config.words)} words, got {text.vocab_size}")
-    return errors
+        "vae.in_channels": (vae.in_channels, 3 * patch**2),
+        "vae.out_channels": (vae.out_channels, 3 * patch**2),
+        "len(vae.latents_mean)": (len(vae.latents_mean), vae.z_dim),
+        "len(vae.latents_std)": (len(vae.latents_std), vae.z_dim),
+        "transformer.in_channels": (transformer.in_channels, vae.z_dim),
+        "transformer.out_channels": (transformer.out_channels, vae.z_dim),
+        "transformer.text_dim": (transformer.text_dim, text.d_model),
+    }
 
 # %% ../../../nbs/2_models/02_generators.wan.ipynb #d219dd22
+SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>") # ids 0, 1, 2; the first two as in T5
+
 @dataclass(frozen=True)
 class WanConfig:
     "Everything needed to build a Wan generator and to run it the usual way"
     vae:WanVAEConfig=field(default_factory=WanVAEConfig)
     transformer:WanTransformerConfig=field(default_factory=WanTransformerConfig)
     text:WanTextConfig=field(default_factory=WanTextConfig)
-    words:tuple=() # Vocabulary of the word-level tokenizer; empty where the tokenizer comes from the hub
+    words:tuple=() # Vocabulary of the word-level tokenizer; empty: the tokenizer is the hub's
     frames:int=FRAMES # Frames of a clip
     height:int=SIZE # Pixels
     width:int=SIZE # Pixels
-    prompt_tokens:int=12 # Length every prompt is padded to: 11 words of a caption and the end token
+    prompt_tokens:int=12 # Every prompt is padded to these: 11 words and the end token
     flow_shift:float=1.0 # > 1 spends more steps near noise; 1 spaces them evenly
     steps:int=12 # Euler steps of a sample
     guidance:float|tuple=2.0 # One number, or one for each expert
-    boundary_ratio:float|None=None # Noise level at which the second expert takes over; None for one expert
+    boundary_ratio:float|None=None # Noise level at which expert two takes over; None for one expert
     hub:str|None=None # Repository of the trained weights; None where they are shipped
     revision:str|None=None # Commit of that repository
 
     def __post_init__(self):
         errors = size_errors(self)
         if errors: raise ValueError("; ".join(errors) + ". These follow from the other sizes.")
-
     @classmethod
-    def mini(cls, words:Sequence[str]|None=None, **changes) -> "WanConfig": return cls(words=tuple(words or world_words()), **changes)
-
+    def mini(cls, words:Sequence[str]|None=None, **changes) -> "WanConfig":
+        return cls(words=tuple(words or world_words()), **changes)
     @classmethod
     def paper(cls) -> "WanConfig": return cls(**PAPER_FIELDS)
 
+def size_errors(config:WanConfig) -> list[str]: # One sentence a broken rule
+    "What is wrong with the sizes of a configuration"
+    rules = _size_rules(config.vae, config.transformer, config.text)
+    errors = [f"{name} must be {wanted}, got {got}"
+              for name, (got, wanted) in rules.items() if got != wanted]
+    n_words, size = len(config.words), config.text.vocab_size
+    least = n_words + len(SPECIAL_TOKENS)
+    if size >= least: return errors
+    return [*errors, f"text.vocab_size must be at least {least} for {n_words} words, got {size}"]
+
 # %% ../../../nbs/2_models/02_generators.wan.ipynb #cac21893
-def world_words() -> tuple[str, ...]: # Every word a caption of the world may have, in a fixed order
-    "Vocabulary of the miniature's captions"
-    in_plural = [shape + "s" for shape in SLOTS["shape"]] + [motion.removesuffix("s") for motion in SLOTS["motion"]]
-    return ("a", "over", "floor", *(word for words in SLOTS.values() for word in words), *in_plural)
-
-WAN_MEAN = (-.7571, -.7089, -.9113, .1075, -.1745, .9653, -.1517, 1.5508, .4134, -.0715, .5517, -.3632, -.1922, -.9497, .2503, -.2921) # of the released VAE
-WAN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743, 3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160) # likewise
-
+WAN_MEAN = ( # of the released VAE
+    -.7571, -.7089, -.9113, .1075, -.1745, .9653, -.1517, 1.5508,
+    .4134, -.0715, .5517, -.3632, -.1922, -.9497, .2503, -.2921,
+)
+WAN_STD = ( # likewise
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)
 PAPER_FIELDS = dict( # Wan2.2-T2V-A14B, its published defaults
-    vae=WanVAEConfig(base_dim=96, z_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=2, temperal_downsample=(False, True, True), is_residual=False, in_channels=3,
-                     out_channels=3, patch_size=None, scale_factor_temporal=4, scale_factor_spatial=8, latents_mean=WAN_MEAN, latents_std=WAN_STD),
-    transformer=WanTransformerConfig(patch_size=(1, 2, 2), num_attention_heads=40, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=4096,
-                                     freq_dim=256, ffn_dim=13824, num_layers=40, rope_max_seq_len=1024),
-    text=WanTextConfig(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, dropout_rate=0.1),
-    frames=61, height=720, width=720, prompt_tokens=512, flow_shift=12.0, steps=40, guidance=(4.0, 3.0), boundary_ratio=0.875,
-    hub=SOURCES["wan"].repo, revision=SOURCES["wan"].revision)
+    vae=WanVAEConfig(
+        base_dim=96, z_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=2,
+        temperal_downsample=(False, True, True), is_residual=False,
+        in_channels=3, out_channels=3, patch_size=None,
+        scale_factor_temporal=4, scale_factor_spatial=8,
+        latents_mean=WAN_MEAN, latents_std=WAN_STD,
+    ),
+    transformer=WanTransformerConfig(
+        patch_size=(1, 2, 2), num_attention_heads=40, attention_head_dim=128,
+        in_channels=16, out_channels=16, text_dim=4096, freq_dim=256,
+        ffn_dim=13824, num_layers=40, rope_max_seq_len=1024,
+    ),
+    text=WanTextConfig(
+        vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240,
+        num_layers=24, num_heads=64, dropout_rate=0.1,
+    ),
+    frames=61, height=720, width=720, prompt_tokens=512,
+    flow_shift=12.0, steps=40, guidance=(4.0, 3.0), boundary_ratio=0.875,
+    hub=SOURCES["wan"].repo, revision=SOURCES["wan"].revision,
+)
 
 # %% ../../../nbs/2_models/02_generators.wan.ipynb #1612ae64
+def world_words() -> tuple[str, ...]: # Every word a caption of the world may have, in a fixed order
+    "Vocabulary of the miniature's captions"
+    shapes = [shape + "s" for shape in SLOTS["shape"]]
+    motions = [motion.removesuffix("s") for motion in SLOTS["motion"]]
+    singular = [word for words in SLOTS.values() for word in words]
+    return ("a", "over", "floor", *singular, *shapes, *motions)
+
 def config_from_dict(
     values:Mapping, # What `as_config` made of a `WanConfig`, as a checkpoint keeps it
 ) -> WanConfig: # Equal to the one saved
     "Read a configuration back from plain values"
-    parts = {"vae": WanVAEConfig, "transformer": WanTransformerConfig, "text": WanTextConfig}
     unknown = set(values) - {f.name for f in fields(WanConfig)}
-    if unknown: raise ValueError(f"the configuration has settings this version does not know: {sorted(unknown)}. Update the package, or train the weights again.")
+    if unknown:
+        raise ValueError("the configuration has settings this version does not know: "
+                         f"{sorted(unknown)}. Update the package, or train the weights again.")
     def revive(value): return tuple(value) if isinstance(value, list) else value
-    return WanConfig(**{name: parts[name](**{k: revive(v) for k, v in value.items()}) if name in parts else revive(value) for name, value in values.items()})
+    revived = {name: revive(value) for name, value in values.items()}
+    parts = {"vae": WanVAEConfig, "transformer": WanTransformerConfig, "text": WanTextConfig}
+    for name in parts.keys() & values.keys():
+        revived[name] = parts[name](**{key: revive(value) for key, value in values[name].items()})
+    return WanConfig(**revived)
 
 # %% ../../../nbs/2_models/02_generators.wan.ipynb #3a93c74e
 def to_timestep(
@@ -166,6 +202,15 @@ def to_timestep(
     "Turn our flow time into Wan's timestep"
     return (1 - t) * num_train_timesteps
 
+def flow_times(
+    scheduler:FlowMatchEulerDiscreteScheduler, # Its shift is applied
+    steps:int, # Euler steps, >= 1
+) -> Float[Tensor, "steps_and_one"]: # Flow times from 0 to 1, on the CPU
+    "Our flow times for a sampling run under Wan's scheduler"
+    scheduler.set_timesteps(sigmas=[1 - step / steps for step in range(steps)])
+    return 1 - scheduler.sigmas.cpu()
+
+# %% ../../../nbs/2_models/02_generators.wan.ipynb #684c2e8d
 def kept_in_float32(
     network:nn.Module, # Of diffusers, of transformers, or any other
     dtype:torch.dtype, # In which it is loaded
@@ -188,52 +233,67 @@ def compute_dtype(
 def run_expert(
     transformer:nn.Module, # A `WanTransformer3DModel`
     latents:Float[Tensor, "batch channels latent_frames latent_height latent_width"], # z_t
-    embeds:Float[Tensor, "batch prompt_tokens text_dim"], # Text tokens, zero where there is no text
+    embeds:Float[Tensor, "batch prompt_tokens text_dim"], # Text tokens, zero outside the text
     timestep:Float[Tensor, "batch"], # Wan's timestep, one a clip
-) -> Float[Tensor, "batch channels latent_frames latent_height latent_width"]: # data - noise, in the type of `latents`
+    # data - noise, in the type of `latents`
+) -> Float[Tensor, "batch channels latent_frames latent_height latent_width"]:
     "Velocity in our direction from one of Wan's transformers"
     dtype = compute_dtype(transformer)
-    return -transformer(latents.to(dtype), timestep, embeds.to(dtype), return_dict=False)[0].to(latents.dtype)
-
-# %% ../../../nbs/2_models/02_generators.wan.ipynb #684c2e8d
-def flow_times(
-    scheduler:FlowMatchEulerDiscreteScheduler, # Its shift is applied
-    steps:int, # Euler steps, >= 1
-) -> Float[Tensor, "steps_and_one"]: # Flow times from 0 to 1, on the CPU
-    "Our flow times for a sampling run under Wan's scheduler"
-    scheduler.set_timesteps(sigmas=[1 - step / steps for step in range(steps)])
-    return 1 - scheduler.sigmas.cpu()
+    predicted = transformer(latents.to(dtype), timestep, embeds.to(dtype), return_dict=False)[0]
+    return -predicted.to(latents.dtype)
 
 # %% ../../../nbs/2_models/02_generators.wan.ipynb #b91aa497
 def word_tokenizer(
-    words:Sequence[str], # Vocabulary, lower case, each once; ids follow the special tokens in this order
+    words:Sequence[str], # Vocabulary, lower case, each once; ids follow the special tokens
 ) -> PreTrainedTokenizerFast: # One token a word and an end token
     "Word-level tokenizer in T5's manner"
-    vocabulary = {word: i for i, word in enumerate((*SPECIAL_TOKENS, *words))}
-    if len(vocabulary) != len(SPECIAL_TOKENS) + len(words): raise ValueError("words must differ from one another and from the special tokens")
+    ids = {word: i for i, word in enumerate((*SPECIAL_TOKENS, *words))}
+    if len(ids) != len(SPECIAL_TOKENS) + len(words):
+        raise ValueError("words must differ from one another and from the special tokens")
     pad, end, unknown = SPECIAL_TOKENS
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
+    core = Tokenizer(models.WordLevel(ids, unk_token=unknown))
     core.normalizer = normalizers.Lowercase()
-    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation("removed")])
-    core.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, vocabulary[end])])
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=pad, eos_token=end, unk_token=unknown)
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation("removed")])
+    core.post_processor = processors.TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, ids[end])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=pad, eos_token=end, unk_token=unknown)
 
+def _check_prompt(
+    tokenizer:PreTrainedTokenizerBase, # That read the prompt
+    prompt:str, # For the message
+    ids:list[int], # Its tokens
+    offsets:list[tuple[int, int]], # First character of each token, and one past its last
+    prompt_tokens:int, # Most tokens allowed
+) -> None:
+    "Refuse unknown words and prompts longer than the window"
+    unknown = [prompt[a:b] for i, (a, b) in zip(ids, offsets) if i == tokenizer.unk_token_id]
+    if unknown:
+        strange, known = ", ".join(map(repr, unknown)), " ".join(sorted(tokenizer.get_vocab()))
+        raise ValueError(f"the text encoder does not know {strange} in {prompt!r}. "
+                         f"Its words: {known}")
+    if len(ids) > prompt_tokens:
+        raise ValueError(f"a prompt may have {prompt_tokens} tokens with the end token, "
+                         f"got {len(ids)}: {prompt!r}. Shorten it.")
+
+# %% ../../../nbs/2_models/02_generators.wan.ipynb #ad403fce
 def tokenize(
     tokenizer:PreTrainedTokenizerBase, # Word-level or umT5's
     prompts:Sequence[str], # One a row; the empty prompt is the unconditional one
     prompt_tokens:int, # Length to pad to
-) -> tuple[Int[Tensor, "batch prompt_tokens"], Bool[Tensor, "batch prompt_tokens"]]: # Token ids, and which of them are text
+    # Token ids, and which of them are text
+) -> tuple[Int[Tensor, "batch prompt_tokens"], Bool[Tensor, "batch prompt_tokens"]]:
     "Token ids of prompts, refusing what the tokenizer cannot hold"
-    if isinstance(prompts, str): raise ValueError(f"prompts is a list of strings, got {prompts!r}. Write [{prompts!r}].")
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts is a list of strings, got {prompts!r}. Write [{prompts!r}].")
     rows = tokenizer(list(prompts), add_special_tokens=True, return_offsets_mapping=True)
     for prompt, ids, offsets in zip(prompts, rows["input_ids"], rows["offset_mapping"]):
-        strange = [prompt[a:b] for token, (a, b) in zip(ids, offsets) if token == tokenizer.unk_token_id]
-        if strange: raise ValueError(f"the text encoder does not know {', '.join(map(repr, strange))} in {prompt!r}. Its words: {' '.join(sorted(tokenizer.get_vocab()))}")
-        if len(ids) > prompt_tokens: raise ValueError(f"a prompt may have {prompt_tokens} tokens with the end token, got {len(ids)}: {prompt!r}. Shorten it.")
-    padded = tokenizer.pad({"input_ids": rows["input_ids"]}, padding="max_length", max_length=prompt_tokens, return_tensors="pt")
+        _check_prompt(tokenizer, prompt, ids, offsets, prompt_tokens)
+    padded = tokenizer.pad({"input_ids": rows["input_ids"]}, padding="max_length",
+                           max_length=prompt_tokens, return_tensors="pt")
     return padded["input_ids"], padded["attention_mask"].bool()
 
-# %% ../../../nbs/2_models/02_generators.wan.ipynb #ad403fce
 def tokens_covering(
     tokenizer:PreTrainedTokenizerBase, # A fast tokenizer: it must report offsets
     prompt:str, # As it is encoded
@@ -242,12 +302,15 @@ def tokens_covering(
 ) -> list[int]: # Positions of its tokens in the encoded prompt, rising
     "Which tokens of a prompt cover a stretch of its characters"
     stretch = prompt[start_char:end_char]
-    if not 0 <= start_char < end_char <= len(prompt) or not stretch.strip(): raise ValueError(
-        f"characters {start_char}...{end_char} of {prompt!r} hold no word; need 0 <= start < end <= {len(prompt)} around one")
-    start_char, end_char = start_char + len(stretch) - len(stretch.lstrip()), end_char - len(stretch) + len(stretch.rstrip())
+    if not 0 <= start_char < end_char <= len(prompt) or not stretch.strip():
+        raise ValueError(f"characters {start_char}...{end_char} of {prompt!r} hold no word; "
+                         f"need 0 <= start < end <= {len(prompt)} around one")
+    start = start_char + len(stretch) - len(stretch.lstrip())
+    end = end_char - len(stretch) + len(stretch.rstrip())
     offsets = tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
-    found = [i for i, (a, b) in enumerate(offsets) if b > a and a < end_char and b > start_char]
-    if not found: raise ValueError(f"no token covers {stretch!r} in {prompt!r}: the tokenizer drops it")
+    found = [i for i, (a, b) in enumerate(offsets) if b > a and a < end and b > start]
+    if not found:
+        raise ValueError(f"no token covers {stretch!r} in {prompt!r}: the tokenizer drops it")
     return found
 
 # %% ../../../nbs/2_models/02_generators.wan.ipynb #ad876c0c
@@ -258,13 +321,18 @@ def check_clip(
     shape:Sequence[int], # batch, frames, 3, height, width
 ) -> None:
     "Refuse clips that the autoencoder would cut or cannot hold"
-    if len(shape) != 5 or shape[2] != 3: raise ValueError(f"video must be (batch, frames, 3, height, width), got {tuple(shape)}")
-    frames, below = shape[1], max(shape[1] - 1, 0) // ENCODER_CHUNK * ENCODER_CHUNK + 1
-    if frames != below: raise ValueError(
-        f"the autoencoder holds 1 + {ENCODER_CHUNK}*k frames and would silently drop the others, got {frames}. Nearest: {below} or {below + ENCODER_CHUNK}.")
-    cells = [config.vae.scale_factor_spatial * patch for patch in config.transformer.patch_size[1:]]
-    if shape[3] % cells[0] or shape[4] % cells[1]: raise ValueError(
-        f"height and width must be multiples of {cells[0]} and {cells[1]}, got {shape[3]} and {shape[4]}. Resize the video first.")
+    if len(shape) != 5 or shape[2] != 3:
+        raise ValueError(f"video must be (batch, frames, 3, height, width), got {tuple(shape)}")
+    frames = shape[1]
+    below = max(frames - 1, 0) // ENCODER_CHUNK * ENCODER_CHUNK + 1
+    if frames != below:
+        raise ValueError(
+            f"the autoencoder holds 1 + {ENCODER_CHUNK}*k frames and would silently drop the "
+            f"others, got {frames}. Nearest: {below} or {below + ENCODER_CHUNK}.")
+    cells = [config.vae.scale_factor_spatial * side for side in config.transformer.patch_size[1:]]
+    if shape[3] % cells[0] or shape[4] % cells[1]:
+        raise ValueError(f"height and width must be multiples of {cells[0]} and {cells[1]}, "
+                         f"got {shape[3]} and {shape[4]}. Resize the video first.")
 
 def build_vae(
     config:WanConfig, # Sizes
@@ -284,46 +352,64 @@ def build_text_encoder(
     "The umT5 encoder in the sizes of a configuration"
     return UMT5EncoderModel(UMT5Config(**asdict(config.text)))
 
-# %% ../../../nbs/2_models/02_generators.wan.ipynb #757bfd4e
-class WanGenerator(VideoGenerator):
-    "Wan behind the generator interface: t = 0 is noise, t = 1 is data, velocity = data - noise"
-    name = "wan"
-    def __init__(self, config:WanConfig, vae:nn.Module, transformer:nn.Module, text_encoder:nn.Module,
-                 tokenizer:PreTrainedTokenizerBase, transformer_2:nn.Module|None=None):
+# %% ../../../nbs/2_models/02_generators.wan.ipynb #49674364
+class _WanParts(VideoGenerator):
+    "Networks, tokenizer and scheduler of a Wan generator"
+    def __init__(self, config:WanConfig, vae:nn.Module, transformer:nn.Module,
+                 text_encoder:nn.Module, tokenizer:PreTrainedTokenizerBase,
+                 transformer_2:nn.Module|None=None):
         super().__init__()
-        if (transformer_2 is None) != (config.boundary_ratio is None): raise ValueError(
-            f"a second expert needs a boundary_ratio and the other way round, got {config.boundary_ratio} {'without' if transformer_2 is None else 'with'} transformer_2")
-        self.config, self.vae, self.text_encoder, self.tokenizer = config, vae, text_encoder, tokenizer
-        self.transformer, self.transformer_2 = transformer, transformer_2 # the second is for low noise
+        if (transformer_2 is None) != (config.boundary_ratio is None):
+            which = "without" if transformer_2 is None else "with"
+            raise ValueError("a second expert needs a boundary_ratio and the other way round, "
+                             f"got {config.boundary_ratio} {which} transformer_2")
+        self.config = config
+        self.vae = vae
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+        self.transformer = transformer
+        self.transformer_2 = transformer_2 # for low noise
         self.scheduler = FlowMatchEulerDiscreteScheduler(shift=config.flow_shift)
-        self.text_dim, self.latent_channels = config.text.d_model, config.vae.z_dim
-        self.default_steps, self.default_guidance = config.steps, config.guidance
+        self.text_dim = config.text.d_model
+        self.latent_channels = config.vae.z_dim
+        self.default_steps = config.steps
+        self.default_guidance = config.guidance
         self.boundary = None if config.boundary_ratio is None else 1 - config.boundary_ratio
         self.runs_on = None # Where it computes when its weights wait elsewhere, see `place`
 
-    @classmethod
-    def new(cls, config:WanConfig, tokenizer:PreTrainedTokenizerBase|None=None, seed:int=0) -> "WanGenerator":
-        "Random weights drawn from `seed`, as training starts from; the word-level tokenizer unless another is given"
-        with torch.random.fork_rng(devices=[]): # the caller's draws go on as if nothing had happened
-            torch.manual_seed(seed)
-            second = build_transformer(config) if config.boundary_ratio is not None else None
-            return cls(config, build_vae(config), build_transformer(config), build_text_encoder(config), tokenizer or word_tokenizer(config.words), second)
+    @property
+    def device(self) -> torch.device: return self.runs_on or next(self.parameters()).device
+
+# %% ../../../nbs/2_models/02_generators.wan.ipynb #757bfd4e
+class WanGenerator(_WanParts):
+    "Wan behind the generator interface: t = 0 is noise, t = 1 is data, velocity = data - noise"
+    name = "wan"
 
     @classmethod
-    def load(cls, scale:str="mini", device:str|torch.device="auto", options:LoadOptions|None=None) -> "WanGenerator":
-        "Trained weights, frozen: the shipped miniature, or the hub's at the paper's scale, placed as `options` say"
-        return load_files(device=device) if check_scale(scale) == "mini" else load_hub(device=device, options=options)
+    def new(cls, config:WanConfig, tokenizer:PreTrainedTokenizerBase|None=None,
+            seed:int=0) -> "WanGenerator":
+        "Random weights drawn from `seed`, for training; the word-level tokenizer by default"
+        with torch.random.fork_rng(devices=[]): # the caller's random state stays as it was
+            torch.manual_seed(seed)
+            second = build_transformer(config) if config.boundary_ratio is not None else None
+            networks = build_vae(config), build_transformer(config), build_text_encoder(config)
+            return cls(config, *networks, tokenizer or word_tokenizer(config.words), second)
+
+    @classmethod
+    def load(cls, scale:str="mini", device:str|torch.device="auto",
+             options:LoadOptions|None=None) -> "WanGenerator":
+        "Trained weights, frozen: the shipped miniature, or the hub's, placed as `options` say"
+        if check_scale(scale) == "mini": return load_files(device=device)
+        return load_hub(device=device, options=options)
 
     @classmethod
     def blank(cls, **settings) -> "WanGenerator":
         "Sizes without weights, see `blank_generator`"
         return blank_generator(**settings)
 
-    @property
-    def device(self) -> torch.device: return self.runs_on or next(self.parameters()).device
-
     def encode_prompt(self, prompts): return encode_words(self, prompts)
-    def token_positions(self, prompt, start_char, end_char): return tokens_covering(self.tokenizer, prompt, start_char, end_char)
+    def token_positions(self, prompt, start_char, end_char):
+        return tokens_covering(self.tokenizer, prompt, start_char, end_char)
     def velocity(self, latents, condition, t): return wan_velocity(self, latents, condition, t)
     def encode(self, video): return encode_video(self, video)
     def decode(self, latents): return decode_latents(self, latents)
@@ -335,8 +421,9 @@ def latent_size(
     config:WanConfig, # Sizes
 ) -> tuple[int, int, int, int]: # channels, latent frames, latent height, latent width
     "Shape of one clip's latents"
-    vae = config.vae
-    return (vae.z_dim, 1 + (config.frames - 1) // vae.scale_factor_temporal, config.height // vae.scale_factor_spatial, config.width // vae.scale_factor_spatial)
+    vae, cell = config.vae, config.vae.scale_factor_spatial
+    frames = 1 + (config.frames - 1) // vae.scale_factor_temporal
+    return (vae.z_dim, frames, config.height // cell, config.width // cell)
 
 @patch
 def probe_latents(
@@ -356,38 +443,47 @@ def encode_words(
     states = widen(encoded.last_hidden_state)
     return PromptCondition(states * mask.unsqueeze(-1).to(states.dtype), mask)
 
+# %% ../../../nbs/2_models/02_generators.wan.ipynb #59447c9a
 def wan_velocity(
     generator:WanGenerator, # One or two experts
     latents:Float[Tensor, "batch channels latent_frames latent_height latent_width"], # z_t
     condition:PromptCondition, # As many rows, or one
     t:float|Float[Tensor, "batch"], # Flow time in [0, 1]
-) -> Float[Tensor, "batch channels latent_frames latent_height latent_width"]: # data - noise
+    # data - noise
+) -> Float[Tensor, "batch channels latent_frames latent_height latent_width"]:
     "Velocity from the expert that is responsible for each clip's noise level"
     embeds = condition.expand_to(len(latents)).embeds
-    t = per_clip(t, widen(latents)).view(-1).expand(len(latents)) # in bfloat16, 877 would be 876
-    timestep, early = to_timestep(t), t <= (1 if generator.boundary is None else generator.boundary)
-    if bool(early.all()): return run_expert(generator.transformer, latents, embeds, timestep)
-    if not bool(early.any()): return run_expert(generator.transformer_2, latents, embeds, timestep)
+    t = per_clip(t, widen(latents)).view(-1) # in bfloat16, 877 would be 876
+    t = t.expand(len(latents))
+    timestep = to_timestep(t)
+    early = t <= (1 if generator.boundary is None else generator.boundary)
+    experts = generator.transformer, generator.transformer_2
+    if bool(early.all()): return run_expert(experts[0], latents, embeds, timestep)
+    if not bool(early.any()): return run_expert(experts[1], latents, embeds, timestep)
     out = torch.empty_like(latents)
-    for expert, rows in ((generator.transformer, early), (generator.transformer_2, ~early)):
-        out = out.index_put((rows.nonzero().view(-1),), run_expert(expert, latents[rows], embeds[rows], timestep[rows]))
+    for expert, rows in zip(experts, (early, ~early)):
+        velocity = run_expert(expert, latents[rows], embeds[rows], timestep[rows])
+        out = out.index_put((rows.nonzero().view(-1),), velocity)
     return out
 
 # %% ../../../nbs/2_models/02_generators.wan.ipynb #da0a1e13
 def latent_scale(
     generator:WanGenerator, # Its autoencoder's configuration is read
-    like:Float[Tensor, "batch channels latent_frames latent_height latent_width"], # Latents to broadcast over
+    # Latents to broadcast over
+    like:Float[Tensor, "batch channels latent_frames latent_height latent_width"],
 ) -> tuple[Tensor, Tensor]: # Mean and deviation, each of shape (1, channels, 1, 1, 1)
     "Mean and deviation that normalise latents"
     config = generator.vae.config
-    return tuple(torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
+    return tuple(torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1, 1)
+                 for values in (config.latents_mean, config.latents_std))
 
-VAE_LOCK = RLock() # the class keeps what it has seen of a clip in itself while it works: two threads in it would mix their clips
+VAE_LOCK = RLock() # the class caches a clip in itself: two threads in it would mix their clips
 
 def encode_video(
     generator:WanGenerator, # Whose autoencoder encodes
     video:Float[Tensor, "batch frames 3 height width"], # In [0, 1]; 1 + 4k frames
-) -> Float[Tensor, "batch channels latent_frames latent_height latent_width"]: # Normalised latents, float32, differentiable
+    # Normalised latents, float32, differentiable
+) -> Float[Tensor, "batch channels latent_frames latent_height latent_width"]:
     "Latents of videos: the mode of the posterior, normalised"
     check_clip(generator.config, video.shape)
     colours = (2 * widen(video) - 1).transpose(1, 2).to(compute_dtype(generator.vae))
@@ -397,8 +493,9 @@ def encode_video(
 
 def decode_latents(
     generator:WanGenerator, # Whose autoencoder decodes
-    latents:Float[Tensor, "batch channels latent_frames latent_height latent_width"], # Normalised latents
-) -> Float[Tensor, "batch frames 3 height width"]: # In [0, 1], float32, differentiable where not saturated
+    # Normalised latents
+    latents:Float[Tensor, "batch channels latent_frames latent_height latent_width"],
+) -> Float[Tensor, "batch frames 3 height width"]: # In [0, 1], float32, differentiable
     "Videos from normalised latents"
     latents = widen(latents)
     mean, std = latent_scale(generator, latents)
@@ -407,27 +504,32 @@ def decode_latents(
     return ((video + 1) / 2).transpose(1, 2)
 
 # %% ../../../nbs/2_models/02_generators.wan.ipynb #89372ef1
-TIED = "text_encoder.encoder.embed_tokens.weight" # the same tensor as text_encoder.shared.weight
+TIED = "text_encoder.encoder.embed_tokens.weight" # same tensor as text_encoder.shared.weight
 
 def part_tensors(
     generator:WanGenerator, # Trained
     part:str, # "vae" or "generator"
-) -> dict[str, Tensor]: # Tensors under `vae.`, or under `transformer.`, `transformer_2.` and `text_encoder.`
+) -> dict[str, Tensor]: # Of `vae.`, or of `transformer.`, `transformer_2.` and `text_encoder.`
     "The tensors of one of the two files"
-    state = generator.state_dict()
-    return {name: value for name, value in state.items() if name.startswith("vae.") == (part == "vae") and name != TIED}
+    return {name: value for name, value in generator.state_dict().items()
+            if name.startswith("vae.") == (part == "vae") and name != TIED}
+
+def _part_path(folder:str|Path|None, part:str) -> Path:
+    "The file of a part; the shipped one where no folder is given"
+    return checkpoint_path(part) if folder is None else Path(folder) / f"{part}.safetensors"
 
 @patch
 def save(
     self:WanGenerator,
-    folder:str|Path|None=None, # Where `vae.safetensors` and `generator.safetensors` go; None is the place of the shipped weights
+    folder:str|Path|None=None, # Where the files go; None is the place of the shipped weights
     parts:Sequence[str]=("vae", "generator"), # Which of the two files to write
     **notes, # Plain values kept beside the weights: steps trained, seed, ...
-) -> list[Path]: # The files written
+) -> list[Path]: # The files written: `vae.safetensors`, `generator.safetensors`
     "Save the weights with the configuration that rebuilds them"
-    config = {"wan": self.config, "vae_digest": tensor_digest(part_tensors(self, "vae")), "notes": notes}
-    paths = {part: checkpoint_path(part) if folder is None else Path(folder) / f"{part}.safetensors" for part in parts}
-    return [save_checkpoint(path, part_tensors(self, part), config) for part, path in paths.items()]
+    digest = tensor_digest(part_tensors(self, "vae"))
+    config = {"wan": self.config, "vae_digest": digest, "notes": notes}
+    return [save_checkpoint(_part_path(folder, part), part_tensors(self, part), config)
+            for part in parts]
 
 # %% ../../../nbs/2_models/02_generators.wan.ipynb #5854684e
 def fit_tensors(
@@ -435,32 +537,46 @@ def fit_tensors(
     tensors:Mapping[str, Tensor], # Named as in `part_tensors`
     part:str, # "vae" or "generator", for the message
 ) -> None:
-    "Put weights in place, or say which do not fit"
-    wanted, given = part_tensors(generator, part), {name: value for name, value in tensors.items() if name != TIED}
-    missing, extra = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
-    other = [f"{name} {tuple(given[name].shape)} for {tuple(wanted[name].shape)}" for name in wanted if name in given and given[name].shape != wanted[name].shape]
-    for problem, names in (("are missing", missing), ("belong to no module", extra), ("have another shape", other)):
-        if names: raise ValueError(f"{part}.safetensors does not fit its own sizes: {len(names)} tensors {problem}, first {names[0]}. Restore the file, or train it again.")
+    "Put weights in place, or name those that do not fit"
+    wanted = part_tensors(generator, part)
+    given = {name: value for name, value in tensors.items() if name != TIED}
+    other = [f"{name} {tuple(given[name].shape)} for {tuple(wanted[name].shape)}"
+             for name in wanted if name in given and given[name].shape != wanted[name].shape]
+    problems = {
+        "are missing": sorted(set(wanted) - set(given)),
+        "belong to no module": sorted(set(given) - set(wanted)),
+        "have another shape": other,
+    }
+    for problem, names in problems.items():
+        if not names: continue
+        raise ValueError(f"{part}.safetensors does not fit its own sizes: {len(names)} tensors "
+                         f"{problem}, first {names[0]}. Restore the file, or train it again.")
     with torch.no_grad():
         for name, value in given.items(): wanted[name].copy_(value)
 
 def load_files(
-    folder:str|Path|None=None, # With `vae.safetensors` and `generator.safetensors`; None is the place of the shipped weights
+    folder:str|Path|None=None, # With the two files; None is the place of the shipped weights
     device:str|torch.device="auto", # Where the generator goes
 ) -> WanGenerator: # Frozen
     "Load a generator from its two files"
-    vae, rest = (load_checkpoint(checkpoint_path(part) if folder is None else Path(folder) / f"{part}.safetensors") for part in ("vae", "generator"))
-    if rest.config.get("vae_digest", tensor_digest(vae.tensors)) != tensor_digest(vae.tensors): raise ValueError(
-        "generator.safetensors was trained on the latents of another vae.safetensors. Take both files from the same version, or train the generator again.")
-    config = config_from_dict({**rest.config["wan"], "vae": vae.config["wan"]["vae"]})
-    generator = WanGenerator.new(config)
-    fit_tensors(generator, vae.tensors, "vae"); fit_tensors(generator, rest.tensors, "generator")
+    vae, rest = (load_checkpoint(_part_path(folder, part)) for part in ("vae", "generator"))
+    digest = tensor_digest(vae.tensors)
+    if rest.config.get("vae_digest", digest) != digest:
+        raise ValueError("generator.safetensors was trained on the latents of another "
+                         "vae.safetensors. Take both files from the same version, or train the "
+                         "generator again.")
+    sizes = {**rest.config["wan"], "vae": vae.config["wan"]["vae"]}
+    generator = WanGenerator.new(config_from_dict(sizes))
+    fit_tensors(generator, vae.tensors, "vae")
+    fit_tensors(generator, rest.tensors, "generator")
     return generator.freeze().to(resolve_device(device))
 
 # %% ../../../nbs/2_models/02_generators.wan.ipynb #61ea9233
 class OneAtATime(ModelHook):
-    "Moves a network to a device when it is called, and the one that was there back to main memory"
-    def __init__(self, device:torch.device, resident:list): self.device, self.resident = device, resident # `resident` is shared by all parts
+    "Moves a network to a device when it is called, and the one there back to main memory"
+    def __init__(self, device:torch.device, resident:list): # `resident` is shared by all parts
+        self.device = device
+        self.resident = resident
 
     def init_hook(self, module:nn.Module) -> nn.Module: return module.to("cpu")
 
@@ -477,12 +593,16 @@ def place(
 ) -> WanGenerator: # The same object
     "Put a generator on a machine as the options say"
     device = resolve_device(device) if str(device) != "meta" else torch.device("meta")
-    experts = [part for part in (generator.transformer, generator.transformer_2) if part is not None]
-    if options.vae_tiling: generator.vae.enable_tiling(); generator.vae.enable_slicing()
+    experts = [e for e in (generator.transformer, generator.transformer_2) if e is not None]
+    if options.vae_tiling:
+        generator.vae.enable_tiling()
+        generator.vae.enable_slicing()
     if options.checkpointing:
         for expert in experts: expert.enable_gradient_checkpointing()
-    if options.offload == "none": return generator if options.device_map else generator.to(device)
-    generator.runs_on, resident = device, []
+    if options.offload == "none":
+        return generator if options.device_map else generator.to(device)
+    generator.runs_on = device
+    resident = []
     for part in (generator.text_encoder, *experts, generator.vae):
         if options.offload == "layers": cpu_offload(part, device)
         else: add_hook_to_module(part, OneAtATime(device, resident))
@@ -492,19 +612,23 @@ def place(
 def load_hub(
     config:WanConfig|None=None, # With `hub` and `revision`; None is the paper's
     device:str|torch.device="auto", # Where the generator computes
-    options:LoadOptions|None=None, # Types and places of the weights; None is bfloat16, everything on `device`
+    options:LoadOptions|None=None, # Types and places; None is bfloat16, everything on `device`
 ) -> WanGenerator: # Frozen
     "Load Wan's released weights from the local hub cache"
     config, options = config or WanConfig.paper(), options or LoadOptions()
-    dtype, vae_dtype, folder = DTYPES[options.dtype], DTYPES[options.vae_dtype], require(find_source(config.hub, config.revision))
+    dtype, vae_dtype = DTYPES[options.dtype], DTYPES[options.vae_dtype]
+    folder = require(find_source(config.hub, config.revision))
     spread = {"device_map": options.device_map} if options.device_map else {}
-    experts = [WanTransformer3DModel.from_pretrained(folder, subfolder=name, torch_dtype=dtype, **spread)
-               for name in ("transformer", "transformer_2")[:1 if config.boundary_ratio is None else 2]]
+    names = ("transformer", "transformer_2")[:1 if config.boundary_ratio is None else 2]
+    experts = [WanTransformer3DModel.from_pretrained(
+        folder, subfolder=name, torch_dtype=dtype, **spread) for name in names]
     vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=vae_dtype)
-    text_encoder = UMT5EncoderModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype, **spread)
+    text_encoder = UMT5EncoderModel.from_pretrained(
+        folder, subfolder="text_encoder", dtype=dtype, **spread)
     if options.device_map: vae = vae.to(resolve_device(device))
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    return place(WanGenerator(config, vae, experts[0], text_encoder, tokenizer, *experts[1:]).freeze(), options, device)
+    generator = WanGenerator(config, vae, experts[0], text_encoder, tokenizer, *experts[1:])
+    return place(generator.freeze(), options, device)
 
 # %% ../../../nbs/2_models/02_generators.wan.ipynb #d8e054bc
 PARTS = ("text_encoder", "transformer", "transformer_2", "vae")
@@ -518,27 +642,45 @@ def widen_kept(
     for name, value in network.named_parameters():
         if not kept.isdisjoint(name.split(".")): value.data = value.data.float()
 
+def _blank_part(
+    part:str, # One of `PARTS`
+    config:WanConfig, # Sizes
+    dtype:torch.dtype, # Of its weights
+    device:str|torch.device, # Where they lie
+) -> nn.Module: # Random or no numbers
+    "Build one network directly in its type and place"
+    build = {"vae": build_vae, "text_encoder": build_text_encoder}.get(part, build_transformer)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device): network = build(config)
+    finally: torch.set_default_dtype(before)
+    widen_kept(network, dtype)
+    return network
+
+# %% ../../../nbs/2_models/02_generators.wan.ipynb #0ac22823
 def blank_generator(
     scale:str="paper", # Whose sizes: "paper" or "mini"
     config:WanConfig|None=None, # Other sizes
-    parts:Sequence[str]=("text_encoder", "transformer", "vae"), # Which to build; the second expert brings the boundary with it
+    # Which to build; the second expert brings the boundary with it
+    parts:Sequence[str]=("text_encoder", "transformer", "vae"),
     device:str|torch.device="meta", # Where; "meta" allocates nothing
     options:LoadOptions|None=None, # Types, tiling, checkpointing; offloading does not apply
 ) -> WanGenerator: # Frozen, of random or no numbers
     "A generator in the sizes of a configuration without its weights"
-    options, config = options or LoadOptions(), config or getattr(WanConfig, check_scale(scale))()
-    config = replace(config, words=config.words or world_words(), boundary_ratio=config.boundary_ratio if "transformer_2" in parts else None)
-    build, built = {"vae": build_vae, "text_encoder": build_text_encoder}, {}
+    options = options or LoadOptions()
+    config = config or getattr(WanConfig, check_scale(scale))()
+    boundary_ratio = config.boundary_ratio if "transformer_2" in parts else None
+    config = replace(config, words=config.words or world_words(), boundary_ratio=boundary_ratio)
+    built = {part: nn.Identity() for part in PARTS} | {"transformer_2": None}
     for part in PARTS:
-        before = torch.get_default_dtype()
         dtype = DTYPES[options.vae_dtype if part == "vae" else options.dtype]
-        torch.set_default_dtype(dtype)
-        try:
-            with torch.device(device): built[part] = build.get(part, build_transformer)(config) if part in parts else nn.Identity() if part != "transformer_2" else None
-        finally: torch.set_default_dtype(before)
-        if built[part] is not None: widen_kept(built[part], dtype)
-    generator = WanGenerator(config, built["vae"], built["transformer"], built["text_encoder"], word_tokenizer(config.words), built["transformer_2"]).freeze()
+        if part in parts: built[part] = _blank_part(part, config, dtype, device)
+    generator = WanGenerator(config, tokenizer=word_tokenizer(config.words), **built).freeze()
     generator.runs_on = torch.device(device)
-    if options.vae_tiling and "vae" in parts: generator.vae.enable_tiling(); generator.vae.enable_slicing()
-    if options.checkpointing and "transformer" in parts: generator.transformer.enable_gradient_checkpointing()
+    if options.vae_tiling and "vae" in parts:
+        generator.vae.enable_tiling()
+        generator.vae.enable_slicing()
+    if options.checkpointing and "transformer" in parts:
+        generator.transformer.enable_gradient_checkpointing()
     return generator

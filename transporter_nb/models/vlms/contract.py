@@ -33,7 +33,7 @@ class ContractReport(tuple[Measured, ...]):
 
 def require(
     kept:bool, # Whether the rule holds
-    vlm:VideoLanguageModel, # Of whom it is asked
+    vlm:VideoLanguageModel, # Whose adapter is checked
     broken:str, # The rule and the value received
     fix:str, # Where to look
 ):
@@ -55,11 +55,18 @@ def check_shapes(
 ) -> str: # What was measured
     "Embeddings have the promised shape, and a clip does not see its neighbours"
     embeddings = vlm.embed(video)
-    shape = (len(video), vlm.n_tokens, vlm.vlm_dim)
-    require(embeddings.shape == shape, vlm, f"embed must give (batch, n_tokens, vlm_dim) = {shape}, got {tuple(embeddings.shape)}", "Check tokens_per_frame and the reshape at the end of embed.")
-    require(embeddings.isfinite().all().item(), vlm, "embeddings must be finite, got NaN or infinity", "Check the range that the vision tower is given.")
-    alone = torch.cat([vlm.embed(clip[None]) for clip in video])
-    require((apart := gap(alone, embeddings)) <= tolerance, vlm, f"a clip must be embedded the same alone and in a batch, got a difference of {apart:.2g}", "Check the order of clips and frames in what the tower is given.")
+    shape, got = (len(video), vlm.n_tokens, vlm.vlm_dim), tuple(embeddings.shape)
+    require(got == shape, vlm,
+            f"embed must give (batch, n_tokens, vlm_dim) = {shape}, got {got}",
+            "Check tokens_per_frame and the reshape at the end of embed.")
+    require(embeddings.isfinite().all().item(), vlm,
+            "embeddings must be finite, got NaN or infinity",
+            "Check the range that the vision tower is given.")
+    apart = gap(torch.cat([vlm.embed(clip[None]) for clip in video]), embeddings)
+    require(apart <= tolerance, vlm,
+            "a clip must be embedded the same alone and in a batch, "
+            f"got a difference of {apart:.2g}",
+            "Check the order of clips and frames in what the tower is given.")
     return f"{vlm.n_tokens} tokens of {vlm.vlm_dim}; alone and in a batch differ by {apart:.1g}"
 
 # %% ../../../nbs/2_models/06_vlms.contract.ipynb #a933287c
@@ -70,24 +77,36 @@ def check_normalisation(
 ) -> str: # What was measured
     "Answers are float32 log-probabilities over all words"
     answers = vlm.next_token_log_probs(vlm.embed(video), DESCRIBE, "two large")
-    require(answers.dtype == torch.float32, vlm, f"answers must be float32, got {answers.dtype}", "Return text_logits(...).float().")
-    require(answers.shape[-1] >= len(vlm.tokenizer), vlm, f"answers must cover the {len(vlm.tokenizer)} tokens of the tokenizer, got {answers.shape[-1]}", "Give vocab_size to the configuration.")
+    require(answers.dtype == torch.float32, vlm,
+            f"answers must be float32, got {answers.dtype}",
+            "Return text_logits(...).float().")
+    n_words, n_needed = answers.shape[-1], len(vlm.tokenizer)
+    require(n_words >= n_needed, vlm,
+            f"answers must cover the {n_needed} tokens of the tokenizer, got {n_words}",
+            "Give vocab_size to the configuration.")
     off = answers.logsumexp(-1).abs().max().item()
-    require(off <= tolerance, vlm, f"probabilities must sum to 1, got a logsumexp of {off:.2g}", "Apply log_softmax(-1) over the vocabulary.")
-    return f"{answers.shape[-1]} words, logsumexp 0 to {off:.1g}"
+    require(off <= tolerance, vlm,
+            f"probabilities must sum to 1, got a logsumexp of {off:.2g}",
+            "Apply log_softmax(-1) over the vocabulary.")
+    return f"{n_words} words, logsumexp 0 to {off:.1g}"
 
 # %% ../../../nbs/2_models/06_vlms.contract.ipynb #6b87916c
 def check_reading(
     vlm:VideoLanguageModel, # Frozen
-    video:Float[Tensor, "batch frames 3 height width"], # A few different clips in which something moves
+    video:Float[Tensor, "batch frames 3 height width"], # Different clips in which something moves
     tolerance:float, # Smaller differences count as none
 ) -> str: # What was measured
     "Answers depend on the clip and on the order of its frames"
-    answer = lambda clips: vlm.next_token_log_probs(vlm.embed(clips), DESCRIBE)
-    forwards = answer(video)
-    apart, turned = gap(forwards[:-1], forwards[1:]), gap(forwards, answer(video.flip(1)))
-    require(apart > 10 * tolerance, vlm, f"different clips must get different answers, got a difference of {apart:.2g}", "Check that embeddings are written to the places of the image tokens.")
-    require(turned > 10 * tolerance, vlm, f"a clip and its reverse must get different answers, got a difference of {turned:.2g}", "Give the frames marks or positions.")
+    def answer(clips): return vlm.next_token_log_probs(vlm.embed(clips), DESCRIBE)
+    forwards, backwards = answer(video), answer(video.flip(1))
+    apart, turned = gap(forwards[:-1], forwards[1:]), gap(forwards, backwards)
+    require(apart > 10 * tolerance, vlm,
+            f"different clips must get different answers, got a difference of {apart:.2g}",
+            "Check that embeddings are written to the places of the image tokens.")
+    require(turned > 10 * tolerance, vlm,
+            "a clip and its reverse must get different answers, "
+            f"got a difference of {turned:.2g}",
+            "Give the frames marks or positions.")
     return f"between clips {apart:.2g}, backwards {turned:.2g} (nats)"
 
 # %% ../../../nbs/2_models/06_vlms.contract.ipynb #e91f240b
@@ -95,13 +114,20 @@ def check_injection(
     vlm:VideoLanguageModel, # Frozen
     video:Float[Tensor, "batch frames 3 height width"], # A few different clips
     tolerance:float, # Largest difference between numbers that should be equal
-    pixels:Callable|None=None, # (vlm, video, ids of the turn) to logits "batch vocab" after the last of them, by the class's own path from pixels
+    # (vlm, video, ids of the turn) to logits "batch vocab" after the last of them, by the class's
+    # own path from pixels
+    pixels:Callable|None=None,
 ) -> str: # What was measured
     "Embeddings in the place of image tokens answer as the class answers about pixels"
     if pixels is None: return "not checked: give `pixels`, the class's own path"
     ours = vlm.next_token_log_probs(vlm.embed(video), DESCRIBE, "two large")
-    with torch.no_grad(): theirs = pixels(vlm, video, vlm.prompt_ids(DESCRIBE, "two large")).float().log_softmax(-1)
-    require((apart := gap(ours, theirs)) <= tolerance, vlm, f"injected embeddings must answer as pixels do, got a difference of {apart:.2g} nats", "Compare normalisation, patch order, mask and positions with the class's.")
+    turn = vlm.prompt_ids(DESCRIBE, "two large")
+    with torch.no_grad(): theirs = pixels(vlm, video, turn).float().log_softmax(-1)
+    apart = gap(ours, theirs)
+    require(apart <= tolerance, vlm,
+            "injected embeddings must answer as pixels do, "
+            f"got a difference of {apart:.2g} nats",
+            "Compare normalisation, patch order, mask and positions with the class's.")
     return f"differ by {apart:.1g} nats"
 
 # %% ../../../nbs/2_models/06_vlms.contract.ipynb #dfaf6da5
@@ -112,36 +138,68 @@ def check_questions(
 ) -> str: # What was measured
     "Questions asked together are answered as if each came alone"
     embeddings = vlm.embed(video)
-    asked = [Turn(DESCRIBE, "two large"), Turn(SLOT_QUESTIONS["colour"]), Turn(DESCRIBE, "one small red ball slides left"), Turn(SLOT_QUESTIONS["count"])]
-    rows = [[asked[(k + j) % len(asked)] for j in range(len(asked))] for k in range(len(video))] # another order for each clip
-    alone = torch.stack([torch.cat([vlm.next_token_log_probs(z[None], turn.question, turn.prefix) for turn in row]) for z, row in zip(embeddings, rows)])
-    sides, first = gap(vlm.turn_log_probs(embeddings, rows), alone), [row[0] for row in rows]
-    batch = gap(vlm.next_token_log_probs(embeddings, [t.question for t in first], [t.prefix for t in first]), alone[:, 0])
-    require(batch <= tolerance, vlm, f"a batch of unequal questions must be answered one by one, got a difference of {batch:.2g} nats", "Padding is seen: use text.visible and text.positions.")
-    require(sides <= tolerance, vlm, f"turns side by side must be blind to each other, got a difference of {sides:.2g} nats", "Use text.visible and text.positions.")
+    asked = [Turn(DESCRIBE, "two large"), Turn(SLOT_QUESTIONS["colour"]),
+             Turn(DESCRIBE, "one small red ball slides left"), Turn(SLOT_QUESTIONS["count"])]
+    n = len(asked)
+    rows = [[asked[(k + j) % n] for j in range(n)] for k in range(len(video))] # orders differ
+    def ask(z, turns):
+        questions, prefixes = [t.question for t in turns], [t.prefix for t in turns]
+        return vlm.next_token_log_probs(z, questions, prefixes)
+    alone = torch.stack([torch.cat([ask(z[None], [turn]) for turn in row])
+                         for z, row in zip(embeddings, rows)])
+    sides = gap(vlm.turn_log_probs(embeddings, rows), alone)
+    batch = gap(ask(embeddings, [row[0] for row in rows]), alone[:, 0])
+    require(batch <= tolerance, vlm,
+            "a batch of unequal questions must be answered one by one, "
+            f"got a difference of {batch:.2g} nats",
+            "Padding is seen: use text.visible and text.positions.")
+    require(sides <= tolerance, vlm,
+            "turns side by side must be blind to each other, "
+            f"got a difference of {sides:.2g} nats",
+            "Use text.visible and text.positions.")
     return f"in a batch differ by {batch:.1g}, side by side by {sides:.1g} nats"
 
 # %% ../../../nbs/2_models/06_vlms.contract.ipynb #d63f68f2
+def _answer_gradients(
+    vlm:VideoLanguageModel, # Frozen
+    video:Float[Tensor, "batch frames 3 height width"], # A few different clips
+) -> tuple[Float[Tensor, "batch vlm_tokens vlm_dim"], Float[Tensor, "batch frames 3 height width"]]:
+    "Gradients of an answer at the embeddings and at the pixels"
+    shown = video.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        given = vlm.embed(shown)
+        require(given.requires_grad, vlm,
+                "embed must be differentiable, got a detached tensor",
+                "Leave out no_grad, detach and uint8.")
+        given.retain_grad()
+        answers = vlm.next_token_log_probs(given, DESCRIBE, "two")
+        require(answers.requires_grad, vlm,
+                "answers must be differentiable, got a detached tensor",
+                "Leave out no_grad in text_logits.")
+        answers[:, vlm.token_id("red", "two")].sum().backward()
+    return given.grad, shown.grad
+
+# %% ../../../nbs/2_models/06_vlms.contract.ipynb #dc636e3e
 def check_gradients(
     vlm:VideoLanguageModel, # Frozen
     video:Float[Tensor, "batch frames 3 height width"], # A few different clips
     tolerance:float, # Not used: a gradient is there or not
 ) -> str: # What was measured
     "Gradients reach every token and every clip, and no weight"
-    shown = video.detach().clone().requires_grad_()
-    with torch.enable_grad():
-        given = vlm.embed(shown)
-        require(given.requires_grad, vlm, "embed must be differentiable, got a detached tensor", "Leave out no_grad, detach and uint8.")
-        given.retain_grad()
-        answers = vlm.next_token_log_probs(given, DESCRIBE, "two")
-        require(answers.requires_grad, vlm, "answers must be differentiable, got a detached tensor", "Leave out no_grad in text_logits.")
-        answers[:, vlm.token_id("red", "two")].sum().backward()
-    reached, frames = (given.grad.abs().amax(-1) > 0).sum(1).min().item(), (shown.grad.abs().amax((2, 3, 4)) > 0).sum(1).min().item()
+    at_tokens, at_pixels = _answer_gradients(vlm, video)
+    require(at_tokens.isfinite().all().item() and at_pixels.isfinite().all().item(), vlm,
+            "gradients must be finite, got NaN or infinity",
+            "Check divisions and square roots in embed.")
+    reached = (at_tokens.abs().amax(-1) > 0).sum(1).min().item()
+    frames = (at_pixels.abs().amax((2, 3, 4)) > 0).sum(1).min().item()
+    require(reached == vlm.n_tokens, vlm,
+            f"a gradient must reach all {vlm.n_tokens} tokens, got {reached}",
+            "Some embeddings are not written into the prompt.")
+    require(frames > 0, vlm,
+            "a gradient must reach the pixels, got zeros", "Compute embed from the video itself.")
     learning = sum(p.requires_grad or p.grad is not None for p in vlm.parameters())
-    require(given.grad.isfinite().all().item() and shown.grad.isfinite().all().item(), vlm, "gradients must be finite, got NaN or infinity", "Check divisions and square roots in embed.")
-    require(reached == vlm.n_tokens, vlm, f"a gradient must reach all {vlm.n_tokens} tokens, got {reached}", "Some embeddings are not written into the prompt.")
-    require(frames > 0, vlm, "a gradient must reach the pixels, got zeros", "Compute embed from the video itself.")
-    require(not learning, vlm, f"no weight may learn once the VLM is frozen, got {learning} that do", "Freeze it.")
+    require(not learning, vlm,
+            f"no weight may learn once the VLM is frozen, got {learning} that do", "Freeze it.")
     return f"at all {reached} tokens and {frames} of {video.shape[1]} frames, at no weight"
 
 # %% ../../../nbs/2_models/06_vlms.contract.ipynb #5f57d2db
@@ -152,7 +210,10 @@ def check_determinism(
 ) -> str: # What was measured
     "Twice the same question, twice the same numbers"
     once, again = (vlm.next_token_log_probs(vlm.embed(video), DESCRIBE, "two") for _ in range(2))
-    require(torch.equal(once, again), vlm, f"the same question must get the same answer, got a difference of {gap(once, again):.2g} nats", "Call eval() and draw nothing in embed or text_logits.")
+    require(torch.equal(once, again), vlm,
+            "the same question must get the same answer, "
+            f"got a difference of {gap(once, again):.2g} nats",
+            "Call eval() and draw nothing in embed or text_logits.")
     return "equal to the last bit"
 
 # %% ../../../nbs/2_models/06_vlms.contract.ipynb #c200526a
@@ -163,14 +224,23 @@ def check_words(
 ) -> str: # What was measured
     "Unknown words are refused, captions are text, answers can be learned"
     embeddings = vlm.embed(video)
-    try: refused = vlm.tokenizer.unk_token_id is None or not vlm.prompt_ids("qwxz qwxz?") # a tokenizer of word parts knows every word
+    try: # a tokenizer of word parts has tokens for every word
+        refused = vlm.tokenizer.unk_token_id is None or not vlm.prompt_ids("qwxz qwxz?")
     except ValueError: refused = True
-    require(refused, vlm, "unknown words must be refused, got a prompt with a stand-in", "Use word_ids for the question and the prefix.")
-    require(vlm.token_id("red", "two") != vlm.token_id("blue", "two"), vlm, "red and blue must be different tokens, got one", "Check the tokenizer.")
+    require(refused, vlm,
+            "unknown words must be refused, got a prompt with a stand-in",
+            "Use word_ids for the question and the prefix.")
+    require(vlm.token_id("red", "two") != vlm.token_id("blue", "two"), vlm,
+            "red and blue must be different tokens, got one", "Check the tokenizer.")
     captions = vlm.caption(embeddings, max_tokens=3)
-    require(len(captions) == len(video) and all(isinstance(text, str) for text in captions), vlm, f"one caption a clip, got {captions}", "Check end_id and the tokenizer.")
-    loss = vlm.answer_loss(embeddings, [[Turn(DESCRIBE, "", "two red")]] * len(video)).item()
-    require(0 < loss < float("inf"), vlm, f"the loss of an answer must be finite and positive, got {loss}", "Check the positions that text_logits returns: one a text token.")
+    texts = [text for text in captions if isinstance(text, str)]
+    require(len(captions) == len(texts) == len(video), vlm,
+            f"one caption a clip, got {captions}", "Check end_id and the tokenizer.")
+    turn = Turn(DESCRIBE, "", "two red")
+    loss = vlm.answer_loss(embeddings, [[turn]] * len(video)).item()
+    require(0 < loss < float("inf"), vlm,
+            f"the loss of an answer must be finite and positive, got {loss}",
+            "Check the positions that text_logits returns: one a text token.")
     return f"unknown ones refused; an answer costs {loss:.2f} nats a word"
 
 # %% ../../../nbs/2_models/06_vlms.contract.ipynb #2d0bc922
@@ -180,31 +250,52 @@ def check_saving(
     tolerance:float, # Not used: the second copy is equal, the first to half precision
 ) -> str: # What was measured
     "What is loaded answers as what was saved"
-    answer = lambda some: some.next_token_log_probs(some.embed(video), DESCRIBE).exp().cpu()
+    def answer(some): return some.next_token_log_probs(some.embed(video), DESCRIBE).exp().cpu()
     with tempfile.TemporaryDirectory() as folder:
-        first, second = Path(folder) / "first.safetensors", Path(folder) / "second.safetensors"
+        first, second = (Path(folder) / f"{name}.safetensors" for name in ("first", "second"))
         vlm.save(first)
         copy = type(vlm).load(path=first)
         copy.save(second)
         twice = type(vlm).load(path=second)
     rounded, apart = gap(answer(vlm), answer(copy)), gap(answer(copy), answer(twice))
-    require(rounded <= 0.01, vlm, f"a loaded VLM must answer as the saved one, got a difference of {rounded:.2g} in probability", "Save and load every tensor and every setting.") # 0.01 (chosen): 20 times what half precision changed, measured in vlms.hub
-    require(apart == 0, vlm, f"a copy of a copy must be equal to it, got a difference of {apart:.2g}", "Keep what is drawn at random out of load.")
-    require(not any(p.requires_grad for p in copy.parameters()), vlm, "a loaded VLM must be frozen, got weights that learn", "Return freeze() from load.")
+    # 0.01 (chosen): 20 times the change by half precision, measured in vlms.hub
+    require(rounded <= 0.01, vlm,
+            "a loaded VLM must answer as the saved one, "
+            f"got a difference of {rounded:.2g} in probability",
+            "Save and load every tensor and every setting.")
+    require(apart == 0, vlm,
+            f"a copy of a copy must be equal to it, got a difference of {apart:.2g}",
+            "Keep what is drawn at random out of load.")
+    require(not any(p.requires_grad for p in copy.parameters()), vlm,
+            "a loaded VLM must be frozen, got weights that learn", "Return freeze() from load.")
     return f"probabilities differ by {rounded:.1g}, a second copy by {apart:g}"
 
 # %% ../../../nbs/2_models/06_vlms.contract.ipynb #9756d3ba
 RULES: Mapping[str, Callable[..., str]] = {
-    "shapes": check_shapes, "normalisation": check_normalisation, "the video is read": check_reading, "injection equals pixels": check_injection, "unequal questions": check_questions,
-    "gradients arrive": check_gradients, "determinism": check_determinism, "words": check_words, "saving and loading": check_saving,
+    "shapes": check_shapes,
+    "normalisation": check_normalisation,
+    "the video is read": check_reading,
+    "injection equals pixels": check_injection,
+    "unequal questions": check_questions,
+    "gradients arrive": check_gradients,
+    "determinism": check_determinism,
+    "words": check_words,
+    "saving and loading": check_saving,
 }
 
 def check_adapter(
     vlm:VideoLanguageModel, # Frozen, trained or not, as `new(...).freeze()` gives it
-    video:Float[Tensor, "batch frames 3 height width"], # Two or more different clips in which something moves
-    pixels:Callable|None=None, # (vlm, video, ids of the turn) to logits "batch vocab" after the last of them, by the class's own path; without it one rule is left out, and the table says so
-    tolerance:float=1e-4, # Largest difference between numbers that should be equal (float32; nats for answers)
+    video:Float[Tensor, "batch frames 3 height width"], # Two or more clips in which something moves
+    # (vlm, video, ids of the turn) to logits "batch vocab" after the last of them, by the class's
+    # own path; without it one rule is left out, and the table says so
+    pixels:Callable|None=None,
+    tolerance:float=1e-4, # Largest difference of equal numbers (float32; nats for answers)
 ) -> ContractReport: # What was measured; a ValueError at the first rule that is broken
     "Measure every rule that the method relies on"
-    if len(video) < 2 or gap(video[:1], video[1:2]) == 0: raise ValueError(f"check_adapter compares clips: give two or more different ones, got {len(video)}. Render some scenes.")
-    return ContractReport(Measured(rule, check(vlm, video, tolerance, **({"pixels": pixels} if check is check_injection else {}))) for rule, check in RULES.items())
+    if len(video) < 2 or gap(video[:1], video[1:2]) == 0:
+        raise ValueError("check_adapter compares clips: give two or more different ones, "
+                         f"got {len(video)}. Render some scenes.")
+    def measure(check):
+        if check is check_injection: return check(vlm, video, tolerance, pixels=pixels)
+        return check(vlm, video, tolerance)
+    return ContractReport(Measured(rule, measure(check)) for rule, check in RULES.items())
