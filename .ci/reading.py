@@ -111,8 +111,10 @@ def report(paths):
     rows = {
         "notebooks": len(paths),
         "columns of a line: median / 90th / 99th / longest": spread(widths),
-        **{f"wider than {WIDTH}: {kind} lines": share_wide(total[kind])
-           for kind in ("export", "test", "experiment")},
+        **{
+            f"wider than {WIDTH}: {kind} lines": share_wide(total[kind])
+            for kind in ("export", "test", "experiment")
+        },
         "syntax nodes a line": f"{nodes / max(lines, 1):.1f}",
         f"export cells; longer than {LINES} lines": f"{len(total['cells'])}; {count['long']}",
         "export cells without an example after them": count["bare"],

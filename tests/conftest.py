@@ -12,7 +12,10 @@ install_import_hook("transporter_nb", "beartype.beartype")  # before the first i
 
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")
-    for line in ("ignore::DeprecationWarning", "ignore::PendingDeprecationWarning", "ignore::FutureWarning"):  # libraries speaking to each other
+    # libraries speaking to each other
+    for line in (
+        "ignore::DeprecationWarning", "ignore::PendingDeprecationWarning", "ignore::FutureWarning",
+    ):
         config.addinivalue_line("filterwarnings", line)
 
 
