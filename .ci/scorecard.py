@@ -1,4 +1,5 @@
-"""Print the measured rows that fall short of their targets, and write the card into the README between its two marks."""
+"""Print the measured rows that fall short of their targets, and write the card into the README
+between its two marks."""
 import json, re, sys
 from pathlib import Path
 
@@ -6,7 +7,8 @@ root = Path(__file__).resolve().parent.parent
 
 
 def falls_short(row: dict) -> bool:
-    """A row with a target and a value on the wrong side of it; a value that could not be measured counts as short"""
+    """A row with a target and a value on the wrong side of it; a value that could not be measured
+    counts as short"""
     if row.get("target") is None: return False
     if row.get("value") is None or row["value"] != row["value"]: return True
     return row["value"] > row["target"] if row.get("better") == "lower" else row["value"] < row[
@@ -25,13 +27,12 @@ def table(rows: list[dict]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        interval = f"{show(row['low'])} to {show(row['high'])}" if row.get(
-            "low"
-        ) is not None and row.get("high") is not None else ""
-        target = (
-            "" if row.get("target") is None
-            else f"{'at most' if row.get('better') == 'lower' else 'at least'} {show(row['target'])}"
-        )
+        interval, target = "", ""
+        if row.get("low") is not None and row.get("high") is not None:
+            interval = f"{show(row['low'])} to {show(row['high'])}"
+        if row.get("target") is not None:
+            bound = "at most" if row.get("better") == "lower" else "at least"
+            target = f"{bound} {show(row['target'])}"
         verdict = "" if not target else "short" if falls_short(row) else "met"
         lines.append(
             f"| {row['what']} | {row.get('vlm') or ''} | {show(row['value'])} | {interval} | "
@@ -93,8 +94,8 @@ for path, report in reports.items():
             f"{row.get('n')}"
         )
     met = (
-        f"**{path.stem}**: {len(rows) - len(short)} of {len(rows)} targets met. Facts, controls and "
-        f"rivals without a target are in `figures/{path.name}`."
+        f"**{path.stem}**: {len(rows) - len(short)} of {len(rows)} targets met. "
+        f"Facts, controls and rivals without a target are in `figures/{path.name}`."
     )
     card.append(f"{met}\n\n{table(worst_of(rows))}")
 

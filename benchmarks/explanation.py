@@ -1,11 +1,13 @@
-"""What an explanation costs at mini scale: a certificate, a concept that the VLM shapes, an answer that is asked for.
+"""The cost of an explanation at mini scale: certificate, shaped concept, answer asked for.
 
-    python benchmarks/explanation.py              # under a minute of two free cores; writes explanation_cost.json here
+    # under a minute of two free cores; writes explanation_cost.json here
+    python benchmarks/explanation.py
     python benchmarks/explanation.py --install    # the same, into figures/
 
-For each VLM and each of three captions: seconds of `explain`, of its certificate (two threads), of shaping a concept, and generator evaluations of the last beside those of attribute-control (1,000 steps of 10 batches, three velocities each:
-30,000). Nothing is cached between captions but what the package itself keeps.
-"""
+For each VLM and each of three captions: seconds of `explain`, of its certificate (two threads), of
+shaping a concept, and generator evaluations of the last beside those of attribute-control (1,000
+steps of 10 batches, three velocities each: 30,000). Nothing is cached between captions but what the
+package itself keeps."""
 import argparse, os, statistics, time, warnings
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")

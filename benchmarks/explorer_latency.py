@@ -1,12 +1,15 @@
-"""How fast the explorer follows: Voila in a real Chromium, timed by the browser's own clock from the input event to the painted picture.
+"""How fast the explorer follows: Voila in a real Chromium, from input event to painted picture.
 
-    python benchmarks/explorer_latency.py               # about six minutes of two free cores; writes explorer_latency.json here
+    # about six minutes of two free cores; writes explorer_latency.json here
+    python benchmarks/explorer_latency.py
     python benchmarks/explorer_latency.py --install     # the same, into figures/
-    python benchmarks/explorer_latency.py 60 100        # fewer moves timed, and fewer in all: a try, nothing is written
+    # fewer moves timed, and fewer in all: a try, nothing is written
+    python benchmarks/explorer_latency.py 60 100
 
-A move is a key on the slider or a click on its track; it ends when the page holds the clip of the strength asked for, every image of it is decoded and a frame was painted after that. A clip counts as cached where the page did
-not have to say "making" on the way. Each 50 moves the seed changes, so that clips are made anew; the explorer makes the rest of a grid meanwhile, on the same cores.
-"""
+A move is a key on the slider or a click on its track; it ends when the page holds the clip of the
+strength asked for, every image of it is decoded and a frame was painted after that. A clip counts
+as cached where the page did not have to say "making" on the way. Each 50 moves the seed changes, so
+that clips are made anew; the explorer makes the rest of a grid meanwhile, on the same cores."""
 import argparse, json, os, random, sys, time
 from pathlib import Path
 
@@ -72,7 +75,8 @@ CLOCK = (
 
 
 def timed(explorer:Explorer, act, **wanted) -> dict:
-    "Milliseconds from the input event of `act` to the painted picture, and whether it had to be made"
+    """Milliseconds from the input event of `act` to the painted picture, and whether it had to be
+    made"""
     explorer.page.evaluate("(wanted) => { window.arm(wanted) }", wanted)
     act()
     return explorer.page.evaluate(
@@ -169,7 +173,8 @@ def resident(server) -> float:
 
 
 def explain_shipped(explorer:Explorer) -> list[float]:
-    "Seconds from the click that asks for a shipped concept to its picture, one change after the other"
+    """Seconds from the click that asks for a shipped concept to its picture, one change after the
+    other"""
     seconds = []
     for word, other in SHIPPED:
         explorer.root.locator("button.tnb-remove").first.click()
@@ -206,7 +211,8 @@ def choose(explorer:Explorer, word:str, other:str):
 def learn(explorer:Explorer, pair:tuple[str, str], chance:random.Random|None=None) -> tuple[
     float, list[dict],
 ]:
-    "Seconds until a concept that is not shipped is learned and shown, and how the first slider answers meanwhile if somebody moves it"
+    """Seconds until a concept that is not shipped is learned and shown, and how the first slider
+    answers meanwhile if somebody moves it"""
     rows, moves = explorer.part("concept").count(), []
     choose(explorer, *pair)
     began = time.monotonic()

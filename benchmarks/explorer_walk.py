@@ -1,10 +1,11 @@
-"""From the README to a first insight, as a new user goes: every click is made in a real Chromium, counted and photographed.
+"""From the README to a first insight, each click made in a real Chromium and counted.
 
-    python benchmarks/explorer_walk.py            # about a minute; prints clicks, seconds, and the folder of the pictures
+    # about a minute; prints clicks, seconds, and the folder of the pictures
+    python benchmarks/explorer_walk.py
     python benchmarks/explorer_walk.py --install  # the same; the pictures go to docs/pictures/
 
-The text of the walk is docs/explorer.md. What it says of the page is checked here, so that it cannot say what is not there.
-"""
+The text of the walk is docs/explorer.md. What it says of the page is checked here, so that it
+cannot say what is not there."""
 import argparse, re, sys, tempfile, time
 from pathlib import Path
 

@@ -1,13 +1,17 @@
-"""Time and memory of every stage at the paper's real sizes, with random weights, beside what `plan` predicts.
+"""Time and memory of every stage at the paper's sizes, with random weights, beside the plan.
 
-    python benchmarks/paper_scale.py --scale paper --device cuda      # an NVIDIA GPU; writes paper_scale_paper_<device>.json here
-    python benchmarks/paper_scale.py --scale mini --device cpu        # the same code, small; writes paper_scale_mini_cpu.json here
+    # an NVIDIA GPU; writes paper_scale_paper_<device>.json here
+    python benchmarks/paper_scale.py --scale paper --device cuda
+    # the same code, small; writes paper_scale_mini_cpu.json here
+    python benchmarks/paper_scale.py --scale mini --device cpu
 
 With --install the record goes into figures/.
 
-Each stage runs in a process of its own under a cap on memory. Measured on a GPU: `torch.cuda.max_memory_allocated` above what was there before the call; on a CPU: what torch's allocator hands out during the call, by
-`torch.profiler`. Weights and inputs are added to both sides of the comparison. Random weights are drawn on the device in the type they are used in and never pass through main memory.
-"""
+Each stage runs in a process of its own under a cap on memory. Measured on a GPU:
+`torch.cuda.max_memory_allocated` above what was there before the call; on a CPU: what torch's
+allocator hands out during the call, by `torch.profiler`. Weights and inputs are added to both sides
+of the comparison. Random weights are drawn on the device in the type they are used in and never
+pass through main memory."""
 import argparse, multiprocessing, os, platform, sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -194,7 +198,9 @@ def main() -> int:
             print(
                 row["stage"], row["options"] or "", row["vlm"],
                 row.get("failed")
-                or f"{row['measured']['seconds']:.3f} s, peak {row['measured']['peak'] / 2**30:.3f} GiB, predicted / measured {row['ratio_peak']:.3f}",
+                or f"{row['measured']['seconds']:.3f} s, peak "
+                f"{row['measured']['peak'] / 2**30:.3f} GiB, "
+                f"predicted / measured {row['ratio_peak']:.3f}",
                 flush=True,
             )
     record = {

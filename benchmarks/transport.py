@@ -1,20 +1,41 @@
-"""Time and memory of rho-OT against the ways it was or could be computed: dense, in chunks, with POT, with GeomLoss.
+"""Time and memory of rho-OT against other ways: dense, in chunks, with POT, with GeomLoss.
 
-    python benchmarks/transport.py                  # the whole grid, below 25 minutes with --threads 1; writes transport.json and .png here
-    python benchmarks/transport.py --quick          # N = 256 and 1024, d = 64, P = 100, about a minute; prints, writes transport_<digits>.json and .png here
-    python benchmarks/transport.py --device cuda    # our kernels alone, on an NVIDIA GPU; writes transport_cuda.json here
+    # the whole grid, below 25 minutes with --threads 1; writes transport.json and .png here
+    python benchmarks/transport.py
+    # N = 256 and 1024, d = 64, P = 100, about a minute; writes transport_<digits>.json and .png
+    python benchmarks/transport.py --quick
+    # our kernels alone, on an NVIDIA GPU; writes transport_cuda.json here
+    python benchmarks/transport.py --device cuda
 
 With --install the whole grid goes into figures/.
 
-Every method gets the same inputs and is timed from scores to transported tokens, or further to the gradients of both scores and of the values. Each measurement has a process of its own, forked from a server that has
-imported everything and computed nothing; peak memory is that process's largest resident set, as a whole and above what lay there when the inputs were ready. At every point of the grid ours is measured
-again between the rivals, and a ratio is one of medians over that point's repeats. A rival too large for the memory, or too slow, gets fewer projections and its time is scaled up: such numbers say from how many
-(`extrapolated_from`), and are hollow in the plot: the product of plan and values, which is made once whatever P is, is timed by itself in the same process, and only the rest is scaled. A call longer than three
-times the seconds its repeats may take is measured once (n = 1): after a first call to warm up where that took less than 8 s, else it is that first call, of so many seconds that what only first calls do is nothing to it.
-Ours is repeated warm. Not measured is GeomLoss's "online" backend (KeOps: linear memory, the same number of operations), because pykeops is not installed; the record names it below `missing`, with every part of
-the grid that is left out. Interrupted, a run goes on where it stopped.
-"""
-import argparse, gc, hashlib, inspect, json, math, multiprocessing, os, platform, resource, sys, time, warnings
+Every method gets the same inputs and is timed from scores to transported tokens, or further to the
+gradients of both scores and of the values. Each measurement has a process of its own, forked from a
+server that has imported everything and computed nothing; peak memory is that process's largest
+resident set, as a whole and above what lay there when the inputs were ready. At every point of the
+grid ours is measured again between the rivals, and a ratio is one of medians over that point's
+repeats. A rival too large for the memory, or too slow, gets fewer projections and its time is
+scaled up: such numbers say from how many (`extrapolated_from`), and are hollow in the plot: the
+product of plan and values, which is made once whatever P is, is timed by itself in the same
+process, and only the rest is scaled. A call longer than three times the seconds its repeats may
+take is measured once (n = 1): after a first call to warm up where that took less than 8 s, else it
+is that first call, of so many seconds that what only first calls do is nothing to it. Ours is
+repeated warm. Not measured is GeomLoss's "online" backend (KeOps: linear memory, the same number of
+operations), because pykeops is not installed; the record names it below `missing`, with every part
+of the grid that is left out. Interrupted, a run goes on where it stopped."""
+import argparse
+import gc
+import hashlib
+import inspect
+import json
+import math
+import multiprocessing
+import os
+import platform
+import resource
+import sys
+import time
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -54,7 +75,8 @@ class Problem(NamedTuple):
 def make_problem(
     tokens: int, width: int, projections: int, device: str = "cpu", seed: int = 0,
 ) -> tuple[Problem, "torch.Tensor"]:
-    "Normal tokens, a noisy copy of them in another order, their scores along random directions of unit norm; and a cotangent"
+    """Normal tokens, a noisy copy of them in another order, their scores along random directions of
+    unit norm; and a cotangent"""
     import torch
     draws = torch.Generator().manual_seed(seed)
     source = torch.randn(1, tokens, width, generator=draws)
@@ -117,7 +139,8 @@ def chunked(problem: Problem):
 
 
 def pot_loop(problem: Problem, method: str = "sinkhorn"):
-    "`ot.sinkhorn` for one projection after the other. Its rows are normalised last, so rows are targets; stopThr=0 makes it do all rounds"
+    """`ot.sinkhorn` for one projection after the other. Its rows are normalised last, so rows are
+    targets; stopThr=0 makes it do all rounds"""
     import ot
     import torch
     tokens, projections = problem.values.shape[1], problem.source_scores.shape[1]
@@ -136,7 +159,8 @@ def pot_loop_log(problem: Problem):
 
 
 def pot_batch(problem: Problem, method: str = "sinkhorn"):
-    "`ot.batch.solve_batch` on all projections. Its columns are normalised last, so columns are targets; tol=0 makes it do all rounds"
+    """`ot.batch.solve_batch` on all projections. Its columns are normalised last, so columns are
+    targets; tol=0 makes it do all rounds"""
     from ot.batch import solve_batch
     plan = solve_batch(
         distances(problem).mT, reg=problem.tau, max_iter=problem.rounds, tol=0, method=method,
@@ -159,8 +183,11 @@ def geomloss_product(problem: Problem, source_potentials, target_potentials, cos
 def geomloss(problem: Problem):
     """GeomLoss's dense softmin, alternating, and the product.
 
-    Its solvers update both sides at once (next function) and do not differentiate through their rounds. So its differentiable `softmin_tensorized`, two calls a round, is what of GeomLoss gives the partial
-    plan and its gradients. Timed: both cost matrices (|x - y|, which is p=1, each contiguous as softmin wants it), 2 k softmins, the plan of the potentials, its mean and the product."""
+    Its solvers update both sides at once (next function) and do not differentiate through their
+    rounds. So its differentiable `softmin_tensorized`, two calls a round, is what of GeomLoss gives
+    the partial plan and its gradients. Timed: both cost matrices (|x - y|, which is p=1, each
+    contiguous as softmin wants it), 2 k softmins, the plan of the potentials, its mean and the
+    product."""
     from geomloss._legacy.sinkhorn_samples import softmin_tensorized
     cost, log_weight, g = distances(problem), -math.log(
         problem.values.shape[1]
@@ -175,10 +202,12 @@ def geomloss(problem: Problem):
 
 
 def geomloss_loop(problem: Problem):
-    """GeomLoss's own solver, `sinkhorn_loop` (what SamplesLoss runs), k rounds at fixed tau without debiasing, then the same product.
+    """GeomLoss's own solver, `sinkhorn_loop` (what SamplesLoss runs), k rounds at fixed tau without
+    debiasing, then the same product.
 
-    Timed: as before, with 2 k + 4 softmins (it begins and ends with one of each side). Its partial iterates are others than ours, and its gradients are those at convergence, through the last step alone:
-    a fact beside the comparison, checked where both have converged."""
+    Timed: as before, with 2 k + 4 softmins (it begins and ends with one of each side). Its partial
+    iterates are others than ours, and its gradients are those at convergence, through the last step
+    alone: a fact beside the comparison, checked where both have converged."""
     import torch
     from geomloss._legacy.sinkhorn_divergence import sinkhorn_loop
     from geomloss._legacy.sinkhorn_samples import softmin_tensorized
@@ -204,12 +233,14 @@ def square(tokens: int):
 
 
 def product(problem: Problem):
-    "One product of tokens x tokens with values in float32: the unit in which costs at large width are counted"
+    """One product of tokens x tokens with values in float32: the unit in which costs at large width
+    are counted"""
     return square(problem.values.shape[1]) @ problem.values
 
 
 class Method(NamedTuple):
-    "How to run something, and the arrays of tokens x tokens it holds at its peak (measured at N = 1024 and 4096, rounded up)"
+    """How to run something, and the arrays of tokens x tokens it holds at its peak (measured at N =
+    1024 and 4096, rounded up)"""
     call: Callable[[Problem], "torch.Tensor"]
     fixed: float = 0 # Whatever P is
     forward: float = 0 # And for each projection
@@ -265,7 +296,8 @@ def reset_peak() -> None:
 
 
 def seconds_used() -> tuple[float, float, float]:
-    "Clock, and processor seconds of this process and of the whole machine (0 where that cannot be read)"
+    """Clock, and processor seconds of this process and of the whole machine (0 where that cannot be
+    read)"""
     own = resource.getrusage(resource.RUSAGE_SELF)
     try:
         user, nice, system, _, _, *interrupts = map(
@@ -278,7 +310,8 @@ def seconds_used() -> tuple[float, float, float]:
 
 
 def share_of_others(before: tuple, after: tuple, threads: int) -> float:
-    "Share of the machine that other processes used in between beyond what our threads leave free: above a few hundredths, times are not to be trusted"
+    """Share of the machine that other processes used in between beyond what our threads leave free:
+    above a few hundredths, times are not to be trusted"""
     clock, own, whole = (b - a for a, b in zip(before, after))
     if clock < .2: return 0. # clock ticks are hundredths
     return max(
@@ -307,7 +340,8 @@ def timed(*given) -> float:
 
 
 def product_seconds(problem: Problem, cotangent, mode: str) -> float:
-    "Seconds of a plan times values, and of its gradients where they are wanted: what a rival pays once, however many its projections. Median of three, or fewer where they are slow"
+    """Seconds of a plan times values, and of its gradients where they are wanted: what a rival pays
+    once, however many its projections. Median of three, or fewer where they are slow"""
     with_plan = problem._replace(
         source_scores=square(problem.values.shape[1])[0],
         target_scores=problem.target_scores[:, :0],
@@ -346,7 +380,8 @@ def fitting_projections(method: Method, task: Task) -> int:
 def affordable_projections(method: Method, task: Task, problem: Problem, cotangent) -> tuple[
     int, float|None,
 ]:
-    "How many of a rival's projections fit into memory and time, judged by a trial with one, and the trial's seconds if one is all there is"
+    """How many of a rival's projections fit into memory and time, judged by a trial with one, and
+    the trial's seconds if one is all there is"""
     fit = fitting_projections(method, task)
     if not method.rival or not fit: return (fit and task.projections), None
     one = problem._replace(
@@ -363,7 +398,8 @@ def affordable_projections(method: Method, task: Task, problem: Problem, cotange
 
 
 def repeat(task: Task, first: float, again: Callable[[], float]) -> list[float]:
-    "Times of calls that are already warm: as many as fit into the task's seconds and at least 3; one where a call is slow, and the first alone where it took `WARM` seconds"
+    """Times of calls that are already warm: as many as fit into the task's seconds and at least 3;
+    one where a call is slow, and the first alone where it took `WARM` seconds"""
     if first > 3 * task.seconds: return [again() if first < WARM else first]
     return [again() for _ in range(max(3, min(50, int(task.seconds / max(first, 1e-6)))))]
 
@@ -476,7 +512,8 @@ def in_a_process(work: Callable, task: Task) -> dict:
 
 @lru_cache
 def sources_digest() -> str:
-    "Changes when what is measured does: then nothing kept is used, for a ratio is of times of one run"
+    """Changes when what is measured does: then nothing kept is used, for a ratio is of times of one
+    run"""
     from transporter_nb.core.base import repo_path
     parts = [
         inspect.getsource(part)
@@ -650,7 +687,8 @@ def spoken(row: dict) -> str:
 
 
 def grouped(missing: list[dict]) -> list[dict]:
-    "What was left out as one row for each method and reason, with its number of points; what failed as it is"
+    """What was left out as one row for each method and reason, with its number of points; what
+    failed as it is"""
     why = [(row["method"], row["left_out"]) for row in missing if "left_out" in row]
     return [
         {"method": name, "left_out": reason, "points": why.count((name, reason))}
@@ -659,7 +697,8 @@ def grouped(missing: list[dict]) -> list[dict]:
 
 
 def run_grid(given, kept: Kept) -> tuple[dict, list[dict]]:
-    "Everything that was asked for: measurements by (method, tokens, width, projections, mode), and what could not be measured"
+    """Everything that was asked for: measurements by (method, tokens, width, projections, mode),
+    and what could not be measured"""
     found, missing = {}, []
     for point in points(given):
         without = [
@@ -681,8 +720,11 @@ def run_grid(given, kept: Kept) -> tuple[dict, list[dict]]:
 # ---- what it shows
 
 # asked for at N = 256, 1024 and 4096
-TARGETS = {("naive", MODES[0]): (15, 60, 140), ("naive", MODES[1]): (25, 120, 350), ("POT loop", MODES[0]): (12, 30, 300), ("POT loop", MODES[1]): (20, 45, 350),
-           ("GeomLoss", MODES[0]): (25, 85, 500), ("GeomLoss", MODES[1]): (14, 45, 400)}
+TARGETS = {
+    ("naive", MODES[0]): (15, 60, 140), ("naive", MODES[1]): (25, 120, 350),
+    ("POT loop", MODES[0]): (12, 30, 300), ("POT loop", MODES[1]): (20, 45, 350),
+    ("GeomLoss", MODES[0]): (25, 85, 500), ("GeomLoss", MODES[1]): (14, 45, 400),
+}
 # float32 against float64; a method farther away computes something else
 LIMITS = {"forward": 5e-6, "backward": 2e-5}
 

@@ -1,4 +1,5 @@
-"""A real browser for the tests of the explorer: Chromium by Playwright, against a Voila and a JupyterLab on this machine that end with the session."""
+"""A real browser for the tests of the explorer: Chromium by Playwright, against a Voila and a
+JupyterLab on this machine that end with the session."""
 import contextlib, ctypes, os, re, shutil, signal, socket, subprocess, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,7 +150,8 @@ def serve(
 
 
 def serve_voila(home:Path, notebook:Path=NOTEBOOK, port:int|None=None, **environment) -> Server:
-    "`make explorer`, as a user types it; the environment is there already, so make does not look at it again"
+    """`make explorer`, as a user types it; the environment is there already, so make does not look
+    at it again"""
     return serve(
         [
             "make", "--no-print-directory", "-o", ".venv/.ready", "explorer",
@@ -252,7 +254,8 @@ def picture(page, name:str):
 
 
 def pictures(explorer, name:str):
-    "Keep a state of the explorer at each width, and make sure that nothing in it overlaps or is cut"
+    """Keep a state of the explorer at each width, and make sure that nothing in it overlaps or is
+    cut"""
     before = explorer.page.viewport_size
     try:
         for width, size in WIDTHS.items():
@@ -396,7 +399,8 @@ class Explorer:
         return self.asked(name, which)
 
     def shown(self, which:int, strength:float, timeout:float=30_000) -> "Explorer":
-        "Until the video on screen has this strength for one concept, and nothing else is being made"
+        """Until the video on screen has this strength for one concept, and nothing else is being
+        made"""
         self.until(
             lambda: len(self.strengths) > which and abs(self.strengths[which] - strength) < 1e-6
             and self.state == "ready",

@@ -1,4 +1,5 @@
-"""Shapes are checked at run time in every test: the annotations of the package are its contract. Warnings are errors."""
+"""Shapes are checked at run time in every test: the annotations of the package are its contract.
+Warnings are errors."""
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")

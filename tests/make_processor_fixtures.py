@@ -1,11 +1,15 @@
-"""What the real processors of transformers give for a real clip: frozen once, so that ours are compared with them where torchvision is absent
+"""What the real processors of transformers give for a real clip: frozen once, so that ours are
+compared with them where torchvision is absent
 
-    python tests/make_processor_fixtures.py --write               # tests/fixtures/processors.safetensors, from its own clip
-    python tests/make_processor_fixtures.py --out full.safetensors --clips FOLDER   # every value, on the clips of a folder
+    # tests/fixtures/processors.safetensors, from its own clip
+    python tests/make_processor_fixtures.py --write
+    # every value, on the clips of a folder
+    python tests/make_processor_fixtures.py --out full.safetensors --clips FOLDER
 
-Needs torchvision and num2words, neither of them a dependency of the project: a folder where they lie may be named in TORCHVISION_PATH. Registries give a CUDA build of torchvision; beside a CPU build of torch two
-operators are missing at import, and no processor uses them, so they are declared here.
-"""
+Needs torchvision and num2words, neither of them a dependency of the project: a folder where they
+lie may be named in TORCHVISION_PATH. Registries give a CUDA build of torchvision; beside a CPU
+build of torch two operators are missing at import, and no processor uses them, so they are declared
+here."""
 import argparse
 import importlib.util
 import json
@@ -91,8 +95,11 @@ SMALL = {
     "idefics3": ("idefics3", dict(size={"longest_edge": 128}, max_image_size={"longest_edge": 48})),
 }
 FRAMES = [  # frames of the clip, its rate, count wanted, rate wanted
-    (61, 16, None, 1), (61, 16, None, 2), (61, 16, 16, None), (61, 16, 8, None), (132, 25, None, 1), (132, 25, 7, None), (250, 25, None, 2), (2000, 24, None, 1),
-    (2000, 30, 5, None), (4321, 29.97, None, 2), (100, 30, None, .5), (9, 6, 5, None), (7, 30, 4, None), (97, 24, 13, None), (1801, 23.976, 64, None)]
+    (61, 16, None, 1), (61, 16, None, 2), (61, 16, 16, None), (61, 16, 8, None),
+    (132, 25, None, 1), (132, 25, 7, None), (250, 25, None, 2), (2000, 24, None, 1),
+    (2000, 30, 5, None), (4321, 29.97, None, 2), (100, 30, None, .5), (9, 6, 5, None),
+    (7, 30, 4, None), (97, 24, 13, None), (1801, 23.976, 64, None),
+]
 
 
 def torchvision():
@@ -115,7 +122,8 @@ def torchvision():
 
 
 def pixels(family, options, clip, float_input):
-    """Pixel values of a clip of bytes (frames 3 height width) and whatever says how they are laid out"""
+    """Pixel values of a clip of bytes (frames 3 height width) and whatever says how they are laid
+    out"""
     import torch
     import transformers
     clip = clip.float() if float_input else clip  # 0 to 255, and nothing is rounded
@@ -198,10 +206,19 @@ def small_tokenizer():
 
 
 PROMPTS = {  # around the placeholder of a video; Gemma 3 and Phi-4 take one for each frame
-    "videollama3": ("<|im_start|>user\n", "<|video_pad|>", "what colour is it?<|im_end|>\n<|im_start|>assistant\n"),
-    "qwen2_5_vl": ("<|im_start|>user\n", "<|vision_start|><|video_pad|><|vision_end|>", "what colour is it?<|im_end|>\n<|im_start|>assistant\n"),
+    "videollama3": (
+        "<|im_start|>user\n", "<|video_pad|>",
+        "what colour is it?<|im_end|>\n<|im_start|>assistant\n",
+    ),
+    "qwen2_5_vl": (
+        "<|im_start|>user\n", "<|vision_start|><|video_pad|><|vision_end|>",
+        "what colour is it?<|im_end|>\n<|im_start|>assistant\n",
+    ),
     "smolvlm": ("<|im_start|>User: ", "<video>", "what colour is it?<|im_end|>\nAssistant:"),
-    "gemma3": ("<bos><start_of_turn>user\n", "<start_of_image>", "what colour is it?<end_of_turn>\n<start_of_turn>model\n"),
+    "gemma3": (
+        "<bos><start_of_turn>user\n", "<start_of_image>",
+        "what colour is it?<end_of_turn>\n<start_of_turn>model\n",
+    ),
     "phi4": ("<|user|>", "<|image|>", "what colour is it?<|end|><|assistant|>"),
 }
 SECONDS = [0., 1.25, 62.5]  # of the three frames, in a clip of 4 a second
@@ -209,7 +226,8 @@ RATE, TOTAL = 4, 260
 
 
 def prompts(clip):
-    """input_ids of a prompt with a clip of three frames, by the full processors, and token types where there are some"""
+    """input_ids of a prompt with a clip of three frames, by the full processors, and token types
+    where there are some"""
     import transformers
     from transformers.video_utils import VideoMetadata
     table = {}

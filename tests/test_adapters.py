@@ -1,4 +1,5 @@
-"""One contract for every adapter of a VLM, at tiny sizes; adapters broken on purpose, to see that each rule can fail; and the size of an adapter"""
+"""One contract for every adapter of a VLM, at tiny sizes; adapters broken on purpose, to see that
+each rule can fail; and the size of an adapter"""
 import math
 from types import MethodType
 
@@ -95,8 +96,10 @@ def test_the_contract(name):
     ("gemma3", "two_way", False),  # tokens of a frame blind to those after them
     ("qwen25vl", "rope_positions", lambda self, positions: positions),  # one axis instead of three
     ("phi4", "two_way", True),
-    ("videollama3", "embed", lambda self, video: type(self).embed(self, video.transpose(3, 4))),  # patches down before across
-    ("smolvlm", "embed", lambda self, video: type(self).embed(self, video * 255 / 256)),  # another scale of colours
+    # patches down before across
+    ("videollama3", "embed", lambda self, video: type(self).embed(self, video.transpose(3, 4))),
+    # another scale of colours
+    ("smolvlm", "embed", lambda self, video: type(self).embed(self, video * 255 / 256)),
 ])
 def test_a_quiet_mistake_is_seen(name, attribute, value):
     vlm = tiny(name)

@@ -1,4 +1,5 @@
-"""The recipes of feature visualisation: refusals, both modes, independence of clips, and the settings that tables use."""
+"""The recipes of feature visualisation: refusals, both modes, independence of clips, and the
+settings that tables use."""
 import pytest
 import torch
 
@@ -56,7 +57,8 @@ def recipe(name, real, guide, settings, vlm="phi4"):
 
 
 @pytest.mark.parametrize("vlm", ["gemma3", "videollama3"])
-@pytest.mark.parametrize("name", ["GradViT", "LEAPS"])  # the two that look inside the tower or at its patches; phi4 is in the notebook
+# the two that look inside the tower or at its patches; phi4 is in the notebook
+@pytest.mark.parametrize("name", ["GradViT", "LEAPS"])
 def test_every_vlm(vlm, name, real, guide):
     for mode in ("max", "divergence"):
         found = run(name, tiny_vlm(vlm), real, guide, mode)

@@ -1,4 +1,5 @@
-"""Asking for an answer: the search meets its budget on curves it has not seen, loses nothing, and drives whatever steering drives."""
+"""Asking for an answer: the search meets its budget on curves it has not seen, loses nothing, and
+drives whatever steering drives."""
 import math
 
 import numpy as np
@@ -27,7 +28,8 @@ RED, TO_BLUE = "one large red ball slides left slowly over a stone floor", parse
 
 
 def random_curve(seed):
-    """A rising sigmoid of logits between random ends, with a dip or a bump on one side in half of the cases."""
+    """A rising sigmoid of logits between random ends, with a dip or a bump on one side in half of
+    the cases."""
     low, high, centre, slope, bump, at = torch.rand(
         6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64,
     ).tolist()
@@ -204,7 +206,13 @@ def test_explain_counts_its_clips(l2v, monkeypatch):
     ] == [5, 5]
 
 
-@pytest.mark.parametrize("direction", [TargetCaption(TO_BLUE), VelocitySlider(TO_BLUE), Concept(TO_BLUE, torch.ones(1, 8), ConceptConfig(placement="word"))])
+@pytest.mark.parametrize(
+    "direction",
+    [
+        TargetCaption(TO_BLUE), VelocitySlider(TO_BLUE),
+        Concept(TO_BLUE, torch.ones(1, 8), ConceptConfig(placement="word")),
+    ],
+)
 @pytest.mark.parametrize("through", ["reencoded", "phi"])
 def test_any_direction(l2v, direction, through):
     noise = l2v.generator.noise([4])

@@ -1,4 +1,5 @@
-"""Caption scores: laws that hold for any captions, a process that always ends, and refusals that say what is missing"""
+"""Caption scores: laws that hold for any captions, a process that always ends, and refusals that
+say what is missing"""
 import gc
 import subprocess
 import sys
@@ -36,7 +37,11 @@ def scorer():
 
 @COCO
 @settings(max_examples=40, deadline=None)
-@given(pairs=st.lists(st.tuples(words, st.lists(words, min_size=1, max_size=3)), min_size=2, max_size=6))
+@given(
+    pairs=st.lists(
+        st.tuples(words, st.lists(words, min_size=1, max_size=3)), min_size=2, max_size=6,
+    )
+)
 def test_bleu_and_cider_are_those_of_the_reference_implementation(pairs):
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
@@ -216,8 +221,14 @@ def test_spice_says_which_jars_it_lacks(monkeypatch, tmp_path):
     )
 
 
-@pytest.mark.parametrize("candidates, references, message", [([], [], "at least one"), (["a"], ["a", "b"], "1 candidates and 2 references"), ("a", ["a"], "single string"),
-                                                             (["a"], [[]], "clip 0 needs"), (["a", "b"], ["a", [3]], "clip 1 needs"), (["a"], ["!"], "clip 0 has")])
+@pytest.mark.parametrize(
+    "candidates, references, message",
+    [
+        ([], [], "at least one"), (["a"], ["a", "b"], "1 candidates and 2 references"),
+        ("a", ["a"], "single string"), (["a"], [[]], "clip 0 needs"),
+        (["a", "b"], ["a", [3]], "clip 1 needs"), (["a"], ["!"], "clip 0 has"),
+    ],
+)
 def test_what_cannot_be_scored_is_refused(scorer, candidates, references, message):
     if message == "clip 0 has" and "bleu1" in MISSING: pytest.skip(MISSING["bleu1"])
     with pytest.raises(ValueError, match=message): scorer.score(candidates, references)

@@ -54,30 +54,69 @@ ASKED = alone("colour", "blue", 0.98)
 FLOOR = seen(0.97, colour="blue", floor="leafy")
 
 
-@pytest.mark.parametrize("made, expected", [
-    (card(NO, YES, [ASKED]), "follows|as asked|nothing else"),
-    (card(NO, seen(0.4, colour="blue"), [ASKED]), "follows in part|as asked|nothing else"),
-    (card(NO, seen(0.05, colour="blue"), [alone("colour", "blue", 0.02)]), "does not follow|as asked|does not read it|nothing else"),
-    (card(NO, seen(0.05), [ASKED]), "does not follow|not changed|caption moves it"),
-    (card(NO, seen(0.97), [ASKED]), "follows|not changed|adversarial"),
-    (card(NO, seen(0.97, colour=UNREADABLE), [ASKED]), "follows|asked lost"),
-    (card(NO, seen(0.97, colour="green"), [ASKED]), "follows|other word|nothing else"),
-    (card(seen(0.98, colour="blue"), seen(0.99, colour="blue"), [ASKED]), "already|shown already"),
-    (card(NO, FLOOR, [ASKED, alone("floor", "leafy", 0.5)]), "follows|as asked|shared association"),
-    (card(NO, FLOOR, [ASKED, alone("floor", "leafy", 0.02)]), "follows|as asked|side effect"),
-    (card(seen(0.4), FLOOR, [ASKED, alone("floor", "leafy", -0.3)]), "follows|as asked|against"),
-    (card(NO, FLOOR, [ASKED]), "follows|as asked|untested"),
-    (card(NO, FLOOR, [ASKED, alone("floor", "leafy", clean=0)]), "follows|as asked|untested"),
-    (card(NO, seen(0.97, floor="leafy"), [alone("colour", "blue", 0.0), alone("floor", "leafy", 0.9)]), "follows|not changed|shared association|goes by"),
-    (card(NO, seen(0.97, colour="blue", shape=UNREADABLE, size=UNREADABLE), [ASKED]), "follows|as asked|lost"),
-    (card(NO, YES, [ASKED], random=[seen(0.9), seen(0.9), NO]), "follows|as asked|not specific|nothing else"),
-    (card(NO, YES, [ASKED], random=[seen(0.9), NO, NO]), "follows|as asked|not specific, at times|nothing else"),
-    (card(NO, YES, [ASKED], seeds=[seen(0.6)]), "follows|as asked|seed|nothing else"),
-    (card(NO, seen(0.97, phi=[0.3], colour="blue"), [ASKED]), "follows|Phi disagrees|as asked|nothing else"),
-    (card(NO, NO, [ASKED], strengths=[0.0]), "does not follow|strength 0|not changed|caption moves it"),
-    (card(NO, seen(0.32), [ASKED], wanted=0.3), "follows|met|not changed|adversarial"),
-    (card(NO, seen(0.6, colour="blue"), [ASKED], wanted=0.3), "follows|missed|as asked|nothing else"),
-])
+@pytest.mark.parametrize(
+    "made, expected",
+    [
+        (card(NO, YES, [ASKED]), "follows|as asked|nothing else"),
+        (card(NO, seen(0.4, colour="blue"), [ASKED]), "follows in part|as asked|nothing else"),
+        (
+            card(NO, seen(0.05, colour="blue"), [alone("colour", "blue", 0.02)]),
+            "does not follow|as asked|does not read it|nothing else",
+        ),
+        (card(NO, seen(0.05), [ASKED]), "does not follow|not changed|caption moves it"),
+        (card(NO, seen(0.97), [ASKED]), "follows|not changed|adversarial"),
+        (card(NO, seen(0.97, colour=UNREADABLE), [ASKED]), "follows|asked lost"),
+        (card(NO, seen(0.97, colour="green"), [ASKED]), "follows|other word|nothing else"),
+        (
+            card(seen(0.98, colour="blue"), seen(0.99, colour="blue"), [ASKED]),
+            "already|shown already",
+        ),
+        (
+            card(NO, FLOOR, [ASKED, alone("floor", "leafy", 0.5)]),
+            "follows|as asked|shared association",
+        ),
+        (card(NO, FLOOR, [ASKED, alone("floor", "leafy", 0.02)]), "follows|as asked|side effect"),
+        (
+            card(seen(0.4), FLOOR, [ASKED, alone("floor", "leafy", -0.3)]),
+            "follows|as asked|against",
+        ),
+        (card(NO, FLOOR, [ASKED]), "follows|as asked|untested"),
+        (card(NO, FLOOR, [ASKED, alone("floor", "leafy", clean=0)]), "follows|as asked|untested"),
+        (
+            card(
+                NO, seen(0.97, floor="leafy"),
+                [alone("colour", "blue", 0.0), alone("floor", "leafy", 0.9)],
+            ),
+            "follows|not changed|shared association|goes by",
+        ),
+        (
+            card(NO, seen(0.97, colour="blue", shape=UNREADABLE, size=UNREADABLE), [ASKED]),
+            "follows|as asked|lost",
+        ),
+        (
+            card(NO, YES, [ASKED], random=[seen(0.9), seen(0.9), NO]),
+            "follows|as asked|not specific|nothing else",
+        ),
+        (
+            card(NO, YES, [ASKED], random=[seen(0.9), NO, NO]),
+            "follows|as asked|not specific, at times|nothing else",
+        ),
+        (card(NO, YES, [ASKED], seeds=[seen(0.6)]), "follows|as asked|seed|nothing else"),
+        (
+            card(NO, seen(0.97, phi=[0.3], colour="blue"), [ASKED]),
+            "follows|Phi disagrees|as asked|nothing else",
+        ),
+        (
+            card(NO, NO, [ASKED], strengths=[0.0]),
+            "does not follow|strength 0|not changed|caption moves it",
+        ),
+        (card(NO, seen(0.32), [ASKED], wanted=0.3), "follows|met|not changed|adversarial"),
+        (
+            card(NO, seen(0.6, colour="blue"), [ASKED], wanted=0.3),
+            "follows|missed|as asked|nothing else",
+        ),
+    ],
+)
 def test_each_rule(made, expected):
     assert "|".join(rules(made)) == expected
     assert made.verdict == "; ".join(

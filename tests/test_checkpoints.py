@@ -1,4 +1,5 @@
-"""Nothing is lost: full disk, interrupted process, truncated, altered and missing files, resumed training"""
+"""Nothing is lost: full disk, interrupted process, truncated, altered and missing files, resumed
+training"""
 import subprocess
 import sys
 
@@ -31,7 +32,13 @@ def test_round_trip(saved):
     assert torch.equal(tensors["weight"], OLD["weight"]) and config == {"width": 3}
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8,
+        torch.bool,
+    ],
+)
 def test_every_type_returns_bit_for_bit(tmp_path, dtype):
     value = torch.randint(0, 2, (3, 5), generator=seeded_generator(0)).to(dtype)
     path = save_checkpoint(

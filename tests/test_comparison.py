@@ -1,4 +1,5 @@
-"""The comparison of methods: the same questions to all, a judge that a planted error cannot fool, rows that are made once."""
+"""The comparison of methods: the same questions to all, a judge that a planted error cannot fool,
+rows that are made once."""
 
 from dataclasses import replace
 

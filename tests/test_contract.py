@@ -1,4 +1,5 @@
-"""What every notebook promises: its name, its opening, its size, its outputs, and the folders it may import from"""
+"""What every notebook promises: its name, its opening, its size, its outputs, and the folders it
+may import from"""
 import ast
 import importlib
 import inspect

@@ -1,4 +1,5 @@
-"""What is shown in a notebook and in a terminal: every text as text, every picture inside the page and described, nothing run and nothing fetched"""
+"""What is shown in a notebook and in a terminal: every text as text, every picture inside the page
+and described, nothing run and nothing fetched"""
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -18,7 +19,8 @@ from transporter_nb.world.video import demo_video, show_gif
 
 HOSTILE = [
     "<img src=x onerror=alert(1)>", "\"' onload='alert(1)' x=\"",
-    "</style><script>alert(1)</script>", "a red 🎈 ball 👩‍🔬", "a $\\frac{1}{0$ ball", "&lt;b&gt;",
+    "</style><script>alert(1)</script>", "a red 🎈 ball 👩‍🔬",
+    "a $\\frac{1}{0$ ball", "&lt;b&gt;",
     "</div></table>", "x" * 10_000, "<svg/onload=alert(1)>",
     "javascript:alert(1) https://example.org/x.png",
 ]

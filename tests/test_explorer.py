@@ -1,4 +1,5 @@
-"""The explorer as people meet it: Voila and JupyterLab in a real Chromium, moved by mouse and keyboard, read from the page. Screenshots lie in `runs/explorer/`."""
+"""The explorer as people meet it: Voila and JupyterLab in a real Chromium, moved by mouse and
+keyboard, read from the page. Screenshots lie in `runs/explorer/`."""
 import math, os, re, time, urllib.error, urllib.request
 from urllib.parse import urlsplit
 

@@ -1,4 +1,5 @@
-"""True effects of VLMs whose reasons are known, and the laws that scores of faithfulness obey on any readings"""
+"""True effects of VLMs whose reasons are known, and the laws that scores of faithfulness obey on
+any readings"""
 import math
 import random
 
@@ -156,10 +157,23 @@ def test_the_shipped_vlm_sees_words_and_no_cues(shipped):
             )
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda vlm, plant: rendered_effect(vlm, plant, n=3), "at least 4 clips"), (lambda vlm, plant: rendered_effect(vlm, plant, "speed"), "an attribute is one of"),
-    (lambda vlm, plant: rendered_effect(vlm, plant, n=4, through="both"), "'prefix' or 'question'"),
-    (lambda vlm, plant: effect_difference(rendered_effect(vlm, plant, n=4), rendered_effect(vlm, plant, n=5)), "same words and clips")])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda vlm, plant: rendered_effect(vlm, plant, n=3), "at least 4 clips"),
+        (lambda vlm, plant: rendered_effect(vlm, plant, "speed"), "an attribute is one of"),
+        (
+            lambda vlm, plant: rendered_effect(vlm, plant, n=4, through="both"),
+            "'prefix' or 'question'",
+        ),
+        (
+            lambda vlm, plant: effect_difference(
+                rendered_effect(vlm, plant, n=4), rendered_effect(vlm, plant, n=5),
+            ),
+            "same words and clips",
+        ),
+    ],
+)
 def test_effects_refuse(call, message):
     with pytest.raises(ValueError, match=message): call(linear(PLANTS[0], {}), PLANTS[0])
 
@@ -331,7 +345,10 @@ def test_items_of_two_networks_are_not_certain():
 
 
 @settings(max_examples=30, deadline=None)
-@given(value=st.floats(-1, 1), half=st.floats(.01, .3), rendered=st.floats(.5, 1), width=st.floats(0, .2))
+@given(
+    value=st.floats(-1, 1), half=st.floats(.01, .3), rendered=st.floats(.5, 1),
+    width=st.floats(0, .2),
+)
 def test_a_share_of_an_effect(value, half, rendered, width):
     shown, whole = Estimate(value, value - half, value + half, 30), Estimate(
         rendered, rendered - width, rendered + width / 3, 60,
@@ -604,11 +621,27 @@ def test_from_pixels_to_scores():
     assert readable_share(dark).value == 1 and readable_share(blank).value < .5
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: Outcome(readings(0, 3), readings(1, 2), torch.zeros(3), torch.zeros(3)), "one row a clip"), (lambda: visible(readings(0, 3), "floor", ()), "a sequence of words"),
-    (lambda: false_alarm([outcome(0, 3)], []), "each outcome has its cue"), (lambda: spearman(torch.ones(3), torch.tensor([0., 1., math.nan])), "finite"),
-    (lambda: auroc([], [torch.ones(2)]), "both kinds"), (lambda: auroc([torch.ones(2)], [torch.ones(2)], networks=("ab", "c")), "each number has its VLM"),
-    (lambda: cluster_means([torch.ones(2), torch.ones(3)], "aa"), "Ask all VLMs the same"), (lambda: pooled([Estimate(.1, 0, .2, 5)], "ab"), "each estimate has its contrast"), (lambda: bounded_estimate(torch.tensor([0., 2.])), "lie from 0 to 1"),
-    (lambda: effect_share(Estimate(.1, 0, .2, 5), Estimate(0., -.1, .1, 5)), "stronger plant"), (lambda: preserved(outcome(0, 3), ("speed",)), "a sequence of attributes")])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda: Outcome(readings(0, 3), readings(1, 2), torch.zeros(3), torch.zeros(3)),
+            "one row a clip",
+        ),
+        (lambda: visible(readings(0, 3), "floor", ()), "a sequence of words"),
+        (lambda: false_alarm([outcome(0, 3)], []), "each outcome has its cue"),
+        (lambda: spearman(torch.ones(3), torch.tensor([0., 1., math.nan])), "finite"),
+        (lambda: auroc([], [torch.ones(2)]), "both kinds"),
+        (
+            lambda: auroc([torch.ones(2)], [torch.ones(2)], networks=("ab", "c")),
+            "each number has its VLM",
+        ),
+        (lambda: cluster_means([torch.ones(2), torch.ones(3)], "aa"), "Ask all VLMs the same"),
+        (lambda: pooled([Estimate(.1, 0, .2, 5)], "ab"), "each estimate has its contrast"),
+        (lambda: bounded_estimate(torch.tensor([0., 2.])), "lie from 0 to 1"),
+        (lambda: effect_share(Estimate(.1, 0, .2, 5), Estimate(0., -.1, .1, 5)), "stronger plant"),
+        (lambda: preserved(outcome(0, 3), ("speed",)), "a sequence of attributes"),
+    ],
+)
 def test_scores_refuse(call, message):
     with pytest.raises(ValueError, match=message): call()

@@ -1,4 +1,5 @@
-"""The inversion engine on tiny, untrained VLMs: clips of a batch do not know of each other, runs continue to the same bits, nothing of the VLM changes."""
+"""The inversion engine on tiny, untrained VLMs: clips of a batch do not know of each other, runs
+continue to the same bits, nothing of the VLM changes."""
 from functools import cache, partial
 
 import pytest

@@ -1,4 +1,5 @@
-"""Laws of the metrics on random inputs, the readers on every contrast of the world, and the planted errors that must show"""
+"""Laws of the metrics on random inputs, the readers on every contrast of the world, and the planted
+errors that must show"""
 import math
 
 import pytest

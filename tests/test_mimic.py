@@ -1,4 +1,5 @@
-"""MIMIC: what is asked, which tokens carry loss, which terms there are, and that an answer is reached"""
+"""MIMIC: what is asked, which tokens carry loss, which terms there are, and that an answer is
+reached"""
 from dataclasses import replace
 
 import pytest

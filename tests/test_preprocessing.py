@@ -1,8 +1,10 @@
 """Our preprocessing against the real processors of transformers, on real clips
 
-Three ways, strongest last. What the processors gave for a clip is frozen in `fixtures/processors.safetensors`, torchvision or not. Those that run on PIL are called here and now. Where torchvision and num2words are
-found (installed, or in a folder named in TORCHVISION_PATH), all are called again, on the clips of a folder named in CLIPS too, and every value is compared. `make_processor_fixtures.py` holds settings and sources.
-"""
+Three ways, strongest last. What the processors gave for a clip is frozen in
+`fixtures/processors.safetensors`, torchvision or not. Those that run on PIL are called here and
+now. Where torchvision and num2words are found (installed, or in a folder named in
+TORCHVISION_PATH), all are called again, on the clips of a folder named in CLIPS too, and every
+value is compared. `make_processor_fixtures.py` holds settings and sources."""
 import json
 import os
 import subprocess
@@ -27,7 +29,8 @@ FACTS = json.loads(safe_open(FIXTURE, "pt").metadata()["facts"])
 
 
 def ours(family, options, clip, rounded, clipped=True):
-    """What `make_processor_fixtures.pixels` gives, by our functions. clip: bytes (frames 3 height width)"""
+    """What `make_processor_fixtures.pixels` gives, by our functions. clip: bytes (frames 3 height
+    width)"""
     images, size = clip / 255, options.get("size")
     if family == "gemma3":
         return {"pixels": normalise(resize(images, size["height"], size["width"], rounded=rounded))}
@@ -90,12 +93,16 @@ def test_pixels_are_those_of_the_real_processor(case):
         elif floats: torch.testing.assert_close(value, frozen, atol=1e-5, rtol=0)
         else:
             assert (value - frozen).abs().max() * levels(family) < .01, "not the processor's bytes"
-            assert .1 < (free[::stride] - frozen).abs().max() * levels(
-                family
-            ) < 2, "without rounding: below one level and a half after one resize, below two after three"
+            # without rounding: below one level and a half after one resize, below two after three
+            apart = (free[::stride] - frozen).abs().max() * levels(family)
+            assert .1 < apart < 2, f"without rounding {apart} levels apart, not between .1 and 2"
 
 
-@pytest.mark.parametrize("row", FACTS["frames"], ids=lambda row: f"{row['total']} frames at {row['rate']}, {row['count'] or ''}{row['fps'] or ''}")
+@pytest.mark.parametrize(
+    "row", FACTS["frames"],
+    ids=lambda row: f"{row['total']} frames at {row['rate']}, "
+        f"{row['count'] or ''}{row['fps'] or ''}",
+)
 def test_the_same_frames_are_chosen(row):
     for name, depth, most in (("videollama3", 1, 180), ("qwen2_5_vl", 2, 768)):
         assert stepped_frames(
@@ -172,7 +179,8 @@ def test_stills_of_the_processors_on_pil(family):
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory):
-    """All values of the real processors on real clips, in a process of their own: torchvision must not be seen by other tests"""
+    """All values of the real processors on real clips, in a process of their own: torchvision must
+    not be seen by other tests"""
     folder = os.environ.get("CLIPS")
     if not folder:
         from importlib.util import find_spec

@@ -1,4 +1,5 @@
-"""Results go to the folder a run was started from, under names of their own; what the repository ships and what a reader has stays"""
+"""Results go to the folder a run was started from, under names of their own; what the repository
+ships and what a reader has stays"""
 import hashlib
 import os
 import re
@@ -277,7 +278,8 @@ def test_what_dead_writers_left_is_swept_and_nothing_else(tmp_path):
         kept = [left(tmp_path, name) for name in (
             f".note.{living.pid}.part.png", f".note.{os.getpid()}.part.csv",  # of the living
             f".other.{dead}.part.png", f".note.{dead}.part.pdf",  # of other files
-            f"note.{dead}.part.png", f".note.{dead}.part.png.bak", f".note.x{dead}.part.png", f".note.0{dead}.part.png", ".note.part.png", ".note..part.png",
+            f"note.{dead}.part.png", f".note.{dead}.part.png.bak", f".note.x{dead}.part.png",
+            f".note.0{dead}.part.png", ".note.part.png", ".note..part.png",
             ".note.0.part.png", f".my.note.{dead}.part.png", f".note.{10**30}.part.png")]
         kept += [left(tmp_path, f".young.{dead}.part.png", 0.)]
         with write_aside(tmp_path / "note.png") as aside: aside.write_text("whole")
@@ -336,7 +338,9 @@ def test_no_temporary_file_is_tracked_and_git_ignores_them():
 
 # ---- benchmarks
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem,
+)
 def test_a_benchmark_reaches_what_is_shipped_only_if_asked(path):
     code = path.read_text(encoding="utf-8")
     assert '"--install", action="store_true"' in code

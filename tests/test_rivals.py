@@ -1,4 +1,5 @@
-"""Rivals without training, on shapes the notebooks do not use: what they promise to leave alone, what they cost, and what they refuse"""
+"""Rivals without training, on shapes the notebooks do not use: what they promise to leave alone,
+what they cost, and what they refuse"""
 import zlib
 from types import SimpleNamespace
 
@@ -21,7 +22,8 @@ TO_BLUE, TO_SMALL = parse_contrast("red -> blue"), parse_contrast("large -> smal
 
 
 class Toy(VideoGenerator):
-    "Each latent frame depends on its own prompt sum and state alone, and not linearly if `bend`; frames are latent frames"
+    """Each latent frame depends on its own prompt sum and state alone, and not linearly if `bend`;
+    frames are latent frames"""
     text_dim, latent_channels, default_steps, default_guidance = 5, 3, 4, 2.0
     config = SimpleNamespace(frames=7)
 
@@ -103,7 +105,13 @@ def test_the_papers_scale():
     torch.testing.assert_close(made, wanted)
 
 
-@pytest.mark.parametrize("rival", [VelocitySlider(TO_BLUE, start=0.0), TargetCaption(TO_BLUE), VelocitySlider(TO_BLUE, start=0.0, minus=TWO)])
+@pytest.mark.parametrize(
+    "rival",
+    [
+        VelocitySlider(TO_BLUE, start=0.0), TargetCaption(TO_BLUE),
+        VelocitySlider(TO_BLUE, start=0.0, minus=TWO),
+    ],
+)
 def test_a_window_leaves_other_frames_alone(rival):
     toy, noise = Toy(0.7), Toy().noise([3, 4])
     run = steer(toy, [RED, TWO], noise, rival, [0, 1], frame_window=(2, 5)).latents
@@ -201,7 +209,13 @@ def test_range_search_finds_a_known_range():
     assert abs(distance - per_length * found.high) < 1e-4
 
 
-@pytest.mark.parametrize("distance, wanted", [(lambda a: 0.0, "there is no range"), (lambda a: float(a > 0), "there is no range"), (lambda a: float("nan"), "there is no range")])
+@pytest.mark.parametrize(
+    "distance, wanted",
+    [
+        (lambda a: 0.0, "there is no range"), (lambda a: float(a > 0), "there is no range"),
+        (lambda a: float("nan"), "there is no range"),
+    ],
+)
 def test_no_range(distance, wanted):
     with pytest.raises(ValueError, match=wanted): perceptual_range(distance, 1.0, (0.1, 0.5))
 

@@ -1,4 +1,5 @@
-"""Concepts that a VLM's answers decide, by measuring and by gradient, against VLMs whose reasons are known"""
+"""Concepts that a VLM's answers decide, by measuring and by gradient, against VLMs whose reasons
+are known"""
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -30,7 +31,8 @@ WITHOUT_FLOOR = tuple(group for group in WORD_GROUPS if group != SLOTS["floor"])
 
 
 class PixelOracle(VideoLanguageModel):
-    """A VLM without weights: one token, the mean colour of a clip; its gap is linear in it, so nothing saturates"""
+    """A VLM without weights: one token, the mean colour of a clip; its gap is linear in it, so
+    nothing saturates"""
     name, n_tokens, vlm_dim, end_id = "pixel oracle", 1, 3, 2
 
     def __init__(self, pair, weights, bias=0., gain=1.):
@@ -199,7 +201,10 @@ def test_effects_follow_the_unit_and_not_the_zero_of_gaps(seed, factor, shift):
 
 
 @settings(max_examples=50, deadline=None)
-@given(values=st.lists(st.floats(-9., 9.), min_size=8, max_size=8), least=st.floats(0., 1.), scene=st.integers(0, 10_000))
+@given(
+    values=st.lists(st.floats(-9., 9.), min_size=8, max_size=8), least=st.floats(0., 1.),
+    scene=st.integers(0, 10_000),
+)
 def test_parts_are_ordered_and_lead_upwards(values, least, scene):
     effects = dict(zip((*SLOTS["floor"], *SLOTS["pace"], *SLOTS["size"]), values))
     text = caption(sample_scenes(1, scene)[0])
@@ -221,7 +226,9 @@ def test_parts_are_ordered_and_lead_upwards(values, least, scene):
 
 # ---- by gradient
 
-@pytest.mark.parametrize("through, ahead", [("reencoded", 1.), ("reencoded", .5), ("phi", 1.), ("phi", .5)])
+@pytest.mark.parametrize(
+    "through, ahead", [("reencoded", 1.), ("reencoded", .5), ("phi", 1.), ("phi", .5)],
+)
 def test_the_gradient_is_the_slope(wan, captions, states, phi, through, ahead):
     base, samples = states
     batch, vlm = samples.take(torch.tensor([1, 3, 8])), dark_oracle()
@@ -305,7 +312,8 @@ def test_a_smooth_generator_is_led(smooth, captions):
 
 
 def test_the_shipped_generator_decides_at_once(wan, captions):
-    """Why gradients at the source say little: even to a VLM that cannot saturate, a clip stays on its floor until the words are half exchanged"""
+    """Why gradients at the source say little: even to a VLM that cannot saturate, a clip stays on
+    its floor until the words are half exchanged"""
     texts = captions[:2]
     base = wan.encode_prompt(texts)
     offsets = torch.stack(

@@ -1,4 +1,4 @@
-"""Rows of a table survive a killed process, altered entries are refused, pages hold what they show"""
+"""Rows of a table survive a killed process, altered entries are refused, pages hold their rows"""
 import json
 import os
 import signal
@@ -53,7 +53,8 @@ def test_a_killed_table_loses_no_row_and_repeats_none(tmp_path, root):
     process = subprocess.Popen([*command, "2"], **settings)
     patience = time.monotonic() + 120
     while not (tmp_path / "reached").exists():
-        assert process.poll() is None and time.monotonic() < patience, "the table never came to its third row"
+        waiting = process.poll() is None and time.monotonic() < patience
+        assert waiting, "the table never came to its third row"
         time.sleep(.02)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -247,7 +248,10 @@ def overlaps(figure):
     ]
 
 
-@pytest.mark.parametrize("style", [Typography(), Typography(intervals="beside"), Typography(intervals="none", name=1.)], ids=["plain", "beside", "none"])
+@pytest.mark.parametrize(
+    "style", [Typography(), Typography(intervals="beside"), Typography(intervals="none", name=1.)],
+    ids=["plain", "beside", "none"],
+)
 def test_nothing_overlaps_or_leaves_the_page(style):
     figure = large(13, 9).figure(style)
     figure.canvas.draw()

@@ -1,4 +1,5 @@
-"""Every backend of rho-OT against one dense oracle, what must not matter to a plan, and what bad input is told"""
+"""Every backend of rho-OT against one dense oracle, what must not matter to a plan, and what bad
+input is told"""
 import importlib
 import importlib.util
 import os
@@ -104,7 +105,8 @@ def oracle(
     values, source_scores, target_scores, entropy_reg=0.1, n_iterations=3, source_weights=None,
     target_weights=None, source_mask=None, target_mask=None, normalise_last="targets", sums=None,
 ):
-    "Transported values and plan; `sums` gets the source's plus the target's potential of every pair of every line, clip by clip"
+    """Transported values and plan; `sums` gets the source's plus the target's potential of every
+    pair of every line, clip by clip"""
     plans = []
     for clip in range(len(values)):
         log_weights, kept = [], []
@@ -517,7 +519,8 @@ def test_potentials_rebuild_the_plan(backend):
 
 
 def test_gradients_through_plan_and_potentials(backend):
-    "Not only through the transported values. Of potentials only sums mean something: a constant may be moved from one side to the other"
+    """Not only through the transported values. Of potentials only sums mean something: a constant
+    may be moved from one side to the other"""
     case = make_case(15, sources=5, targets=4, weighted=True)
     cotangent = uniform(torch.Generator().manual_seed(2), 2, 3, 4, 5)
     def slope(plan, pairs):
@@ -547,7 +550,8 @@ def test_gradients_through_plan_and_potentials(backend):
 
 
 def all_slopes(transport, case, dtype=torch.float64, around=nullcontext()):
-    "As `slopes`, also by the regularisation of every line and by both weights; `around` the call, not around its way back"
+    """As `slopes`, also by the regularisation of every line and by both weights; `around` the call,
+    not around its way back"""
     names = ("source_weights", "target_weights")
     leaves = [
         x.clone().requires_grad_()
@@ -568,7 +572,8 @@ def all_slopes(transport, case, dtype=torch.float64, around=nullcontext()):
 
 
 def large_case(targets, tau):
-    "Ties, twins, masks, weights, eleven lines with a tau each, and more sources than one tile has columns"
+    """Ties, twins, masks, weights, eleven lines with a tau each, and more sources than one tile has
+    columns"""
     case = make_case(
         40, projections=11, sources=600, targets=targets, tau=tau, grid=2**-6, duplicated=True,
         weighted=True, per_projection=True, channels=3,
@@ -653,7 +658,8 @@ def test_uniform_weights_and_many_rounds_equal_the_oracle(backend):
 
 @pytest.mark.parametrize("offset", [1e5, -1e5])
 def test_a_common_offset_of_scores_equals_the_oracle_without(backend, offset):
-    "Scores are multiples of 2^-10, so the offset costs no digit of theirs; padding is zero, far away from the others"
+    """Scores are multiples of 2^-10, so the offset costs no digit of theirs; padding is zero, far
+    away from the others"""
     case = make_case(
         43, sources=min(9, backend.most_tokens), targets=5, grid=2**-10, weighted=True, masked=True,
         per_projection=True,
@@ -709,7 +715,8 @@ def test_two_runs_are_equal_bit_for_bit(backend):
     finally: torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, where a graph is broken
+# torch's own, where a graph is broken
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled_is_the_same(backend, unchecked):
     case = make_case(19, sources=6, targets=5)
     def call(values, a, b):
@@ -984,9 +991,10 @@ def test_a_backend_that_is_not_there_says_what_to_do(unchecked, monkeypatch):
 def test_nothing_is_imported_before_it_is_asked_for():
     "The package works without numba and triton, and loads neither for the fallback"
     code = (
-        "import sys; sys.modules.update(numba=None, triton=None); import torch; from "
-        "transporter_nb.coupling.transport import projected_transport\n"
-        "out = projected_transport(torch.ones(1, 3, 2), torch.zeros(1, 4, 3), torch.zeros(1, 4, 2), "
+        "import sys; sys.modules.update(numba=None, triton=None); import torch; "
+        "from transporter_nb.coupling.transport import projected_transport\n"
+        "out = projected_transport("
+        "torch.ones(1, 3, 2), torch.zeros(1, 4, 3), torch.zeros(1, 4, 2), "
         "backend='auto').transported; assert torch.allclose(out, torch.ones(1, 2, 2))"
     )
     if importlib.util.find_spec("transporter_nb") is None: pytest.skip("not installed")

@@ -102,7 +102,10 @@ def test_too_small_for_h264(tmp_path):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.floats(.01, 3), min_size=1, max_size=20), st.lists(st.floats(0, 40), min_size=1, max_size=9))
+@given(
+    st.lists(st.floats(.01, 3), min_size=1, max_size=20),
+    st.lists(st.floats(0, 40), min_size=1, max_size=9),
+)
 def test_one_pass_takes_what_looking_up_would(gaps, moments):
     times, moments = [0., *np.cumsum(gaps).tolist()], sorted(moments)
     early, read = v.early_share(times), []

@@ -1,4 +1,5 @@
-"""The explorer with its threads and without a browser: late results, cancelled learning, memory, two at once. Browser tests are in test_explorer.py."""
+"""The explorer with its threads and without a browser: late results, cancelled learning, memory,
+two at once. Browser tests are in test_explorer.py."""
 import asyncio
 import gc
 import json
@@ -378,7 +379,8 @@ def test_two_explorers_share_models_and_nothing_else(phi4, monkeypatch):
 
 
 def test_memory_stays_bounded_over_500_moves(explorer):
-    "Moves between clips that are there: what a move leaves behind is in widgets, not in the grid, whose bound its notebook tests"
+    """Moves between clips that are there: what a move leaves behind is in widgets, not in the grid,
+    whose bound its notebook tests"""
     draws, slider, process, sizes = torch.Generator().manual_seed(0), explorer.sliders[
         "red -> blue"
     ], psutil.Process(), []
