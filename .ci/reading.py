@@ -108,17 +108,20 @@ def report(paths):
     widths = [w for kind in ("export", "test", "experiment") for w in total[kind]]
     nodes, lines = (sum(column) for column in zip(*total["nodes"]))
     count = {rule: sum(place[2] == rule for place in places) for rule in ("long", "bare", "joined")}
+    prose = sum(total["words"])
     rows = {
         "notebooks": len(paths),
         "columns of a line: median / 90th / 99th / longest": spread(widths),
-        **{f"wider than {WIDTH}: {kind} lines": share_wide(total[kind])
-           for kind in ("export", "test", "experiment")},
+        **{
+            f"wider than {WIDTH}: {kind} lines": share_wide(total[kind])
+            for kind in ("export", "test", "experiment")
+        },
         "syntax nodes a line": f"{nodes / max(lines, 1):.1f}",
         f"export cells; longer than {LINES} lines": f"{len(total['cells'])}; {count['long']}",
         "export cells without an example after them": count["bare"],
         "lines with two statements": count["joined"],
-        "words of prose a hundred lines of code": f"{100 * sum(total['words']) / max(lines, 1):.0f}",
-        "mannered words a thousand words": f"{1000 * len(total['mannered']) / sum(total['words']):.1f}",
+        "words of prose a hundred lines of code": f"{100 * prose / max(lines, 1):.0f}",
+        "mannered words a thousand words": f"{1000 * len(total['mannered']) / prose:.1f}",
     }
     for name, value in rows.items(): print(f"{name:52s} {value}")
     return places

@@ -1,4 +1,5 @@
-"""A real browser for the tests of the explorer: Chromium by Playwright, against a Voila and a JupyterLab on this machine that end with the session."""
+"""A real browser for the tests of the explorer: Chromium by Playwright, against a Voila and a
+JupyterLab on this machine that end with the session."""
 import contextlib, ctypes, os, re, shutil, signal, socket, subprocess, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,11 +9,17 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ROOT / "runs" / "explorer"
-WIDTHS = {"desk": (1280, 900), "tablet": (820, 1100)} # pixels: the two widths that the explorer promises
+# pixels: the two widths that the explorer promises
+WIDTHS = {"desk": (1280, 900), "tablet": (820, 1100)}
 NOTEBOOK = Path(os.environ.get("EXPLORER_NOTEBOOK", ROOT / "nbs" / "explorer.ipynb"))
 OPENING = 120_000 # milliseconds; two busy cores import torch and load a VLM in a quarter of it
-CHROMIUM = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-default-apps", "--disable-extensions", "--mute-audio",
-            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1") # nothing but this machine has an address
+# nothing but this machine has an address
+CHROMIUM = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--disable-default-apps", "--disable-extensions", "--mute-audio",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+)
 
 # What a page may say without failing a test: pattern, and whose it is
 ALLOWED = ()
@@ -21,13 +28,24 @@ ALLOWED = ()
 def chromium() -> str | None:
     "Path of a Chromium of this machine, if there is one"
     named = os.environ.get("EXPLORER_CHROMIUM")
-    return named or next((path for name in ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome") if (path := shutil.which(name))), None)
+    return named or next(
+        (
+            path
+            for name in ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
+            if (path := shutil.which(name))
+        ),
+        None,
+    )
 
 
 def missing() -> str:
     "Why no browser test can run here, in words; empty where one can"
     if not NOTEBOOK.exists(): return f"{NOTEBOOK.name} does not exist"
-    if not chromium(): return "no chromium on this machine: apt-get install chromium, or name one in EXPLORER_CHROMIUM"
+    if not chromium():
+        return (
+            "no chromium on this machine: apt-get install chromium, or name one in "
+            "EXPLORER_CHROMIUM"
+        )
     try: import playwright.sync_api, voila # noqa: F401
     except ImportError as error: return f"{error.name} is not installed: make setup"
     return ""
@@ -43,9 +61,24 @@ def free_port() -> int:
 def fresh_environment(home: Path) -> dict[str, str]:
     "Environment in which Jupyter finds no setting, history or server of this machine's user"
     home.mkdir(parents=True, exist_ok=True)
-    own = {name: str(home / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")}
-    dropped = {"JUPYTER_TOKEN", "JUPYTER_PATH", "JUPYTER_CONFIG_PATH", "BROWSER", "DISPLAY", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PYTEST_CURRENT_TEST", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "all_proxy", "ALL_PROXY"}
-    return {**{name: value for name, value in os.environ.items() if name not in dropped}, **own, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1"}
+    own = {
+        name: str(home / name.lower())
+        for name
+        in (
+            "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR",
+            "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR",
+        )
+    }
+    dropped = {
+        "JUPYTER_TOKEN", "JUPYTER_PATH", "JUPYTER_CONFIG_PATH", "BROWSER", "DISPLAY", "MAKEFLAGS",
+        "MAKELEVEL", "MFLAGS", "PYTEST_CURRENT_TEST", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy",
+        "https_proxy", "all_proxy", "ALL_PROXY",
+    }
+    return {
+        **{name: value for name, value in os.environ.items() if name not in dropped}, **own,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1",
+    }
 
 
 @dataclass
@@ -71,7 +104,10 @@ class Server:
 
     def stop(self):
         "End the server, then whatever of its group is left"
-        family = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)] if self.process.poll() is None else []
+        family = [
+            psutil.Process(self.process.pid),
+            *psutil.Process(self.process.pid).children(recursive=True),
+        ] if self.process.poll() is None else []
         with contextlib.suppress(ProcessLookupError): os.killpg(self.process.pid, signal.SIGTERM)
         gone, left = psutil.wait_procs(family, timeout=10)
         for process in left:
@@ -81,7 +117,8 @@ class Server:
 
 def end_with_us():
     "Runs in a new server: ask the system to end it when whoever started it is gone, killed or not"
-    if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGTERM) # 1: PR_SET_PDEATHSIG of <linux/prctl.h>
+    # 1: PR_SET_PDEATHSIG of <linux/prctl.h>
+    if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def serve(
@@ -94,7 +131,11 @@ def serve(
     "Start a server and wait until it prints its address"
     surroundings = {**fresh_environment(home), **environment}
     log = home / "log.txt"
-    with log.open("w") as out: process = subprocess.Popen(command, cwd=ROOT, env=surroundings, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=end_with_us)
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=surroundings, stdout=out, stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=end_with_us,
+        )
     server, until = Server(process, log), time.monotonic() + seconds
     while time.monotonic() < until and process.poll() is None:
         found = re.search(says, log.read_text())
@@ -103,12 +144,21 @@ def serve(
             return server
         time.sleep(.1)
     if process.poll() is None: server.stop()
-    raise RuntimeError(f"{command[0]} printed no address in {seconds:g} s:\n{log.read_text()[-3000:]}")
+    raise RuntimeError(
+        f"{command[0]} printed no address in {seconds:g} s:\n{log.read_text()[-3000:]}"
+    )
 
 
 def serve_voila(home:Path, notebook:Path=NOTEBOOK, port:int|None=None, **environment) -> Server:
-    "`make explorer`, as a user types it; the environment is there already, so make does not look at it again"
-    return serve(["make", "--no-print-directory", "-o", ".venv/.ready", "explorer", f"PORT={port or free_port()}", f"EXPLORER={notebook}"], home, r"(http://127\.0\.0\.1:\d+/\?token=\w+)", **environment)
+    """`make explorer`, as a user types it; the environment is there already, so make does not look
+    at it again"""
+    return serve(
+        [
+            "make", "--no-print-directory", "-o", ".venv/.ready", "explorer",
+            f"PORT={port or free_port()}", f"EXPLORER={notebook}",
+        ],
+        home, r"(http://127\.0\.0\.1:\d+/\?token=\w+)", **environment,
+    )
 
 
 def serve_lab(home:Path, notebook:Path=NOTEBOOK, **environment) -> Server:
@@ -116,11 +166,24 @@ def serve_lab(home:Path, notebook:Path=NOTEBOOK, **environment) -> Server:
     (home / "work").mkdir(parents=True, exist_ok=True)
     copy = home / "work" / "explorer.ipynb"
     shutil.copy(notebook, copy)
-    options = ["--no-browser", "--ip=127.0.0.1", f"--port={free_port()}", f"--ServerApp.root_dir={copy.parent}", "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.extension_manager=readonly"]
-    (home / "jupyterlab_settings_dir" / "@jupyterlab" / "apputils-extension").mkdir(parents=True, exist_ok=True)
-    (home / "jupyterlab_settings_dir" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    options = [
+        "--no-browser", "--ip=127.0.0.1", f"--port={free_port()}",
+        f"--ServerApp.root_dir={copy.parent}", "--LabApp.news_url=None",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+        "--LabApp.extension_manager=readonly",
+    ]
+    (home / "jupyterlab_settings_dir" / "@jupyterlab" / "apputils-extension").mkdir(
+        parents=True, exist_ok=True,
+    )
+    (
+        home / "jupyterlab_settings_dir" / "@jupyterlab" / "apputils-extension"
+        / "notification.jupyterlab-settings"
+    ).write_text('{"fetchNews": "false", "checkForUpdates": false}')
     root = ["--allow-root"] * (hasattr(os, "geteuid") and os.geteuid() == 0)
-    return serve([sys.executable, "-m", "jupyterlab", *options, *root], home, r"(http://127\.0\.0\.1:\d+/lab\?token=\w+)", **environment)
+    return serve(
+        [sys.executable, "-m", "jupyterlab", *options, *root], home,
+        r"(http://127\.0\.0\.1:\d+/lab\?token=\w+)", **environment,
+    )
 
 
 @dataclass
@@ -131,38 +194,68 @@ class Watch:
 
     def __call__(self, page):
         "Listen to a page"
-        page.on("console", lambda message: self.note(f"console: {message.text} ({message.location.get('url', '')})") if message.type == "error" else None)
+        page.on(
+            "console",
+            lambda message: self.note(
+                f"console: {message.text} ({message.location.get('url', '')})"
+            ) if message.type == "error" else None,
+        )
         page.on("pageerror", lambda error: self.note(f"page error: {error}"))
-        page.on("request", lambda request: self.note(f"request to another host: {request.url[:200]}") if elsewhere(request.url) else None)
-        page.on("websocket", lambda socket: self.note(f"socket to another host: {socket.url[:200]}") if elsewhere(socket.url) else None)
+        page.on(
+            "request",
+            lambda request: self.note(f"request to another host: {request.url[:200]}")
+            if elsewhere(request.url) else None,
+        )
+        page.on(
+            "websocket",
+            lambda socket: self.note(f"socket to another host: {socket.url[:200]}")
+            if elsewhere(socket.url) else None,
+        )
         return page
 
     def note(self, complaint:str): self.complaints.append(complaint)
 
     def unexpected(self) -> list[str]:
         "Complaints that no allowance covers"
-        return [complaint for complaint in self.complaints if not any(re.search(pattern, complaint) for pattern in (*[allowed for allowed, _ in ALLOWED], *self.allowed))]
+        return [
+            complaint
+            for complaint in self.complaints
+            if not any(
+                re.search(pattern, complaint)
+                for pattern in (*[allowed for allowed, _ in ALLOWED], *self.allowed)
+            )
+        ]
 
 
 def elsewhere(url:str) -> bool:
     "Whether an address leaves this machine"
     parts = urlsplit(url)
-    return parts.scheme not in ("data", "blob", "about", "chrome", "chrome-error") and parts.hostname != "127.0.0.1"
+    return parts.scheme not in (
+        "data", "blob", "about", "chrome", "chrome-error",
+    ) and parts.hostname != "127.0.0.1"
 
 
 def picture(page, name:str):
     "Keep a screenshot of the whole page in `runs/explorer/`"
     PICTURES.mkdir(parents=True, exist_ok=True)
     size = page.viewport_size
-    hidden = page.evaluate("() => Math.max(0, ...[...document.querySelectorAll('*')].filter((node) => ['auto', 'scroll'].includes(getComputedStyle(node).overflowY)).map((node) => node.scrollHeight - node.clientHeight))")
-    page.set_viewport_size({"width": size["width"], "height": min(size["height"] + hidden + 20 * (hidden > 0), 5000)}) # Voila and JupyterLab scroll inside themselves
+    hidden = page.evaluate(
+        "() => Math.max(0, ...[...document.querySelectorAll('*')].filter((node) => ['auto', "
+        "'scroll'].includes(getComputedStyle(node).overflowY)).map((node) => node.scrollHeight - "
+        "node.clientHeight))"
+    )
+    # Voila and JupyterLab scroll inside themselves
+    page.set_viewport_size(
+        {"width": size["width"], "height": min(size["height"] + hidden + 20 * (hidden > 0), 5000)}
+    )
     page.wait_for_timeout(200)
     page.screenshot(path=PICTURES / f"{name}.png", animations="allow")
     page.set_viewport_size(size)
 
 
 def pictures(explorer, name:str):
-    "Keep a state of the explorer at each width, and make sure that nothing in it overlaps or is cut"
+    """Keep a state of the explorer at each width, and make sure that nothing in it overlaps or is
+    cut"""
     before = explorer.page.viewport_size
     try:
         for width, size in WIDTHS.items():
@@ -172,8 +265,10 @@ def pictures(explorer, name:str):
     finally: explorer.page.set_viewport_size(before)
 
 
-# Visible text that is cut, siblings that lie on each other, a page that scrolls sideways. In the page's own words: tag, classes and text.
-CROWDED = r"""
+# Visible text that is cut, siblings that lie on each other, a page that scrolls sideways. In the
+# page's own words: tag, classes and text.
+CROWDED = (
+    r"""
 (root) => {
   const name = (node) => `${node.tagName.toLowerCase()}.${[...node.classList].join(".")} "${(node.textContent || "").trim().slice(0, 40)}"`
   const style = (node) => getComputedStyle(node)
@@ -218,9 +313,12 @@ CROWDED = r"""
   return [...new Set(found)].slice(0, 30)
 }
 """
+)
 
-# Controls below a root that keyboard and screen readers must reach: what they are, and the name that is read out
-NAMELESS = r"""
+# Controls below a root that keyboard and screen readers must reach: what they are, and the name
+# that is read out
+NAMELESS = (
+    r"""
 (root) => {
   const words = (ids) => ids.split(/\s+/).map((id) => document.getElementById(id)?.textContent ?? "").join(" ")
   const named = (node) => (node.getAttribute("aria-label") || words(node.getAttribute("aria-labelledby") || "") || [...(node.labels || [])].map((label) => label.textContent).join(" ") || (["BUTTON", "A", "SUMMARY"].includes(node.tagName) ? node.textContent : "") || node.title || "").trim()
@@ -229,11 +327,13 @@ NAMELESS = r"""
     role: node.getAttribute("role") || node.tagName.toLowerCase(), name: named(node), tab: node.tabIndex}))
 }
 """
+)
 
 
 class Explorer:
     "The explorer on a page, through the hooks it offers: classes and `data-` attributes"
-    def __init__(self, page, root:str=".tnb-explorer"): self.page, self.root = page, page.locator(root).first
+    def __init__(self, page, root:str=".tnb-explorer"):
+        self.page, self.root = page, page.locator(root).first
 
     def part(self, name:str, inside:str=""):
         "A part by its class: `part('strength', '[role=slider]')`"
@@ -246,7 +346,8 @@ class Explorer:
     def handle(self, name:str, which:int=0): return self.part(name, "[role=slider]").nth(which)
 
     @property
-    def state(self) -> str: return self.part("status", "[data-state]").first.get_attribute("data-state") or ""
+    def state(self) -> str:
+        return self.part("status", "[data-state]").first.get_attribute("data-state") or ""
 
     @property
     def words(self) -> str: return self.part("status").first.inner_text().strip()
@@ -254,26 +355,43 @@ class Explorer:
     @property
     def strengths(self) -> list[float]:
         "Strengths of the video on screen, one a concept"
-        return [float(number) for number in (self.part("videos", "[data-strengths]").first.get_attribute("data-strengths") or "").split(",") if number]
+        return [
+            float(number)
+            for number
+            in (
+                self.part("videos", "[data-strengths]").first.get_attribute("data-strengths") or ""
+            ).split(",")
+            if number
+        ]
 
     @property
-    def steered(self) -> str: return self.part("videos", "img.tnb-steered").first.get_attribute("src")
+    def steered(self) -> str:
+        return self.part("videos", "img.tnb-steered").first.get_attribute("src")
 
     def wait(self, *states:str, timeout:float=60_000) -> "Explorer":
         "Until the status says one of these"
-        self.until(lambda: self.state in (states or ("ready",)), timeout, lambda: f"the explorer stays {self.state!r}: {self.words!r}, instead of {states or ('ready',)}")
+        self.until(
+            lambda: self.state in (states or ("ready",)), timeout,
+            lambda: f"the explorer stays {self.state!r}: {self.words!r}, instead of "
+                f"{states or ('ready',)}",
+        )
         return self
 
     def until(self, holds, timeout:float=30_000, complaint=lambda: "it does not come to pass"):
         "Until a condition read from the page holds"
         began = time.monotonic()
         while not holds():
-            if time.monotonic() - began > timeout / 1000: raise AssertionError(complaint() if callable(complaint) else complaint)
+            if time.monotonic() - began > timeout / 1000:
+                raise AssertionError(complaint() if callable(complaint) else complaint)
             self.page.wait_for_timeout(50)
 
     def asked(self, name:str="strength", which:int=0) -> float:
         "The number a slider stands at; `aria-valuenow` has only one decimal"
-        return float(self.part(name, ".noUi-target").nth(which).evaluate("(slider) => [slider.noUiSlider.get(true)].flat()[0]"))
+        return float(
+            self.part(name, ".noUi-target").nth(which).evaluate(
+                "(slider) => [slider.noUiSlider.get(true)].flat()[0]"
+            )
+        )
 
     def press(self, key:str, name:str="strength", which:int=0) -> float:
         "A key on a slider's handle; the number it then asks for"
@@ -281,9 +399,15 @@ class Explorer:
         return self.asked(name, which)
 
     def shown(self, which:int, strength:float, timeout:float=30_000) -> "Explorer":
-        "Until the video on screen has this strength for one concept, and nothing else is being made"
-        self.until(lambda: len(self.strengths) > which and abs(self.strengths[which] - strength) < 1e-6 and self.state == "ready", timeout,
-                   lambda: f"strength {strength} was asked of concept {which}; on screen are {self.strengths}, {self.state}: {self.words}")
+        """Until the video on screen has this strength for one concept, and nothing else is being
+        made"""
+        self.until(
+            lambda: len(self.strengths) > which and abs(self.strengths[which] - strength) < 1e-6
+            and self.state == "ready",
+            timeout,
+            lambda: f"strength {strength} was asked of concept {which}; on screen are "
+                f"{self.strengths}, {self.state}: {self.words}",
+        )
         return self
 
     def crowded(self) -> list[str]: return self.root.evaluate(CROWDED)

@@ -1,4 +1,5 @@
-"""Shapes are checked at run time in every test: the annotations of the package are its contract. Warnings are errors."""
+"""Shapes are checked at run time in every test: the annotations of the package are its contract.
+Warnings are errors."""
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,7 +13,10 @@ install_import_hook("transporter_nb", "beartype.beartype")  # before the first i
 
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")
-    for line in ("ignore::DeprecationWarning", "ignore::PendingDeprecationWarning", "ignore::FutureWarning"):  # libraries speaking to each other
+    # libraries speaking to each other
+    for line in (
+        "ignore::DeprecationWarning", "ignore::PendingDeprecationWarning", "ignore::FutureWarning",
+    ):
         config.addinivalue_line("filterwarnings", line)
 
 

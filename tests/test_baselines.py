@@ -1,9 +1,13 @@
-"""The recipes of feature visualisation: refusals, both modes, independence of clips, and the settings that tables use."""
+"""The recipes of feature visualisation: refusals, both modes, independence of clips, and the
+settings that tables use."""
 import pytest
 import torch
 
 from transporter_nb.evaluate.baselines.canvas import PhaseCanvas, PixelCanvas, mean_magnitude
-from transporter_nb.evaluate.baselines.recipes import (BASELINES, COUNTS_FROM, LOGIT, MINI, PUBLISHED, RECIPES, BaselineSettings, Late, Question, ask, invert_baseline)
+from transporter_nb.evaluate.baselines.recipes import (
+    BASELINES, COUNTS_FROM, LOGIT, MINI, PUBLISHED, RECIPES, BaselineSettings, Late, Question, ask,
+    invert_baseline,
+)
 from transporter_nb.evaluate.baselines.objectives import VisionReader
 from transporter_nb.world.contrasts import parse_contrast
 from transporter_nb.models.encoders.networks import FrameEncoder
@@ -11,7 +15,10 @@ from transporter_nb.models.registry import VLMS, find_adapter, shipped_vlm_names
 from transporter_nb.models.vlms.hub import VLMSettings
 from transporter_nb.world.words import caption, do, render, sample_scenes
 
-TINY = VLMSettings(n_frames=5, image_size=16, patch_size=4, hidden_size=24, n_layers=1, n_heads=2, vision_size=16, vision_layers=2, vision_heads=2)
+TINY = VLMSettings(
+    n_frames=5, image_size=16, patch_size=4, hidden_size=24, n_layers=1, n_heads=2, vision_size=16,
+    vision_layers=2, vision_heads=2,
+)
 SCENES = [do(scene, colour="blue", count="one") for scene in sample_scenes(2, seed=62_000)]
 CAPTIONS = [caption(scene) for scene in SCENES]
 
@@ -32,19 +39,26 @@ def tiny_vlm(name):
 
 
 def run(name, vlm, real, guide, mode="max", **changes):
-    given = dict(settings=BaselineSettings(4, .01), stimulus=render(SCENES), guide=guide, progress=False)
+    given = dict(
+        settings=BaselineSettings(4, .01), stimulus=render(SCENES), guide=guide, progress=False,
+    )
     if mode == "divergence": given |= dict(base_videos=render(SCENES), wanted=[.3, .6])
-    return invert_baseline(name, vlm, CAPTIONS, ["blue -> green"] * 2, [4, 9], real, mode=mode, **given | changes)
+    return invert_baseline(
+        name, vlm, CAPTIONS, ["blue -> green"] * 2, [4, 9], real, mode=mode, **given | changes,
+    )
 
 
 def recipe(name, real, guide, settings, vlm="phi4"):
     reader = VisionReader(tiny_vlm(vlm))
-    objective = Late(ask(reader, CAPTIONS, [parse_contrast("blue -> green")] * 2, "max", "log_prob"), 3)
+    objective = Late(
+        ask(reader, CAPTIONS, [parse_contrast("blue -> green")] * 2, "max", "log_prob"), 3,
+    )
     return RECIPES[name](Question(reader, objective, [4, 9], real, render(SCENES), guide), settings)
 
 
 @pytest.mark.parametrize("vlm", ["gemma3", "videollama3"])
-@pytest.mark.parametrize("name", ["GradViT", "LEAPS"])  # the two that look inside the tower or at its patches; phi4 is in the notebook
+# the two that look inside the tower or at its patches; phi4 is in the notebook
+@pytest.mark.parametrize("name", ["GradViT", "LEAPS"])
 def test_every_vlm(vlm, name, real, guide):
     for mode in ("max", "divergence"):
         found = run(name, tiny_vlm(vlm), real, guide, mode)
@@ -55,7 +69,11 @@ def test_every_vlm(vlm, name, real, guide):
 def test_vlm_is_left_alone(real, guide):
     vlm = tiny_vlm("phi4")
     vlm.embed(real[:1])  # transformers installs hooks of its own on the first pass
-    def hooks(): return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in (*vlm.modules(), *guide.modules()))
+    def hooks():
+        return sum(
+            len(module._forward_hooks) + len(module._forward_pre_hooks)
+            for module in (*vlm.modules(), *guide.modules())
+        )
     before, hooked = [parameter.clone() for parameter in vlm.parameters()], hooks()
     for name in ("LEAPS", "GradViT"): run(name, vlm, real, guide)
     assert all(parameter.grad is None for parameter in vlm.parameters())
@@ -64,16 +82,36 @@ def test_vlm_is_left_alone(real, guide):
 
 
 def test_maco_keeps_the_magnitude(real, guide):
-    found = run("MACO", tiny_vlm("phi4"), real, guide, settings=BaselineSettings(6, .3, crop=(.5, 1.), noise=.05))
-    spectrum = torch.fft.rfftn(found.videos.double().logit().transpose(1, 2), dim=(-3, -2, -1), norm="ortho").abs()
-    assert torch.allclose(spectrum.float(), mean_magnitude(real).abs().expand_as(spectrum), atol=2e-2, rtol=2e-2)
+    found = run(
+        "MACO", tiny_vlm("phi4"), real, guide,
+        settings=BaselineSettings(6, .3, crop=(.5, 1.), noise=.05),
+    )
+    spectrum = torch.fft.rfftn(
+        found.videos.double().logit().transpose(1, 2), dim=(-3, -2, -1), norm="ortho",
+    ).abs()
+    assert torch.allclose(
+        spectrum.float(), mean_magnitude(real).abs().expand_as(spectrum), atol=2e-2, rtol=2e-2,
+    )
 
 
 def test_recipes_differ_as_published(real, guide):
-    made = {name: recipe(name, real, guide, PUBLISHED[name] if name not in ("AM, jittered", "LEAPS", "GradViT") else BaselineSettings(100, .3, jitter=2)) for name in BASELINES}
-    assert isinstance(made["MACO"].canvas, PhaseCanvas) and made["MACO"].config.optimiser == "nadam" and set(made["MACO"].terms) == {"target"}
-    assert isinstance(made["AM"].canvas, PixelCanvas) and made["AM"].augment is None and made["AM, jittered"].augment is not None
-    assert made["GradViT"].config.stages == {"image": (.5, 1.)} and made["GradViT"].terms["image"].weight == .004 and made["GradViT"].terms["target"].weight == .005
+    made = {
+        name: recipe(
+            name, real, guide,
+            PUBLISHED[name] if name not in ("AM, jittered", "LEAPS", "GradViT")
+            else BaselineSettings(100, .3, jitter=2),
+        )
+        for name in BASELINES
+    }
+    assert isinstance(made["MACO"].canvas, PhaseCanvas) and made[
+        "MACO"
+    ].config.optimiser == "nadam" and set(made["MACO"].terms) == {"target"}
+    assert isinstance(made["AM"].canvas, PixelCanvas) and made["AM"].augment is None and made[
+        "AM, jittered"
+    ].augment is not None
+    assert made["GradViT"].config.stages == {"image": (.5, 1.)} and made["GradViT"].terms[
+        "image"
+    ].weight == .004 and made["GradViT"].terms["target"].weight == .005
     assert tuple(made["GradViT"].config.betas) == tuple(made["LEAPS"].config.betas) == (.5, .9)
     assert recipe("LEAPS", real, guide, BaselineSettings(1500, .6)).config.warmup == 100
     assert set(LOGIT) == set(BASELINES) - {"GradViT", "LEAPS"}
@@ -81,17 +119,28 @@ def test_recipes_differ_as_published(real, guide):
 
 def test_prior_scales_all_but_the_target(real, guide):
     for name in ("AM", "GradViT", "LEAPS"):
-        one, ten = (recipe(name, real, guide, BaselineSettings(10, .1, prior=factor)).terms for factor in (1., 10.))
-        for term in one: assert ten[term].weight == pytest.approx(one[term].weight * (1 if term == "target" else 10)), (name, term)
+        one, ten = (
+            recipe(name, real, guide, BaselineSettings(10, .1, prior=factor)).terms
+            for factor in (1., 10.)
+        )
+        for term in one:
+            assert ten[term].weight == pytest.approx(
+                one[term].weight * (1 if term == "target" else 10)
+            ), (name, term)
 
 
 def test_refusals(real, guide):
     vlm = tiny_vlm("phi4")
-    with pytest.raises(ValueError, match="'GradViT', 'MACO', 'LEAPS', got 'DIP'"): run("DIP", vlm, real, guide)
-    with pytest.raises(ValueError, match="base_videos and wanted is None"): invert_baseline("AM", vlm, CAPTIONS, ["blue -> green"] * 2, [0, 1], real, mode="divergence")
-    with pytest.raises(ValueError, match=r"a Hellinger distance is in \[0, 1\]"): run("AM", vlm, real, guide, "divergence", wanted=[.5, 1.5])
-    with pytest.raises(ValueError, match="got 0, 0 and 0"): invert_baseline("AM", vlm, [], [], [], real)
-    with pytest.raises(ValueError, match="Call vlm.freeze"): run("AM", find_adapter("vlm", "phi4", VLMS).new(TINY), real, guide)
+    with pytest.raises(ValueError, match="'GradViT', 'MACO', 'LEAPS', got 'DIP'"):
+        run("DIP", vlm, real, guide)
+    with pytest.raises(ValueError, match="base_videos and wanted is None"):
+        invert_baseline("AM", vlm, CAPTIONS, ["blue -> green"] * 2, [0, 1], real, mode="divergence")
+    with pytest.raises(ValueError, match=r"a Hellinger distance is in \[0, 1\]"):
+        run("AM", vlm, real, guide, "divergence", wanted=[.5, 1.5])
+    with pytest.raises(ValueError, match="got 0, 0 and 0"):
+        invert_baseline("AM", vlm, [], [], [], real)
+    with pytest.raises(ValueError, match="Call vlm.freeze"):
+        run("AM", find_adapter("vlm", "phi4", VLMS).new(TINY), real, guide)
 
 
 def test_settings_of_the_tables():

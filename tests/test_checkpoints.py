@@ -1,4 +1,5 @@
-"""Nothing is lost: full disk, interrupted process, truncated, altered and missing files, resumed training"""
+"""Nothing is lost: full disk, interrupted process, truncated, altered and missing files, resumed
+training"""
 import subprocess
 import sys
 
@@ -8,7 +9,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from transporter_nb.core import base as core
-from transporter_nb.core.base import checkpoint_path, load_checkpoint, load_training, save_checkpoint, save_training, seeded_generator
+from transporter_nb.core.base import (
+    checkpoint_path, load_checkpoint, load_training, save_checkpoint, save_training,
+    seeded_generator,
+)
 
 OLD = {"weight": torch.arange(6.).reshape(2, 3)}
 
@@ -28,13 +32,26 @@ def test_round_trip(saved):
     assert torch.equal(tensors["weight"], OLD["weight"]) and config == {"width": 3}
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8,
+        torch.bool,
+    ],
+)
 def test_every_type_returns_bit_for_bit(tmp_path, dtype):
     value = torch.randint(0, 2, (3, 5), generator=seeded_generator(0)).to(dtype)
-    path = save_checkpoint(tmp_path / "x.safetensors", {"value": value, "scalar": value[0, 0], "view": value.T, "none": value[:0]})
-    for name, expected in {"value": value, "scalar": value[0, 0], "view": value.T, "none": value[:0]}.items():
+    path = save_checkpoint(
+        tmp_path / "x.safetensors",
+        {"value": value, "scalar": value[0, 0], "view": value.T, "none": value[:0]},
+    )
+    for name, expected in {
+        "value": value, "scalar": value[0, 0], "view": value.T, "none": value[:0],
+    }.items():
         found = load_checkpoint(path).tensors[name]
-        assert found.dtype == dtype and found.shape == expected.shape and torch.equal(found, expected)
+        assert found.dtype == dtype and found.shape == expected.shape and torch.equal(
+            found, expected,
+        )
 
 
 def test_missing(tmp_path):
@@ -88,7 +105,9 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 try: save_checkpoint({str(saved)!r}, {{"weight": torch.zeros(300, 300)}})
 except OSError as error: print("refused:", error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120,
+    )
     assert "refused: part.safetensors could not be written" in done.stdout, done.stderr[-2000:]
     assert_untouched(saved)
 
@@ -106,7 +125,9 @@ with write_aside({str(saved)!r}) as aside:
 
 
 def test_checkpoint_path():
-    assert checkpoint_path("vae").parts[-4:] == ("transporter_nb", "checkpoints", "mini", "vae.safetensors")
+    assert checkpoint_path("vae").parts[-4:] == (
+        "transporter_nb", "checkpoints", "mini", "vae.safetensors",
+    )
     with pytest.raises(ValueError, match="'mini', 'paper'"):
         checkpoint_path("vae", "large")
 
@@ -121,7 +142,10 @@ def build():
 
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, betas=(.5, .8), amsgrad=True),
-    "groups": lambda p: torch.optim.AdamW([{"params": (p := list(p))[:2], "lr": 1e-3}, {"params": p[2:], "weight_decay": 0.}], lr=1e-2),
+    "groups": lambda p: torch.optim.AdamW(
+        [{"params": (p := list(p))[:2], "lr": 1e-3}, {"params": p[2:], "weight_decay": 0.}],
+        lr=1e-2,
+    ),
     "momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=.9, nesterov=True),
 }
 
@@ -131,9 +155,13 @@ def advance(model, ema, data, noise, optimizer, schedule, steps):
     for _ in range(steps):
         inputs = torch.randn(8, 4, generator=data)
         loss = (model(inputs + torch.randn(8, 4, generator=noise)) - inputs[:, :2]).square().mean()
-        optimizer.zero_grad(); loss.backward(); optimizer.step(); schedule.step()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
         with torch.no_grad():
-            for average, value in zip(ema.parameters(), model.parameters()): average.lerp_(value, .1)
+            for average, value in zip(ema.parameters(), model.parameters()):
+                average.lerp_(value, .1)
         losses.append(loss.item())
     return losses
 
@@ -150,7 +178,10 @@ def test_an_interrupted_training_resumes_to_the_same_numbers(tmp_path, name):
 
     model, ema, data, noise, optimizer, schedule = first = fresh()
     losses = advance(*first, steps=8)
-    save_training(tmp_path / "run.safetensors", 8, model, optimizer, ema, {"data": data, "noise": noise}, extra={"schedule": schedule.state_dict(), "losses": losses})
+    save_training(
+        tmp_path / "run.safetensors", 8, model, optimizer, ema, {"data": data, "noise": noise},
+        extra={"schedule": schedule.state_dict(), "losses": losses},
+    )
 
     torch.manual_seed(99)  # a new process knows nothing of the old one
     model, ema, data, noise, optimizer, schedule = second = fresh()
@@ -159,14 +190,21 @@ def test_an_interrupted_training_resumes_to_the_same_numbers(tmp_path, name):
     schedule.load_state_dict(state.extra["schedule"])
     assert state.extra["losses"] + advance(*second, steps=9) == expected
     for there, here in ((whole[0], model), (whole[1], ema)):
-        assert all(torch.equal(there.state_dict()[key], here.state_dict()[key]) for key in there.state_dict())
+        assert all(
+            torch.equal(there.state_dict()[key], here.state_dict()[key])
+            for key in there.state_dict()
+        )
 
 
 def test_a_forgotten_generator_is_noticed(tmp_path):
     model, ema, data, noise = build()
     optimizer = OPTIMIZERS["adamw"](model.parameters())
-    save_training(tmp_path / "run.safetensors", 0, model, optimizer, ema, {"data": data, "noise": noise})
-    with pytest.raises(ValueError, match=r"\['data', 'noise'\] were saved and \['data'\] were given"):
+    save_training(
+        tmp_path / "run.safetensors", 0, model, optimizer, ema, {"data": data, "noise": noise},
+    )
+    with pytest.raises(
+        ValueError, match=r"\['data', 'noise'\] were saved and \['data'\] were given",
+    ):
         load_training(tmp_path / "run.safetensors").restore(model, optimizer, ema, {"data": data})
 
 

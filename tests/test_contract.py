@@ -1,4 +1,5 @@
-"""What every notebook promises: its name, its opening, its size, its outputs, and the folders it may import from"""
+"""What every notebook promises: its name, its opening, its size, its outputs, and the folders it
+may import from"""
 import ast
 import importlib
 import inspect
@@ -28,14 +29,17 @@ MODULES = {module_of(name): int(name[0]) for name in NUMBERED}  # dotted module 
 
 def code(name, export_only=False):
     cells = [cell for cell in NOTEBOOKS[name].cells if cell.cell_type == "code"]
-    return [cell for cell in cells if re.search(r"^#\|\s*export", cell.source, re.M)] if export_only else cells
+    return [
+        cell for cell in cells if re.search(r"^#\|\s*export", cell.source, re.M)
+    ] if export_only else cells
 
 
 def imports(source):
     """Dotted names a cell imports; magics and lines for other tools are left out"""
     lines = [line for line in source.split("\n") if not line.lstrip().startswith(("%", "!"))]
     for node in ast.walk(ast.parse("\n".join(lines))):
-        if isinstance(node, ast.ImportFrom): yield from ((node.module or "", alias.name) for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            yield from ((node.module or "", alias.name) for alias in node.names)
         elif isinstance(node, ast.Import): yield from ((alias.name, None) for alias in node.names)
 
 
@@ -45,7 +49,11 @@ def test_there_are_notebooks():
 
 @pytest.mark.parametrize("name", NUMBERED)
 def test_a_numbered_notebook_exports_the_module_of_its_name(name):
-    targets = [target for cell in code(name) for target in re.findall(r"^#\|\s*default_exp\s+(\S+)", cell.source, re.M)]
+    targets = [
+        target
+        for cell in code(name)
+        for target in re.findall(r"^#\|\s*default_exp\s+(\S+)", cell.source, re.M)
+    ]
     module = module_of(name)
     assert re.fullmatch(r"\d_[a-z]+/\d\d_[a-z0-9_.]+", name)
     assert targets == [module]
@@ -54,19 +62,29 @@ def test_a_numbered_notebook_exports_the_module_of_its_name(name):
 
 def test_every_module_has_a_notebook():
     package = ROOT / "transporter_nb"
-    modules = {".".join(path.relative_to(package).with_suffix("").parts) for path in package.rglob("*.py") if path.name not in ("__init__.py", "_modidx.py")}
+    modules = {
+        ".".join(path.relative_to(package).with_suffix("").parts)
+        for path in package.rglob("*.py")
+        if path.name not in ("__init__.py", "_modidx.py")
+    }
     assert modules == set(MODULES)
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_it_opens_with_a_title_and_a_subtitle(name):
     first = NOTEBOOKS[name].cells[0]
-    assert first.cell_type == "markdown" and re.match(r"# \S.*\n+> \S", first.source), first.source[:80]
+    assert first.cell_type == "markdown" and re.match(r"# \S.*\n+> \S", first.source), first.source[
+        :80
+    ]
 
 
 @pytest.mark.parametrize("name", NUMBERED)
 def test_export_cells_fit_a_screen(name):
-    long = {cell.id: lines for cell in code(name, export_only=True) if (lines := len(cell.source.strip().split("\n"))) > 45}
+    long = {
+        cell.id: lines
+        for cell in code(name, export_only=True)
+        if (lines := len(cell.source.strip().split("\n"))) > 45
+    }
     assert not long, f"lines by cell: {long}; split with @patch"
 
 
@@ -126,11 +144,16 @@ def test_outputs_are_kept_and_clean(name):
             size += len(text)
             pictures += "image/" in text
             assert output.output_type != "error", f"{cell.id} ended in {output.get('ename')}"
-            # Figures print where they are saved. Those that are kept were run in /home/reader, on purpose.
+            # Figures print where they are saved. Those that are kept were run in /home/reader, on
+            # purpose.
             shown = re.search(r"/(home|root|Users|work|tmp)/(?!reader/)\w", text)
             assert not shown, f"cell {cell.id} shows a path of one machine"
     assert size < (200_000 if name in NUMBERED else 1_000_000), f"{size} bytes of output"
-    if any("plt.show()" in cell.source and not re.search(r"^#\|\s*(gpu|weights|slow|eval:\s*false)", cell.source, re.M) for cell in code(name)):
+    if any(
+        "plt.show()" in cell.source
+        and not re.search(r"^#\|\s*(gpu|weights|slow|eval:\s*false)", cell.source, re.M)
+        for cell in code(name)
+    ):
         assert pictures, "a reader on the web sees no plot: run it and keep the outputs"
 
 
@@ -143,12 +166,17 @@ def test_metadata_is_clean(name):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_every_export_says_what_it_is(module):
-    loaded = importlib.import_module(f"transporter_nb.{module}")  # under the shape checker: annotations must be ones it can read
+    # under the shape checker: annotations must be ones it can read
+    loaded = importlib.import_module(f"transporter_nb.{module}")
     assert loaded.__doc__, "the subtitle becomes the module's docstring"
     for name in loaded.__all__:
         thing = getattr(loaded, name)
         if not (inspect.isfunction(thing) or inspect.isclass(thing)): continue
         assert inspect.getdoc(thing), f"{name} has no docstring"
         if inspect.isfunction(thing):
-            bare = [p.name for p in inspect.signature(thing).parameters.values() if p.annotation is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+            bare = [
+                p.name
+                for p in inspect.signature(thing).parameters.values()
+                if p.annotation is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+            ]
             assert not bare, f"{name}: no type for {bare}"

@@ -1,19 +1,28 @@
-"""The explorer as people meet it: Voila and JupyterLab in a real Chromium, moved by mouse and keyboard, read from the page. Screenshots lie in `runs/explorer/`."""
+"""The explorer as people meet it: Voila and JupyterLab in a real Chromium, moved by mouse and
+keyboard, read from the page. Screenshots lie in `runs/explorer/`."""
 import math, os, re, time, urllib.error, urllib.request
 from urllib.parse import urlsplit
 
 import pytest
 
-from browser import CHROMIUM, OPENING, WIDTHS, Explorer, Watch, chromium, missing, picture, pictures, serve_lab, serve_voila
+from browser import (
+    CHROMIUM, OPENING, WIDTHS, Explorer, Watch, chromium, missing, picture, pictures, serve_lab,
+    serve_voila,
+)
 
-HOSTILE = {"markup": '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>', "long": ("one large red ball " * 527)[:10_000], "emoji": "one large red 🎈 slides left slowly over a stone floor", "empty": ""}
+HOSTILE = {
+    "markup": '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>',
+    "long": ("one large red ball " * 527)[:10_000],
+    "emoji": "one large red 🎈 slides left slowly over a stone floor", "empty": "",
+}
 UNSHIPPED = ("ball", "cone") # No concept of the shipped bank leads there
 
 
 @pytest.fixture(scope="module", autouse=True)
 def able():
     why = missing()
-    if why and os.environ.get("EXPLORER_BROWSER") == "required": pytest.fail(f"EXPLORER_BROWSER=required, but {why}", pytrace=False)
+    if why and os.environ.get("EXPLORER_BROWSER") == "required":
+        pytest.fail(f"EXPLORER_BROWSER=required, but {why}", pytrace=False)
     if why: pytest.skip(why)
 
 
@@ -26,7 +35,10 @@ def context(home):
     from playwright.sync_api import sync_playwright
     with sync_playwright() as play:
         width, height = WIDTHS["desk"]
-        context = play.chromium.launch_persistent_context(str(home / "user"), executable_path=chromium(), headless=True, args=list(CHROMIUM), viewport={"width": width, "height": height})
+        context = play.chromium.launch_persistent_context(
+            str(home / "user"), executable_path=chromium(), headless=True, args=list(CHROMIUM),
+            viewport={"width": width, "height": height},
+        )
         context.set_default_timeout(30_000)
         yield context
         context.close()
@@ -46,7 +58,8 @@ def lab(home):
     server.stop()
 
 
-def leave(page): page.close(run_before_unload=True) # Voila ends the kernel of a page that says goodbye
+# Voila ends the kernel of a page that says goodbye
+def leave(page): page.close(run_before_unload=True)
 
 
 def open_voila(context, voila, watch=None) -> Explorer:
@@ -81,14 +94,28 @@ def explorer(shared, context, voila):
 
 def as_opened(shared) -> bool:
     explorer = shared["explorer"]
-    return explorer.state == "ready" and explorer.control("caption", "input").input_value() == shared["caption"] and explorer.part("concept").count() == shared["rows"]
+    return explorer.state == "ready" and explorer.control(
+        "caption", "input",
+    ).input_value() == shared["caption"] and explorer.part("concept").count() == shared["rows"]
 
 
 def choose(explorer, name, pattern):
     "Take the first option of a select whose text fits"
     select = explorer.control(name, "select")
-    explorer.until(lambda: any(re.search(pattern, text) for text in select.locator("option").all_inner_texts()), complaint=lambda: f"no option of {name} fits {pattern!r}: {select.locator('option').all_inner_texts()}")
-    select.select_option(index=next(k for k, text in enumerate(select.locator("option").all_inner_texts()) if re.search(pattern, text)))
+    explorer.until(
+        lambda: any(
+            re.search(pattern, text) for text in select.locator("option").all_inner_texts()
+        ),
+        complaint=lambda: f"no option of {name} fits {pattern!r}: "
+            f"{select.locator('option').all_inner_texts()}",
+    )
+    select.select_option(
+        index=next(
+            k
+            for k, text in enumerate(select.locator("option").all_inner_texts())
+            if re.search(pattern, text)
+        )
+    )
 
 
 def end(explorer, key="End", **which):
@@ -100,28 +127,44 @@ def end(explorer, key="End", **which):
 def reply(url):
     "Status and where one lands; redirects are followed"
     try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=10) as answer: return answer.status, answer.url
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+            url, timeout=10,
+        ) as answer:
+            return answer.status, answer.url
     except urllib.error.HTTPError as error: return error.code, url
 
 
 def test_without_the_token_there_is_no_page(voila):
     for query in ("", "?token=", "?token=0123"):
         status, landed = reply(f"{voila.base}/{query}")
-        assert status in (401, 403) or "/login" in landed, f"{query!r} was let in: {status} {landed}"
+        assert status in (
+            401, 403,
+        ) or "/login" in landed, f"{query!r} was let in: {status} {landed}"
     assert reply(f"{voila.base}/voila/files/fig1.png")[0] == 403
     assert reply(f"{voila.base}/api/kernels/00000000-0000-0000-0000-000000000000")[0] in (401, 403)
 
 
 def test_a_taken_port_is_no_obstacle(voila, home):
     other = serve_voila(home / "other", port=urlsplit(voila.base).port)
-    try: assert other.base != voila.base and other.token != voila.token and reply(other.base)[1].startswith(other.base)
+    try:
+        assert other.base != voila.base and other.token != voila.token and reply(other.base)[
+            1
+        ].startswith(other.base)
     finally: other.stop()
 
 
 def test_it_listens_on_this_machine_only(voila):
     import psutil
-    family = [psutil.Process(voila.process.pid), *psutil.Process(voila.process.pid).children(recursive=True)]
-    listening = {line.laddr.ip for process in family for line in process.net_connections("inet") if line.status == psutil.CONN_LISTEN}
+    family = [
+        psutil.Process(voila.process.pid),
+        *psutil.Process(voila.process.pid).children(recursive=True),
+    ]
+    listening = {
+        line.laddr.ip
+        for process in family
+        for line in process.net_connections("inet")
+        if line.status == psutil.CONN_LISTEN
+    }
     assert listening <= {"127.0.0.1", "::1"} and listening
 
 
@@ -129,18 +172,25 @@ def test_it_opens_with_a_video_and_without_code(explorer):
     assert explorer.words and explorer.strengths
     assert explorer.page.locator(".jp-InputArea-editor").count() == 0, "code is on the page"
     for name in ("base", "steered"):
-        width = explorer.part("videos", f"img.tnb-{name}").first.evaluate("(image) => image.decode().then(() => image.naturalWidth)")
+        width = explorer.part("videos", f"img.tnb-{name}").first.evaluate(
+            "(image) => image.decode().then(() => image.naturalWidth)"
+        )
         assert width > 0
     pictures(explorer, "voila_ready")
 
 
 def test_the_slider_moves_video_and_answer_by_keyboard(explorer):
     base = explorer.part("videos", "img.tnb-base").first
-    assert end(explorer, "Home") == 0 and explorer.steered == base.get_attribute("src"), "at strength 0 both videos are the same"
+    assert end(explorer, "Home") == 0 and explorer.steered == base.get_attribute(
+        "src"
+    ), "at strength 0 both videos are the same"
     still = explorer.part("answers").first.inner_html()
     top = end(explorer)
     assert top > 0 and explorer.steered != base.get_attribute("src")
-    explorer.until(lambda: explorer.part("answers").first.inner_html() != still, complaint="the answers did not follow")
+    explorer.until(
+        lambda: explorer.part("answers").first.inner_html() != still,
+        complaint="the answers did not follow",
+    )
     step = end(explorer, "ArrowLeft")
     assert 0 < step < top
     picture(explorer.page, "voila_stepped_desk")
@@ -160,30 +210,51 @@ def test_every_control_has_a_name_and_is_reached_by_tab(explorer):
     assert len(controls) >= 10
     assert not [control for control in controls if not control["name"]], "controls without a name"
     page = explorer.page
-    page.evaluate("() => { window.visited = new Set(); document.activeElement?.blur(); window.getSelection()?.removeAllRanges() }")
+    page.evaluate(
+        "() => { window.visited = new Set(); document.activeElement?.blur(); "
+        "window.getSelection()?.removeAllRanges() }"
+    )
     for _ in range(len(controls) + 25):
         page.keyboard.press("Tab")
         page.evaluate("() => window.visited.add(document.activeElement)")
-    left = explorer.root.evaluate("""(root) => [...root.querySelectorAll("button, select, input, textarea, a[href], summary, [role=slider]")]
-      .filter((node) => node.checkVisibility({visibilityProperty: true}) && !node.disabled && node.type !== "hidden" && !window.visited.has(node)).map((node) => node.outerHTML.slice(0, 160))""")
+    left = explorer.root.evaluate(
+        """(root) => [...root.querySelectorAll("button, select, input, textarea, a[href], summary, [role=slider]")]
+      .filter((node) => node.checkVisibility({visibilityProperty: true}) && !node.disabled && node.type !== "hidden" && !window.visited.has(node)).map((node) => node.outerHTML.slice(0, 160))"""
+    )
     assert not left, left
 
 
 def test_pictures_have_descriptions(explorer):
-    without = explorer.root.locator("img:not([alt]), svg:not([aria-label]):not([aria-hidden]):not([role])").evaluate_all("(nodes) => nodes.map((node) => node.outerHTML.slice(0, 120))")
+    without = explorer.root.locator(
+        "img:not([alt]), svg:not([aria-label]):not([aria-hidden]):not([role])"
+    ).evaluate_all("(nodes) => nodes.map((node) => node.outerHTML.slice(0, 120))")
     assert not without, without
 
 
 def test_start_step_window_seed_and_direction_make_new_videos(explorer):
     end(explorer)
-    for move, back in ((lambda: explorer.press("ArrowRight", "start"), lambda: explorer.press("ArrowLeft", "start")),
-                       (lambda: explorer.press("ArrowRight", "window"), lambda: explorer.press("ArrowLeft", "window")),
-                       (lambda: number(explorer, "seed", 5), lambda: number(explorer, "seed", 0))):
+    for move, back in (
+        (
+            lambda: explorer.press("ArrowRight", "start"),
+            lambda: explorer.press("ArrowLeft", "start"),
+        ),
+        (
+            lambda: explorer.press("ArrowRight", "window"),
+            lambda: explorer.press("ArrowLeft", "window"),
+        ),
+        (lambda: number(explorer, "seed", 5), lambda: number(explorer, "seed", 0)),
+    ):
         before = explorer.steered
         move()
-        explorer.until(lambda: explorer.steered != before and explorer.state == "ready", 60_000, "the video did not follow")
+        explorer.until(
+            lambda: explorer.steered != before and explorer.state == "ready", 60_000,
+            "the video did not follow",
+        )
         back()
-        explorer.until(lambda: explorer.steered == before and explorer.state == "ready", 60_000, "the video did not come back")
+        explorer.until(
+            lambda: explorer.steered == before and explorer.state == "ready", 60_000,
+            "the video did not come back",
+        )
     options = explorer.control("direction", "select").locator("option").all_inner_texts()
     assert len(options) > 1
     first = explorer.control("direction", "select").input_value()
@@ -207,29 +278,49 @@ def test_a_second_concept_comes_and_goes(explorer):
     choose(explorer, "word", "large")
     choose(explorer, "into", "small")
     explorer.control("add").click()
-    explorer.until(lambda: explorer.part("concept").count() == rows + 1 and len(explorer.strengths) == rows + 1, 60_000, "no second concept")
+    explorer.until(
+        lambda: explorer.part("concept").count() == rows + 1
+        and len(explorer.strengths) == rows + 1,
+        60_000, "no second concept",
+    )
     explorer.wait()
     end(explorer, "Home", which=rows)
     end(explorer, "End", which=rows)
     pictures(explorer, "voila_two_concepts")
-    explorer.part("concept").nth(rows).locator("button.tnb-remove, .tnb-remove button").first.click()
-    explorer.until(lambda: explorer.part("concept").count() == rows and len(explorer.strengths) == rows, complaint="the concept stays")
+    explorer.part("concept").nth(rows).locator(
+        "button.tnb-remove, .tnb-remove button"
+    ).first.click()
+    explorer.until(
+        lambda: explorer.part("concept").count() == rows and len(explorer.strengths) == rows,
+        complaint="the concept stays",
+    )
     explorer.wait()
 
 
 def test_videos_run_in_step_and_pause(explorer):
-    read = "(images) => images.map((image) => ({state: image.getAnimations()[0]?.playState, time: image.getAnimations()[0]?.currentTime, place: getComputedStyle(image).objectPosition}))"
+    read = (
+        "(images) => images.map((image) => ({state: image.getAnimations()[0]?.playState, time: "
+        "image.getAnimations()[0]?.currentTime, place: getComputedStyle(image).objectPosition}))"
+    )
     images = explorer.part("videos", "img")
     running = images.evaluate_all(read)
     assert {one["state"] for one in running} == {"running"}
-    assert max(one["time"] for one in running) - min(one["time"] for one in running) < 20, "the videos are out of step"
+    assert max(one["time"] for one in running) - min(
+        one["time"] for one in running
+    ) < 20, "the videos are out of step"
     explorer.control("play-button").click()
-    explorer.until(lambda: {one["state"] for one in images.evaluate_all(read)} == {"paused"}, complaint="nothing pauses")
+    explorer.until(
+        lambda: {one["state"] for one in images.evaluate_all(read)} == {"paused"},
+        complaint="nothing pauses",
+    )
     places = [one["place"] for one in images.evaluate_all(read)]
     explorer.page.wait_for_timeout(700)
     assert [one["place"] for one in images.evaluate_all(read)] == places and len(set(places)) == 1
     explorer.control("play-button").click()
-    explorer.until(lambda: {one["state"] for one in images.evaluate_all(read)} == {"running"}, complaint="nothing plays again")
+    explorer.until(
+        lambda: {one["state"] for one in images.evaluate_all(read)} == {"running"},
+        complaint="nothing plays again",
+    )
 
 
 def test_a_word_of_the_caption_opens_its_contrasts(explorer):
@@ -239,7 +330,14 @@ def test_a_word_of_the_caption_opens_its_contrasts(explorer):
         if (said := words.nth(k).inner_text().strip()) in ("ball", "large", "red"): break
     else: raise AssertionError(f"none of the words can be explained: {words.all_inner_texts()}")
     words.nth(k).click()
-    explorer.until(lambda: said in explorer.control("word", "select").evaluate("(select) => select.selectedOptions[0].textContent"), complaint=lambda: f"{said!r} was clicked, but the word is {explorer.control('word', 'select').input_value()!r}")
+    explorer.until(
+        lambda: said
+        in explorer.control("word", "select").evaluate(
+            "(select) => select.selectedOptions[0].textContent"
+        ),
+        complaint=lambda: f"{said!r} was clicked, but the word is "
+            f"{explorer.control('word', 'select').input_value()!r}",
+    )
     choose(explorer, "word", "red")
     end(explorer, "Home")
 
@@ -249,58 +347,86 @@ def test_hostile_captions_are_text(explorer, kind):
     field = explorer.control("caption", "input")
     before, shown = field.input_value(), explorer.strengths
     field.fill(HOSTILE[kind])
-    explorer.until(lambda: explorer.part("problem").first.inner_text().strip(), complaint=f"no message about {kind}")
+    explorer.until(
+        lambda: explorer.part("problem").first.inner_text().strip(),
+        complaint=f"no message about {kind}",
+    )
     message = explorer.part("problem").first.inner_text().strip()
     assert "Traceback" not in message and len(message) < 500, message
     explorer.page.wait_for_timeout(500) # an image that fails to load would have said so by now
     assert explorer.page.evaluate("window.hacked") is None
     assert explorer.root.locator("img[src=x], script").count() == 0
-    if kind == "markup": assert "<img" in message or "img" not in message, "the markup is not shown as it was typed"
+    if kind == "markup":
+        assert "<img" in message or "img" not in message, "the markup is not shown as it was typed"
     assert explorer.strengths == shown, "the last good video stays"
     pictures(explorer, f"voila_hostile_{kind}")
     field.fill(before)
-    explorer.until(lambda: not explorer.part("problem").first.inner_text().strip(), complaint="the message stays")
+    explorer.until(
+        lambda: not explorer.part("problem").first.inner_text().strip(),
+        complaint="the message stays",
+    )
     explorer.wait()
 
 
 def test_learning_shows_progress_lets_sliders_move_and_is_cancelled(explorer, voila):
-    rows, shown, learning = explorer.part("concept").count(), len(explorer.strengths), explorer.part("learning", "[data-state=learning]").first
+    rows, shown, learning = explorer.part("concept").count(), len(
+        explorer.strengths
+    ), explorer.part("learning", "[data-state=learning]").first
     for _ in range(2): # cancelled, the bank is as before: asked again, it learns again
         choose(explorer, "word", UNSHIPPED[0])
         choose(explorer, "into", UNSHIPPED[1])
         explorer.control("add").click()
-        explorer.until(learning.is_visible, complaint=lambda: f"no learning: {explorer.state}, {explorer.words}")
+        explorer.until(
+            learning.is_visible,
+            complaint=lambda: f"no learning: {explorer.state}, {explorer.words}",
+        )
         if _ == 0:
             pictures(explorer, "voila_learning")
         began = time.monotonic()
         asked = explorer.press("Home" if _ else "End")
-        explorer.until(lambda: abs(explorer.strengths[0] - asked) < 1e-6, 5_000, "the slider is frozen while a concept is learned")
+        explorer.until(
+            lambda: abs(explorer.strengths[0] - asked) < 1e-6, 5_000,
+            "the slider is frozen while a concept is learned",
+        )
         assert time.monotonic() - began < 5
         explorer.control("cancel").click()
         explorer.until(lambda: not learning.is_visible(), 15_000, "learning goes on")
         explorer.wait()
         assert explorer.part("concept").count() == rows and len(explorer.strengths) == shown
-        explorer.until(lambda: not [child for kernel in voila.kernels() for child in kernel.children(recursive=True)], 10_000, "a process goes on learning what was cancelled")
+        explorer.until(
+            lambda: not [
+                child for kernel in voila.kernels() for child in kernel.children(recursive=True)
+            ],
+            10_000, "a process goes on learning what was cancelled",
+        )
     pictures(explorer, "voila_cancelled")
 
 
 def test_without_a_change_the_page_says_what_to_do(explorer):
     explorer.root.locator(".tnb-concept button.tnb-remove").first.click()
     explorer.wait("empty")
-    assert "Add this change" in explorer.words and explorer.strengths == [] and not explorer.root.locator("img.tnb-steered").count()
+    assert (
+        "Add this change" in explorer.words and explorer.strengths == []
+        and not explorer.root.locator("img.tnb-steered").count()
+    )
     pictures(explorer, "voila_empty")
-    choose(explorer, "word", "red"); choose(explorer, "into", "blue")
+    choose(explorer, "word", "red")
+    choose(explorer, "into", "blue")
     explorer.control("add").click()
     explorer.wait()
 
 
 def test_while_a_vlm_loads_nothing_can_be_chosen(explorer):
     menu = explorer.control("vlm", "select")
-    menu.select_option(label=next(text for text in menu.locator("option").all_inner_texts() if "gemma3" in text))
+    menu.select_option(
+        label=next(text for text in menu.locator("option").all_inner_texts() if "gemma3" in text)
+    )
     explorer.wait("loading", "making", "ready")
     if explorer.state == "loading": pictures(explorer, "voila_loading")
     explorer.until(lambda: "gemma3" in explorer.words and explorer.state == "ready", 60_000)
-    menu.select_option(label=next(text for text in menu.locator("option").all_inner_texts() if "phi4" in text))
+    menu.select_option(
+        label=next(text for text in menu.locator("option").all_inner_texts() if "phi4" in text)
+    )
     explorer.until(lambda: "phi4" in explorer.words and explorer.state == "ready", 60_000)
 
 
@@ -330,10 +456,17 @@ def test_memory_is_bounded(explorer, voila):
     end(explorer)
     for k in range(60):
         asked = explorer.press("ArrowLeft" if k % 20 < 10 else "ArrowRight")
-        explorer.until(lambda: abs(explorer.strengths[0] - asked) < 1e-6, complaint="a move is lost")
-        if k in (19, 59): sizes.append(sum(kernel.memory_info().rss for kernel in kernels if kernel.is_running()) / 2**20)
+        explorer.until(
+            lambda: abs(explorer.strengths[0] - asked) < 1e-6, complaint="a move is lost",
+        )
+        if k in (19, 59):
+            sizes.append(
+                sum(kernel.memory_info().rss for kernel in kernels if kernel.is_running()) / 2**20
+            )
     explorer.wait()
-    assert sizes[1] - sizes[0] < 50, f"{sizes[0]:.0f} MiB became {sizes[1]:.0f} MiB in 40 moves along the same way"
+    assert sizes[1] - sizes[
+        0
+    ] < 50, f"{sizes[0]:.0f} MiB became {sizes[1]:.0f} MiB in 40 moves along the same way"
 
 
 def test_two_pages_do_not_disturb_each_other(explorer, context, voila):
@@ -345,7 +478,10 @@ def test_two_pages_do_not_disturb_each_other(explorer, context, voila):
     assert explorer.strengths[0] == here != there
     assert end(explorer, "ArrowLeft") != here and other.strengths[0] == there
     leave(other.page)
-    explorer.until(lambda: kernels - {kernel.pid for kernel in voila.kernels()}, 20_000, "the kernel of a page that was left lives on")
+    explorer.until(
+        lambda: kernels - {kernel.pid for kernel in voila.kernels()}, 20_000,
+        "the kernel of a page that was left lives on",
+    )
     assert not watch.unexpected()
 
 
@@ -396,8 +532,14 @@ def test_in_jupyterlab_with_a_kernel_restarted(context, lab):
     assert not (found := explorer.crowded()), "\n".join(found)
     menu(page, "Kernel", r"^Restart Kernel…")
     page.locator(".jp-Dialog button", has_text="Restart").click()
-    said = """(root) => [root.innerText, ...[root, ...root.querySelectorAll(".jupyter-widgets-disconnected")].flatMap((node) => ["::before", "::after"].map((place) => getComputedStyle(node, place).content))].join(" ")"""
-    explorer.until(lambda: re.search(r"kernel|Python", explorer.root.evaluate(said)) and re.search(r"[Rr]un", explorer.root.evaluate(said)), 20_000, "the page does not say that its kernel is gone")
+    said = (
+        """(root) => [root.innerText, ...[root, ...root.querySelectorAll(".jupyter-widgets-disconnected")].flatMap((node) => ["::before", "::after"].map((place) => getComputedStyle(node, place).content))].join(" ")"""
+    )
+    explorer.until(
+        lambda: re.search(r"kernel|Python", explorer.root.evaluate(said))
+        and re.search(r"[Rr]un", explorer.root.evaluate(said)),
+        20_000, "the page does not say that its kernel is gone",
+    )
     picture(page, "lab_restarted_desk")
     page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=OPENING)
     explorer = run_all(page)

@@ -17,8 +17,9 @@ from transporter_nb.core.hub import LoadOptions
 from transporter_nb.explain.transporter import Transporter
 from transporter_nb.evaluate.metrics.alignment import FrameAlignment, clip_score
 from transporter_nb.evaluate.metrics.readers import read_change, sweep_distances
-from transporter_nb.evaluate.metrics.video import (frechet_video_distance, nearest_perceptual_distance,
-                                          perceptual_distance)
+from transporter_nb.evaluate.metrics.video import (
+    frechet_video_distance, nearest_perceptual_distance, perceptual_distance,
+)
 from transporter_nb.models.registry import VLMS, find_adapter, load_generator, load_vlm
 from transporter_nb.explain.steering import steer
 from transporter_nb.world.video import contact_sheet, encode_gif, resize_video

@@ -10,7 +10,9 @@ import torch
 from transporter_nb.explain import transporter as l2v_module
 from transporter_nb.concepts.bank import Concept, ConceptBank, ConceptConfig
 from transporter_nb.world.contrasts import parse_contrast
-from transporter_nb.core.base import checkpoint_path, load_checkpoint, save_checkpoint, tensor_digest
+from transporter_nb.core.base import (
+    checkpoint_path, load_checkpoint, save_checkpoint, tensor_digest,
+)
 from transporter_nb.coupling.network import CouplingNetwork
 from transporter_nb.models.generators.wan import WanGenerator
 from transporter_nb.explain.transporter import Transporter

@@ -16,7 +16,9 @@ EXPERIMENTS = {path.stem: path for folder in ("", "training", "studies")
 
 
 def run(*words, timeout=120):
-    return subprocess.run([str(word) for word in words], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        [str(word) for word in words], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
+    )
 
 
 def parameter_cells(notebook):
@@ -25,8 +27,20 @@ def parameter_cells(notebook):
 
 def test_a_parameter_survives_cleaning_and_takes_effect(tmp_path):
     path, result = tmp_path / "tiny.ipynb", tmp_path / "out.ipynb"
-    cells = [new_markdown_cell("# Tiny\n\n> A parameter"), new_code_cell("vlm = 'phi4'", metadata={"tags": ["parameters"], "scrolled": True}), new_code_cell("print(f'asked {vlm}')")]
-    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), path)
+    cells = [
+        new_markdown_cell("# Tiny\n\n> A parameter"),
+        new_code_cell("vlm = 'phi4'", metadata={"tags": ["parameters"], "scrolled": True}),
+        new_code_cell("print(f'asked {vlm}')"),
+    ]
+    nbformat.write(
+        new_notebook(
+            cells=cells,
+            metadata={
+                "kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}
+            },
+        ),
+        path,
+    )
 
     cleaned = run(BIN / "nbdev_clean", "--fname", path)
     assert cleaned.returncode == 0, cleaned.stderr
@@ -41,16 +55,33 @@ def test_a_parameter_survives_cleaning_and_takes_effect(tmp_path):
 def test_experiments_that_take_parameters_have_one_tagged_cell():
     for path in EXPERIMENTS.values():
         notebook = nbformat.read(path, as_version=4)
-        assert len(parameter_cells(notebook)) == 1, f"{path.name} needs one cell tagged `parameters`"
+        assert len(
+            parameter_cells(notebook)
+        ) == 1, f"{path.name} needs one cell tagged `parameters`"
 
 
-# What each experiment is passed, and what it must then say. Every one of these stops before anything is computed, so each takes seconds.
+# What each experiment is passed, and what it must then say. Every one of these stops before
+# anything is computed, so each takes seconds.
 FIGURES = ["fig1", "fig3", "fig4", "fig5", "fig6", "fig7", "fig8", "gallery", "explain_clip"]
-TABLES = ["table1", "table2", "table3", "proxies", "mimic", "calibration", "faithfulness", "train_planted", "shaping_sweep"]
-WRONG = {(figure, "vlm", "phi5"): r"(?=.*phi5).*\bphi4\b.*\bgemma3\b.*\bvideollama3\b" for figure in FIGURES + TABLES}
+TABLES = [
+    "table1", "table2", "table3", "proxies", "mimic", "calibration", "faithfulness",
+    "train_planted", "shaping_sweep",
+]
+WRONG = {
+    (figure, "vlm", "phi5"): r"(?=.*phi5).*\bphi4\b.*\bgemma3\b.*\bvideollama3\b"
+    for figure in FIGURES + TABLES
+}
 WRONG |= {(figure, "source", "purple"): r"purple" for figure in FIGURES if figure != "explain_clip"}
-WRONG |= {("explain_clip", "clip", "nowhere.mp4"): r"nowhere\.mp4", ("train_planted", "models", "pace_sky"): r"pace_sky.*pace_floor_1_tuned_0", ("faithfulness", "methods", "guess"): r"guess.*VLM-shaped", ("faithfulness", "vlm", "phi4"): r"videollama3"}
-WRONG |= {("fig7", "install", "maybe"): r"install must be True or False, got 'maybe'", ("table1", "stem", "figures/mine"): r"only -p install True writes there"}
+WRONG |= {
+    ("explain_clip", "clip", "nowhere.mp4"): r"nowhere\.mp4",
+    ("train_planted", "models", "pace_sky"): r"pace_sky.*pace_floor_1_tuned_0",
+    ("faithfulness", "methods", "guess"): r"guess.*VLM-shaped",
+    ("faithfulness", "vlm", "phi4"): r"videollama3",
+}
+WRONG |= {
+    ("fig7", "install", "maybe"): r"install must be True or False, got 'maybe'",
+    ("table1", "stem", "figures/mine"): r"only -p install True writes there",
+}
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +89,15 @@ def refused(tmp_path_factory):
     folder = tmp_path_factory.mktemp("refused")
     def attempt(key):
         figure, parameter, value = key
-        return key, run(BIN / "papermill", "--no-progress-bar", EXPERIMENTS[figure], folder / f"{figure}_{parameter}.ipynb", "-p", parameter, value, timeout=300)
+        return key, run(
+            BIN / "papermill", "--no-progress-bar", EXPERIMENTS[figure],
+            folder / f"{figure}_{parameter}.ipynb", "-p", parameter, value, timeout=300,
+        )
     before = {path: path.stat().st_mtime_ns for path in (ROOT / "figures").iterdir()}
     with ThreadPoolExecutor(2) as pool: done = dict(pool.map(attempt, WRONG))
-    assert before == {path: path.stat().st_mtime_ns for path in (ROOT / "figures").iterdir()}, "a refused run wrote a figure"
+    assert before == {
+        path: path.stat().st_mtime_ns for path in (ROOT / "figures").iterdir()
+    }, "a refused run wrote a figure"
     return done
 
 

@@ -1,4 +1,5 @@
-"""Results go to the folder a run was started from, under names of their own; what the repository ships and what a reader has stays"""
+"""Results go to the folder a run was started from, under names of their own; what the repository
+ships and what a reader has stays"""
 import hashlib
 import os
 import re
@@ -10,15 +11,18 @@ from pathlib import Path
 
 import nbformat
 import pytest
-
 from transporter_nb.core.base import write_aside
+
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 EXPERIMENTS = {path.stem: path for folder in ("", "training", "studies")
                for path in sorted((ROOT / "nbs" / folder).glob("*.ipynb"))}
 ENDINGS = (".csv", ".gif", ".json", ".mp4", ".pdf", ".png")
-CAPTIONS = ["one small green cone climbs left slowly over a sandy floor", "one large red ball slides left slowly over a stone floor"]
+CAPTIONS = [
+    "one small green cone climbs left slowly over a sandy floor",
+    "one large red ball slides left slowly over a stone floor",
+]
 
 
 def notebook(name):
@@ -45,8 +49,13 @@ RUNS = {
 
 def shipped():
     "Everything below figures/, and what git says of the whole clone"
-    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (ROOT / "figures").iterdir()}
-    status = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True)
+    files = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in (ROOT / "figures").iterdir()
+    }
+    status = subprocess.run(
+        ["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True,
+    )
     return files, status.stdout
 
 
@@ -61,11 +70,21 @@ def ran(tmp_path_factory):
         name, given = RUNS[label]
         words = [word for key, value in given.items() for word in ("-p", key, value)]
         out = folder / f"{label}.ipynb"
-        done = subprocess.run([BIN / "papermill", "--no-progress-bar", EXPERIMENTS[name], out, *words],
-                              cwd=folder, capture_output=True, text=True, timeout=1800)
+        done = subprocess.run(
+            [BIN / "papermill", "--no-progress-bar", EXPERIMENTS[name], out, *words], cwd=folder,
+            capture_output=True, text=True, timeout=1800,
+        )
         assert done.returncode == 0, done.stderr[-3000:]
-        said = "\n".join(o.get("text", "") for cell in nbformat.read(out, as_version=4).cells for o in cell.get("outputs", []))
-        return {line.strip() for line in said.split("\n") if line.strip().endswith(ENDINGS) and " " not in line.strip()}
+        said = "\n".join(
+            o.get("text", "")
+            for cell in nbformat.read(out, as_version=4).cells
+            for o in cell.get("outputs", [])
+        )
+        return {
+            line.strip()
+            for line in said.split("\n")
+            if line.strip().endswith(ENDINGS) and " " not in line.strip()
+        }
     with ThreadPoolExecutor(2) as pool: said = dict(zip(RUNS, pool.map(run, RUNS)))
     return folder, before, said
 
@@ -93,7 +112,12 @@ def test_a_default_run_keeps_the_plain_name_and_no_two_runs_share_one(ran):
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no clone")
 def test_git_ignores_results_of_a_run_at_the_root_and_in_nbs():
-    files = [f"{folder}{stem}{ending}" for folder in ("", "nbs/") for stem in ("fig7_phi4", "table1_phi4_3fa9c1") for ending in ENDINGS]
+    files = [
+        f"{folder}{stem}{ending}"
+        for folder in ("", "nbs/")
+        for stem in ("fig7_phi4", "table1_phi4_3fa9c1")
+        for ending in ENDINGS
+    ]
     done = subprocess.run(["git", "check-ignore", *files], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split() == files
 
@@ -102,8 +126,14 @@ def test_git_ignores_results_of_a_run_at_the_root_and_in_nbs():
 
 @pytest.mark.parametrize("name", SAVING)
 def test_a_saving_notebook_takes_install_and_stem_and_saves_nowhere_else(name):
-    parameters, = [cell.source for cell in notebook(name).cells if "parameters" in cell.metadata.get("tags", [])]
-    assert re.search(r"^install *= False", parameters, re.M) and re.search(r'^stem *= ""', parameters, re.M)
+    parameters, = [
+        cell.source
+        for cell in notebook(name).cells
+        if "parameters" in cell.metadata.get("tags", [])
+    ]
+    assert re.search(r"^install *= False", parameters, re.M) and re.search(
+        r'^stem *= ""', parameters, re.M,
+    )
     code = code_of(name)
     assert re.search(r"figure_stem\([^\n]*install[^\n]*stem", code)
     assert not re.search(r'(repo_path\(|["\'])figures\b', code)
@@ -112,14 +142,20 @@ def test_a_saving_notebook_takes_install_and_stem_and_saves_nowhere_else(name):
 
 def parameters_of(name, **passed):
     "Parameters as a run has them: the tagged cell, then what is passed"
-    cell, = [cell.source for cell in notebook(name).cells if "parameters" in cell.metadata.get("tags", [])]
+    cell, = [
+        cell.source
+        for cell in notebook(name).cells
+        if "parameters" in cell.metadata.get("tags", [])
+    ]
     space = {}
     exec(cell, space)
     return space | passed
 
 
 @pytest.mark.parametrize("name", SAVING)
-def test_different_parameters_have_different_names_in_the_working_directory(name, tmp_path, monkeypatch):
+def test_different_parameters_have_different_names_in_the_working_directory(
+    name, tmp_path, monkeypatch,
+):
     from transporter_nb.evaluate.results import figure_stem
     monkeypatch.chdir(tmp_path)
     ours = parameters_of(name)["ours"]
@@ -128,7 +164,8 @@ def test_different_parameters_have_different_names_in_the_working_directory(name
     assert stems[0].path == tmp_path / "x"
     for key, value in ours.items():
         stems.append(figure_stem("x", parameters_of(name, **{key: other[type(value)]}), ours))
-        assert re.fullmatch("x_[0-9a-f]{6}", stems[-1].path.name) and stems[-1].path.parent == tmp_path
+        assert re.fullmatch("x_[0-9a-f]{6}", stems[-1].path.name)
+        assert stems[-1].path.parent == tmp_path
         again = figure_stem("x", parameters_of(name, **{key: other[type(value)]}), ours)
         assert again == stems[-1]  # the same parameters, the same name
     assert len({stem.path for stem in stems}) == len({stem.run for stem in stems}) == len(ours) + 1
@@ -159,7 +196,9 @@ def test_files_of_another_run_or_of_the_reader_are_not_replaced(tmp_path, monkey
     content = [path.read_bytes() for path in saved]
     (tmp_path / "fig3_phi4.pdf").write_text("a reader's own file")
     with pytest.raises(FileExistsError, match="fig3_phi4.pdf"): figure_stem("fig3_phi4", OURS, OURS)
-    assert [path.read_bytes() for path in saved] == content and (tmp_path / "fig3_phi4.pdf").read_text() == "a reader's own file"
+    assert [path.read_bytes() for path in saved] == content and (
+        tmp_path / "fig3_phi4.pdf"
+    ).read_text() == "a reader's own file"
 
 
 def test_a_link_that_leads_nowhere_is_a_file_of_the_reader(tmp_path, monkeypatch):
@@ -174,15 +213,20 @@ def test_only_install_reaches_the_figures_of_the_repository(tmp_path, monkeypatc
     installed = figure_stem("fig3_phi4", OURS, OURS, install=True)
     assert installed.path == ROOT / "figures" / "fig3_phi4"
     assert installed.beside("effects").path == ROOT / "figures" / "fig3_phi4_effects"
-    with pytest.raises(ValueError, match="seed=3"): figure_stem("fig3_phi4", OURS | {"seed": 3}, OURS, install=True)
-    with pytest.raises(ValueError, match="mine"): figure_stem("fig3_phi4", OURS, OURS, install=True, stem="mine")
-    with pytest.raises(ValueError, match="false"): figure_stem("fig3_phi4", OURS, OURS, install="no false")
+    with pytest.raises(ValueError, match="seed=3"):
+        figure_stem("fig3_phi4", OURS | {"seed": 3}, OURS, install=True)
+    with pytest.raises(ValueError, match="mine"):
+        figure_stem("fig3_phi4", OURS, OURS, install=True, stem="mine")
+    with pytest.raises(ValueError, match="false"):
+        figure_stem("fig3_phi4", OURS, OURS, install="no false")
     monkeypatch.chdir(ROOT / "figures")
     with pytest.raises(ValueError, match="-p install True"): figure_stem("fig3_phi4", OURS, OURS)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="-p install True"): figure_stem("fig3_phi4", OURS, OURS, stem=str(ROOT / "figures" / "mine"))
+    with pytest.raises(ValueError, match="-p install True"):
+        figure_stem("fig3_phi4", OURS, OURS, stem=str(ROOT / "figures" / "mine"))
     (tmp_path / "way").symlink_to(ROOT / "figures")
-    with pytest.raises(ValueError, match="-p install True"): figure_stem("fig3_phi4", OURS, OURS, stem="way/mine")
+    with pytest.raises(ValueError, match="-p install True"):
+        figure_stem("fig3_phi4", OURS, OURS, stem="way/mine")
 
 
 def test_a_relative_name_is_saved_in_the_working_directory(tmp_path, monkeypatch):
@@ -199,7 +243,9 @@ def test_make_installs_what_the_repository_ships(target):
 
 def test_make_fig7_installs_nothing_and_shows_where_the_picture_is():
     done = subprocess.run(["make", "-n", "fig7"], cwd=ROOT, capture_output=True, text=True)
-    line, = [line for line in done.stdout.split("\n") if "papermill nbs" in line or "papermill -" in line]
+    line, = [
+        line for line in done.stdout.split("\n") if "papermill nbs" in line or "papermill -" in line
+    ]
     assert "install" not in line and "--stdout-file -" in line
 
 
@@ -231,7 +277,8 @@ def test_what_dead_writers_left_is_swept_and_nothing_else(tmp_path):
         kept = [left(tmp_path, name) for name in (
             f".note.{living.pid}.part.png", f".note.{os.getpid()}.part.csv",  # of the living
             f".other.{dead}.part.png", f".note.{dead}.part.pdf",  # of other files
-            f"note.{dead}.part.png", f".note.{dead}.part.png.bak", f".note.x{dead}.part.png", f".note.0{dead}.part.png", ".note.part.png", ".note..part.png",
+            f"note.{dead}.part.png", f".note.{dead}.part.png.bak", f".note.x{dead}.part.png",
+            f".note.0{dead}.part.png", ".note.part.png", ".note..part.png",
             ".note.0.part.png", f".my.note.{dead}.part.png", f".note.{10**30}.part.png")]
         kept += [left(tmp_path, f".young.{dead}.part.png", 0.)]
         with write_aside(tmp_path / "note.png") as aside: aside.write_text("whole")
@@ -253,7 +300,9 @@ def test_a_sweep_follows_no_link_and_removes_no_folder(tmp_path):
     os.utime(tmp_path / f".page.{dead}.part.png", (then, then))
     for name in ("note.png", "page.png"):
         with write_aside(tmp_path / name) as aside: aside.write_text("whole")
-    assert target.read_text() == "half" and (tmp_path / f".note.{dead}.part.png").is_symlink() and (tmp_path / f".page.{dead}.part.png").is_dir()
+    assert target.read_text() == "half" and (tmp_path / f".note.{dead}.part.png").is_symlink() and (
+        tmp_path / f".page.{dead}.part.png"
+    ).is_dir()
 
 
 def test_a_killed_writer_is_swept_by_the_next(tmp_path):
@@ -274,15 +323,23 @@ with write_aside({str(tmp_path / "note.txt")!r}) as aside:
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no clone")
 def test_no_temporary_file_is_tracked_and_git_ignores_them():
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
-    assert not [name for name in listed if re.search(r"(^|/)\.[^/]*\.part", name) and (ROOT / name).exists()]
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True,
+    ).stdout.split("\n")
+    assert not [
+        name for name in listed if re.search(r"(^|/)\.[^/]*\.part", name) and (ROOT / name).exists()
+    ]
     ignored = [".fig7_phi4.123.part.png", "figures/.fig7_phi4.123.part.png", "runs/.x.1.part"]
-    assert subprocess.run(["git", "check-ignore", *ignored], cwd=ROOT, capture_output=True, text=True).stdout.split() == ignored
+    assert subprocess.run(
+        ["git", "check-ignore", *ignored], cwd=ROOT, capture_output=True, text=True,
+    ).stdout.split() == ignored
 
 
 # ---- benchmarks
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem,
+)
 def test_a_benchmark_reaches_what_is_shipped_only_if_asked(path):
     code = path.read_text(encoding="utf-8")
     assert '"--install", action="store_true"' in code
@@ -294,9 +351,15 @@ def test_a_benchmark_reaches_what_is_shipped_only_if_asked(path):
 def test_a_try_of_a_benchmark_is_saved_here(tmp_path):
     before = shipped()
     words = ["--only", "method=ours,N=256,d=64,P=50,mode=forward", "--threads", "1"]
-    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "transport.py", *words], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "transport.py", *words], cwd=tmp_path,
+        capture_output=True, text=True, timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     saved = [Path(line) for line in done.stdout.split("\n") if line.endswith(ENDINGS)]
     assert sorted(path.suffix for path in saved) == [".json", ".png"]
-    assert all(path.parent == tmp_path and re.fullmatch("transport_[0-9a-f]{6}", path.stem) for path in saved)
+    assert all(
+        path.parent == tmp_path and re.fullmatch("transport_[0-9a-f]{6}", path.stem)
+        for path in saved
+    )
     assert shipped() == before

@@ -27,7 +27,10 @@ def test_mp4_round_trip(tmp_path, frames, height, width):
 
 def test_a_failed_write_keeps_the_old_picture(tmp_path, monkeypatch):
     old = v.save_png(tmp_path / "x.png", np.zeros((4, 5, 3), np.uint8)).read_bytes()
-    monkeypatch.setattr(v.Image.Image, "save", lambda self, file, **options: (_ for _ in ()).throw(OSError("No space left on device")))
+    monkeypatch.setattr(
+        v.Image.Image, "save",
+        lambda self, file, **options: (_ for _ in ()).throw(OSError("No space left on device")),
+    )
     with pytest.raises(OSError, match="No space left"):
         v.save_png(tmp_path / "x.png", np.ones((4, 5, 3), np.uint8))
     assert (tmp_path / "x.png").read_bytes() == old and len(list(tmp_path.iterdir())) == 1
@@ -35,15 +38,22 @@ def test_a_failed_write_keeps_the_old_picture(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("height,width,enlarge", [(17, 33, 1), (17, 33, 3), (2, 2, 1), (1, 5, 4)])
 def test_odd_sizes_are_saved(tmp_path, height, width, enlarge):
-    clip = torch.linspace(.2, .8, 3)[:, None, None, None] * torch.linspace(.7, 1, width).expand(3, 3, height, width)
-    kept = [length * enlarge // 2 * 2 for length in (height, width)]  # H.264 stores half as many colours each way: an odd last row or column is cut
+    clip = torch.linspace(.2, .8, 3)[:, None, None, None] * torch.linspace(.7, 1, width).expand(
+        3, 3, height, width,
+    )
+    # H.264 stores half as many colours each way: an odd last row or column is cut
+    kept = [length * enlarge // 2 * 2 for length in (height, width)]
     back = v.load_video(v.save_mp4(tmp_path / "clip.mp4", clip, enlarge=enlarge), 3)
     assert back.shape == (1, 3, 3, *kept)
-    big = clip.repeat_interleave(enlarge, -1).repeat_interleave(enlarge, -2)[..., :kept[0], :kept[1]]
+    big = clip.repeat_interleave(enlarge, -1).repeat_interleave(enlarge, -2)[
+        ..., :kept[0], :kept[1],
+    ]
     assert (back[0] - big).mean((0, 2, 3)).abs().max() < .04 and (back[0] - big).abs().mean() < .06
     gif = v.load_video(v.save_gif(tmp_path / "clip.gif", clip, fps=10., enlarge=enlarge), 3)
     assert gif.shape == (1, 3, 3, height * enlarge, width * enlarge)
-    assert (gif[0] - clip.repeat_interleave(enlarge, -1).repeat_interleave(enlarge, -2)).abs().mean() < .02
+    assert (
+        gif[0] - clip.repeat_interleave(enlarge, -1).repeat_interleave(enlarge, -2)
+    ).abs().mean() < .02
 
 
 @pytest.mark.parametrize("fps", [.5, 2.5, 24000 / 1001, 60])
@@ -54,7 +64,8 @@ def test_any_rate_is_saved(tmp_path, fps):
 
 @pytest.mark.parametrize("fps", [0, -3, 2000, float("nan")])
 def test_a_rate_that_is_none(tmp_path, fps):
-    with pytest.raises(ValueError, match="fps must be from 0.1 to 1000"): v.save_mp4(tmp_path / "clip.mp4", v.demo_video()[0], fps=fps)
+    with pytest.raises(ValueError, match="fps must be from 0.1 to 1000"):
+        v.save_mp4(tmp_path / "clip.mp4", v.demo_video()[0], fps=fps)
     assert not list(tmp_path.iterdir())
 
 
@@ -70,12 +81,19 @@ def test_a_still_too_large_is_never_decoded(tmp_path, monkeypatch):
     v.Image.new("1", (96, 80)).save(tmp_path / "still.png")
     monkeypatch.setattr(v, "MAX_PIXELS", 96 * 80 - 1)
     monkeypatch.setattr(v, "frame_picture", lambda *_: pytest.fail("it was converted"))
-    with pytest.raises(ValueError, match="at most 7679 pixels, those of still.png have 96 x 80. Make it smaller"): v.load_video(tmp_path / "still.png", 1)
+    with pytest.raises(
+        ValueError, match="at most 7679 pixels, those of still.png have 96 x 80. Make it smaller",
+    ):
+        v.load_video(tmp_path / "still.png", 1)
 
 
 def test_a_missing_file_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=f"there is no video holiday.mp4 in the current folder, {tmp_path}. Check its name"): v.load_video("holiday.mp4", 1)
+    with pytest.raises(
+        FileNotFoundError,
+        match=f"there is no video holiday.mp4 in the current folder, {tmp_path}. Check its name",
+    ):
+        v.load_video("holiday.mp4", 1)
 
 
 def test_too_small_for_h264(tmp_path):
@@ -84,14 +102,18 @@ def test_too_small_for_h264(tmp_path):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.floats(.01, 3), min_size=1, max_size=20), st.lists(st.floats(0, 40), min_size=1, max_size=9))
+@given(
+    st.lists(st.floats(.01, 3), min_size=1, max_size=20),
+    st.lists(st.floats(0, 40), min_size=1, max_size=9),
+)
 def test_one_pass_takes_what_looking_up_would(gaps, moments):
     times, moments = [0., *np.cumsum(gaps).tolist()], sorted(moments)
     early, read = v.early_share(times), []
     frames = ((time, read.append(k) or k) for k, time in enumerate(times))
     taken = [k for _, k in v.pick_frames(frames, moments, early)]
     assert taken == [v.frame_at(times, moment, early) for moment in moments]
-    assert len(read) <= min(taken[-1] + 2, len(times))  # one frame further than the last taken, to know that its turn is over
+    # one frame further than the last taken, to know that its turn is over
+    assert len(read) <= min(taken[-1] + 2, len(times))
 
 
 def test_few_frames_are_alive_at_a_time(tmp_path, monkeypatch):
@@ -99,18 +121,32 @@ def test_few_frames_are_alive_at_a_time(tmp_path, monkeypatch):
     alive, most, real = set(), [0], v.decode_frames
 
     class Held:
-        def __init__(self, frame): self.frame = frame; alive.add(id(self)); most[0] = max(most[0], len(alive))
+        def __init__(self, frame):
+            self.frame = frame
+            alive.add(id(self))
+            most[0] = max(most[0], len(alive))
         def __getattr__(self, name): return getattr(self.frame, name)
         def __del__(self): alive.discard(id(self))
 
-    monkeypatch.setattr(v, "decode_frames", lambda *words: ((time, Held(frame)) for time, frame in real(*words)))
-    monkeypatch.setattr(v, "frame_picture", lambda frame, background, aspect: v.torch.from_numpy(frame.to_ndarray(format="rgb24")).movedim(-1, 0) / 255)
+    monkeypatch.setattr(
+        v, "decode_frames", lambda *words: ((time, Held(frame)) for time, frame in real(*words)),
+    )
+    monkeypatch.setattr(
+        v, "frame_picture",
+        lambda frame, background, aspect: v.torch.from_numpy(
+            frame.to_ndarray(format="rgb24")
+        ).movedim(-1, 0) / 255,
+    )
     assert v.load_video(path, 20, 8).shape == (1, 20, 3, 8, 8)
-    assert most[0] <= 4  # the one shown, the one arriving, the one converted last, and one on its way
+    # the one shown, the one arriving, the one converted last, and one on its way
+    assert most[0] <= 4
 
 
 def test_a_hole_is_a_warning(tmp_path):
-    path = v.save_mp4(tmp_path / "clip.mp4", torch.rand(40, 3, 24, 32, generator=torch.Generator().manual_seed(0)), fps=10)
+    path = v.save_mp4(
+        tmp_path / "clip.mp4",
+        torch.rand(40, 3, 24, 32, generator=torch.Generator().manual_seed(0)), fps=10,
+    )
     content = bytearray(path.read_bytes())
     content[len(content) // 3:len(content) // 2] = bytes(len(content) // 2 - len(content) // 3)
     path.write_bytes(content)
@@ -124,7 +160,9 @@ def test_times_are_those_of_the_file(tmp_path):
         track = container.add_stream("ffv1", rate=10)
         track.height, track.width, track.pix_fmt = 4, 6, "bgr0"
         for stamp, grey in ((0, 0), (30, 100), (31, 200)):
-            frame = av.VideoFrame.from_ndarray(np.full((4, 6, 3), grey, np.uint8), format="rgb24").reformat(format="bgr0")
+            frame = av.VideoFrame.from_ndarray(
+                np.full((4, 6, 3), grey, np.uint8), format="rgb24",
+            ).reformat(format="bgr0")
             frame.pts = stamp
             container.mux(track.encode(frame))
         container.mux(track.encode())

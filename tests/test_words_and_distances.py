@@ -5,7 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from transporter_nb.world.contrasts import MINI_CONTRASTS, PAPER_CONTRASTS, ContrastPair, changed_words
+from transporter_nb.world.contrasts import (
+    MINI_CONTRASTS, PAPER_CONTRASTS, ContrastPair, changed_words,
+)
 from transporter_nb.world.distances import answer_distance, hellinger_distance, pair_log_probs
 from transporter_nb.world.words import SLOTS
 
@@ -15,7 +17,10 @@ BOUNDED = ("hellinger", "jensen-shannon", "jaccard")
 @st.composite
 def captions(draw, fixed):
     words = {slot: draw(st.sampled_from(choices)) for slot, choices in SLOTS.items()} | fixed
-    caption = f"one {words['size']} {words['colour']} {words['shape']} {words['motion']} {words['direction']} {words['pace']} over a {words['floor']} floor"
+    caption = (
+        f"one {words['size']} {words['colour']} {words['shape']} {words['motion']} "
+        f"{words['direction']} {words['pace']} over a {words['floor']} floor"
+    )
     return ContrastPair("one", "two").apply(caption) if words["count"] == "two" else caption
 
 
@@ -24,7 +29,12 @@ def captions(draw, fixed):
 @given(data=st.data())
 def test_a_contrast_and_its_reverse(name, data):
     pair = MINI_CONTRASTS[name].pair
-    slots = {slot: source for source, _ in pair.words for slot, choices in SLOTS.items() if source in choices}
+    slots = {
+        slot: source
+        for source, _ in pair.words
+        for slot, choices in SLOTS.items()
+        if source in choices
+    }
     source = data.draw(captions(slots))
     target = pair.apply(source)
     assert target != source and ContrastPair(pair.target, pair.source).apply(target) == source
@@ -37,11 +47,22 @@ def test_a_contrast_and_its_reverse(name, data):
 @given(data=st.data())
 def test_changed_spans_rebuild_the_target(name, data):
     pair = MINI_CONTRASTS[name].pair
-    source = data.draw(captions({slot: word for word, _ in pair.words for slot, choices in SLOTS.items() if word in choices}))
+    source = data.draw(
+        captions(
+            {
+                slot: word
+                for word, _ in pair.words
+                for slot, choices in SLOTS.items()
+                if word in choices
+            }
+        )
+    )
     target = rebuilt = pair.apply(source)
     rebuilt = source
     for span in reversed(changed_words(source, target)):
-        rebuilt = rebuilt[:span.source_start] + target[span.target_start:span.target_end] + rebuilt[span.source_end:]
+        rebuilt = rebuilt[:span.source_start] + target[span.target_start:span.target_end] + rebuilt[
+            span.source_end:
+        ]
     assert rebuilt == target
 
 
@@ -53,10 +74,14 @@ def test_paper_captions_hold_their_words(name):
 
 
 def test_every_word_of_the_world_is_in_a_contrast_or_known_to_be_left_out():
-    assert {kind for entry in MINI_CONTRASTS.values() for kind in entry.kind.split("+")} == set(SLOTS)
+    assert {kind for entry in MINI_CONTRASTS.values() for kind in entry.kind.split("+")} == set(
+        SLOTS
+    )
 
 
-log_dists = st.lists(st.floats(-30, 30), min_size=4, max_size=4).map(lambda x: torch.tensor(x, dtype=torch.float64).log_softmax(-1))
+log_dists = st.lists(st.floats(-30, 30), min_size=4, max_size=4).map(
+    lambda x: torch.tensor(x, dtype=torch.float64).log_softmax(-1)
+)
 
 
 @pytest.mark.parametrize("name", BOUNDED)
@@ -74,16 +99,24 @@ def test_a_distance_is_a_metric(name, p, q, r):
 def test_gradients_reach_the_logits(name):
     logits = torch.tensor([[.3, -1., .7], [2., 0., -.5]], dtype=torch.float64, requires_grad=True)
     fixed = torch.tensor([[.1, .2, -.4], [.5, .5, 1.]], dtype=torch.float64).log_softmax(-1)
-    assert torch.autograd.gradcheck(lambda x: answer_distance(name)(x.log_softmax(-1), fixed), logits)
+    assert torch.autograd.gradcheck(
+        lambda x: answer_distance(name)(x.log_softmax(-1), fixed), logits,
+    )
 
 
 def test_low_precision_is_refused():
     with pytest.raises(ValueError, match="in float32"):
-        hellinger_distance(*torch.randn(2, 5, 3000, generator=torch.Generator().manual_seed(0)).bfloat16().log_softmax(-1))
+        hellinger_distance(
+            *torch.randn(
+                2, 5, 3000, generator=torch.Generator().manual_seed(0),
+            ).bfloat16().log_softmax(-1)
+        )
 
 
 def test_a_pair_ignores_the_rest_of_the_vocabulary():
     log_probs = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
     pair = pair_log_probs(log_probs, (4, 7))
     assert torch.allclose(pair.exp().sum(-1), torch.ones(2, 3))
-    assert torch.allclose(pair[..., 0] - pair[..., 1], log_probs[..., 4] - log_probs[..., 7], atol=1e-5)
+    assert torch.allclose(
+        pair[..., 0] - pair[..., 1], log_probs[..., 4] - log_probs[..., 7], atol=1e-5,
+    )
