@@ -1,0 +1,139 @@
+"""The documentation site, built by `make docs` from the notebooks, without Quarto and without running them.
+
+Sphinx with myst-nb: it reads notebooks with their stored outputs, has a search that needs no server, an index of every
+function, and checks links while it builds. mkdocs-jupyter with Material does most of this too, but knows no signatures of
+its own and takes its formulas from another host. Formulas become MathML here, which browsers draw without a script.
+"""
+import configparser
+import re
+import sys
+import unicodedata
+from html import escape
+from pathlib import Path
+
+from docutils import nodes
+from latex2mathml.converter import convert
+from sphinx.transforms.post_transforms import SphinxPostTransform
+from sphinx.util import logging
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "docs"))  # `notebooks`, which turns a notebook into a page
+logger = logging.getLogger(__name__)
+settings = configparser.ConfigParser(delimiters=["="], interpolation=None)
+settings.read(ROOT / "settings.ini", encoding="utf-8")
+about = settings["DEFAULT"]
+
+project, author, copyright, release = about["lib_name"], about["author"], about["copyright"], about["version"]
+extensions = ["myst_nb"]
+root_doc = "docs/index"
+include_patterns = ["docs/*.md", "nbs/**.ipynb", "README.md", "CHANGELOG.md"]
+exclude_patterns = [".*", "_*", "**/.ipynb_checkpoints", "**/_*", about["lib_path"], "tests", "figures", "benchmarks", "runs"]
+
+nb_execution_mode = "off"
+nb_custom_formats = {".ipynb": ["notebooks.read", {}, False]}
+nb_mime_priority_overrides = [("html", "image/gif", 15), ("html", "application/vnd.jupyter.widget-view+json", None)]
+nb_ipywidgets_js = {}  # no page shows a live widget, and the scripts for them lie on another host
+nb_code_prompt_show, nb_code_prompt_hide = "Code", "Hide the code"
+nb_merge_streams = True
+myst_enable_extensions = ["dollarmath", "amsmath", "fieldlist"]
+myst_heading_anchors = 3
+myst_dmath_double_inline = True  # our displayed formulas stand inside paragraphs
+myst_dmath_allow_labels = False
+add_module_names = False
+toc_object_entries = False
+suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]
+
+html_theme = "furo"
+html_title = project
+html_static_path = ["site.css"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sphinx = False
+html_math_renderer = "mathml"
+pygments_style, pygments_dark_style = "friendly", "native"
+
+
+ALPHABETS = {"script": "SCRIPT CAPITAL {}", "double-struck": "DOUBLE-STRUCK CAPITAL {}", "bold": "BOLD CAPITAL {}"}
+
+
+def styled(match: re.Match) -> str:
+    """A script, double-struck or bold letter as a character of its own: browsers ignore the attribute"""
+    name = ALPHABETS[match[1]].format(match[2])
+    for known in ("MATHEMATICAL " + name, name):
+        try: return f"<mi>{unicodedata.lookup(known)}</mi>"
+        except KeyError: pass
+    return match[0]
+
+
+def mathml(formula: str, display: str) -> str:
+    """A formula of LaTeX as MathML; `\\tag` becomes a number at its right"""
+    formula = re.sub(r"\\tag\{(.*?)\}", r"\\qquad(\1)", formula)
+    drawn = re.sub(rf'<mi mathvariant="({"|".join(ALPHABETS)})">([A-Z])</mi>', styled, convert(formula, display=display))
+    drawn = re.sub(r">\\[lr]Vert<", ">‖<", re.sub(r">\\([{}])<", r">\1<", drawn))
+    if unknown := re.findall(r">(\\\w+)<", drawn): raise ValueError(f"unknown: {unknown}")
+    return drawn
+
+
+def draw_formula(translator, node, display: str):
+    try: translator.body.append(mathml(node.astext(), display))
+    except Exception as error:
+        logger.warning("this formula cannot be drawn (%r): %s", error, node.astext(), location=node)
+        translator.body.append(escape(node.astext()))
+
+
+def draw_inline(translator, node):
+    draw_formula(translator, node, "inline")
+    raise nodes.SkipNode
+
+
+def draw_block(translator, node):
+    translator.body.append('<div class="formula">')
+    draw_formula(translator, node, "block")
+    translator.body.append("</div>")
+    raise nodes.SkipNode
+
+
+class LinkNames(SphinxPostTransform):
+    """A name in code font leads to what it names, where only one thing has that name"""
+
+    default_priority = 5
+    formats = ("html",)
+
+    def run(self, **kwargs):
+        places = known_places(self.env)
+        for literal in list(self.document.findall(nodes.literal)):
+            place = places.get(literal.astext().removesuffix("()"))
+            if not place or literal.next_node(nodes.reference) or isinstance(literal.parent, (nodes.reference, nodes.title)): continue
+            docname, anchor = place
+            if docname == self.env.docname and not anchor: continue
+            uri = self.app.builder.get_relative_uri(self.env.docname, docname) + (f"#{anchor}" if anchor else "")
+            literal.replace_self(nodes.reference("", "", literal.deepcopy(), internal=True, refuri=uri))
+
+
+def known_places(env) -> dict[str, tuple[str, str]]:
+    """Names that can be linked: classes, functions with an underscore or a dot, modules, experiments"""
+    if hasattr(env, "known_places"): return env.known_places
+    found = {}
+    for full, entry in env.domains.python_domain.objects.items():
+        short = full.removeprefix(project + ".")
+        names = {full, short}
+        if entry.objtype != "module": names |= {short.rpartition(".")[2]} if re.search(r"[A-Z_]", short.rpartition(".")[2]) else set()
+        if entry.objtype in ("method", "classmethod", "property"): names.add(".".join(short.split(".")[-2:]))
+        for name in names: found.setdefault(name, set()).add((entry.docname, "" if entry.objtype == "module" else entry.node_id))
+    for docname in env.found_docs:
+        if docname.startswith("nbs/"): found.setdefault(docname.rpartition("/")[2], set()).add((docname, ""))
+    env.known_places = {name: next(iter(places)) for name, places in found.items() if len(places) == 1}
+    return env.known_places
+
+
+def lead_in(app, error):
+    """`_docs/index.html` leads to the first page"""
+    if error: return
+    page = '<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="0; url=docs/index.html"><a href="docs/index.html">Documentation</a>\n'
+    (Path(app.outdir) / "index.html").write_text(page, encoding="utf-8")
+
+
+def setup(app):
+    app.add_html_math_renderer("mathml", (draw_inline, None), (draw_block, None))
+    app.add_post_transform(LinkNames)
+    app.connect("build-finished", lead_in)
