@@ -7,7 +7,7 @@ SHELL := /bin/bash
 VLM ?= phi4
 VLMS ?= phi4 gemma3 videollama3
 FIGURES ?= fig1 fig3 fig4 fig5 fig6 fig7 fig8 gallery explain_clip
-TABLES ?= table1 table2 table3 proxies mimic calibration
+TABLES ?= table1 table2 table3 studies/proxies studies/mimic studies/calibration
 PART ?=
 MINUTES ?= 60
 PORT ?= 8866
@@ -43,7 +43,7 @@ fig7: $(READY) ## figure 7 with the answers of one VLM, saved here: make fig7 VL
 define each
 	@log=$$(mktemp -d); failed=; \
 	for notebook in $(1); do for vlm in $(VLMS); do \
-	  if papermill --no-progress-bar nbs/$$notebook.ipynb $$log/$$notebook-$$vlm.ipynb -p vlm $$vlm -p install True >$$log/log 2>&1; then echo "ok      $$notebook $$vlm  $$SECONDS s"; \
+	  if papermill --no-progress-bar nbs/$$notebook.ipynb $$log/$${notebook##*/}-$$vlm.ipynb -p vlm $$vlm -p install True >$$log/log 2>&1; then echo "ok      $$notebook $$vlm  $$SECONDS s"; \
 	  else echo "FAILED  $$notebook $$vlm"; tail -n 20 $$log/log; failed=1; fi; done; done; \
 	rm -rf "$$log"; test -z "$$failed"
 endef
@@ -55,7 +55,7 @@ tables: $(READY) ## every table for every VLM, row by row: interrupted, it goes 
 	$(call each,$(TABLES))
 
 faithfulness: $(READY) ## every method on planted VLMs, row by row: interrupted, it goes on where it was
-	papermill nbs/faithfulness.ipynb out.ipynb -p install True
+	papermill nbs/studies/faithfulness.ipynb out.ipynb -p install True
 
 quickstart: $(READY) ## the method in one short notebook
 	papermill nbs/quickstart.ipynb out.ipynb
@@ -69,12 +69,12 @@ explorer: $(READY) ## the explorer as a page without code: click the address it 
 
 train: $(READY) ## rebuild shipped weights: make train PART=vae MINUTES=60, make train PART=vlm VLM=gemma3
 	@test -n "$(PART)" || { echo "Which part? make train PART=vae (or world, generator, vlm, coupling, concepts; of the judges video, contrastive, frames; planted: all planted VLMs)"; exit 1; }
-	@case "$(PART)" in video|contrastive|frames) papermill nbs/train_encoders.ipynb out.ipynb -p part $(PART) -p device $(DEVICE) -p minutes $(MINUTES);; \
-	  planted) papermill nbs/train_planted.ipynb out.ipynb -p minutes $(MINUTES);; \
-	  *) papermill nbs/train_mini.ipynb out.ipynb -p part $(PART) -p vlm $(VLM) -p device $(DEVICE) -p minutes $(MINUTES);; esac
+	@case "$(PART)" in video|contrastive|frames) papermill nbs/training/train_encoders.ipynb out.ipynb -p part $(PART) -p device $(DEVICE) -p minutes $(MINUTES);; \
+	  planted) papermill nbs/training/train_planted.ipynb out.ipynb -p minutes $(MINUTES);; \
+	  *) papermill nbs/training/train_mini.ipynb out.ipynb -p part $(PART) -p vlm $(VLM) -p device $(DEVICE) -p minutes $(MINUTES);; esac
 
 measure: $(READY) ## measure the shipped models again, then report
-	papermill nbs/mini_report.ipynb out.ipynb -p install True
+	papermill nbs/studies/mini_report.ipynb out.ipynb -p install True
 	@$(MAKE) --no-print-directory report
 
 report: $(READY) ## the measured numbers that fall short of their targets; also writes the card of the README

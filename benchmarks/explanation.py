@@ -11,11 +11,11 @@ import argparse, os, statistics, time, warnings
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import torch
-from transporter_nb.contrasts import parse_contrast
-from transporter_nb.figures import figure_stem, save_record
-from transporter_nb.l2v import Transporter
-from transporter_nb.registry import shipped_vlm_names
-from transporter_nb.shaping import measure_answers
+from transporter_nb.world.contrasts import parse_contrast
+from transporter_nb.evaluate.figures import figure_stem, save_record
+from transporter_nb.explain.transporter import Transporter
+from transporter_nb.models.registry import shipped_vlm_names
+from transporter_nb.concepts.shaping import measure_answers
 
 ASKED = (("one large red ball slides left slowly over a stone floor", "red -> blue"), ("two small green cones climb right slowly over a snowy floor", "slowly -> quickly"),
          ("one small yellow ball bounces left quickly over a sandy floor", "ball -> ring"))

@@ -218,7 +218,7 @@ def measure(timed_moves:int, all_moves:int) -> dict:
 
 def main():
     if why := missing(): sys.exit(f"No browser, no measurement: {why}")
-    from transporter_nb.figures import figure_stem, save_record
+    from transporter_nb.evaluate.figures import figure_stem, save_record
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("numbers", nargs="*", type=int, help="moves timed, and moves in all, of a try")
     parser.add_argument("--install", action="store_true", help="put the record in the place of the shipped one")

@@ -19,8 +19,8 @@ VARIANTS += [("decode", {"vae_tiling": True}), ("encode", {"vae_tiling": True}),
 def measure(stage: str, changes: dict, vlm: str, scale: str, device: str, cap: float | None) -> dict:
     "One stage in this process"
     import torch
-    from transporter_nb.hub import LoadOptions
-    from transporter_nb.plan import DEVICES, measured_workspace, nbytes, prepare, stage_cost
+    from transporter_nb.core.hub import LoadOptions
+    from transporter_nb.explain.plan import DEVICES, measured_workspace, nbytes, prepare, stage_cost
 
     options = LoadOptions(dtype="float32" if scale == "mini" else "bfloat16", **changes)
     cost = stage_cost(stage, vlm, scale, options, device)
@@ -103,8 +103,8 @@ def main() -> int:
     if given.device == "cuda":
         if not torch.cuda.is_available(): parser.error("--device cuda was asked for and torch sees no CUDA device. Use --device cpu --scale mini.")
     elif given.scale == "paper": parser.error("the paper's sizes on a CPU would take days. Use --device cuda, or --scale mini.")
-    if given.device == "cpu": import transporter_nb.plan  # once, for all processes
-    from transporter_nb.figures import figure_stem, save_record
+    if given.device == "cpu": import transporter_nb.explain.plan  # once, for all processes
+    from transporter_nb.evaluate.figures import figure_stem, save_record
     device = device_name(given.device)
     label = "mini_cpu" if (given.scale, given.device) == ("mini", "cpu") else f"{given.scale}_{device.replace(' ', '_')}"
     usual = {key: parser.get_default(key) for key in ("vlm", "cap_gib", "timeout")}

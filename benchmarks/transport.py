@@ -349,7 +349,7 @@ def in_a_process(work: Callable, task: Task) -> dict:
 @lru_cache
 def sources_digest() -> str:
     "Changes when what is measured does: then nothing kept is used, for a ratio is of times of one run"
-    from transporter_nb.core import repo_path
+    from transporter_nb.core.base import repo_path
     parts = [inspect.getsource(part) for part in (*(method.call for method in METHODS.values()), measure, repeat, product_seconds, scaled_up, square, affordable_projections, run_once, make_problem, normalised, geomloss_product)]
     parts += [path.read_text(encoding="utf-8") for path in sorted(repo_path("transporter_nb", "coupling").glob("*.py")) if path.stem in ("transport", "line_scan") or path.stem.startswith("sinkhorn")]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
@@ -559,7 +559,7 @@ def accuracy_rows(given, kept: Kept, methods: list[str]) -> list[dict]:
 def draw(found: dict):
     "Time over N, one panel a mode, one curve a method"
     import matplotlib.pyplot as plt
-    from transporter_nb.figures import PALETTE, use_house_style
+    from transporter_nb.evaluate.figures import PALETTE, use_house_style
     use_house_style()
     figure, axes = plt.subplots(1, 2, figsize=(9.2, 5.2), sharex=True, sharey=True, layout="constrained")
     for ax, mode in zip(axes, MODES):
@@ -578,14 +578,14 @@ def draw(found: dict):
 
 def stem_of(given, name: str):
     "Where the record goes; options other than the usual ones make a name of their own"
-    from transporter_nb.figures import figure_stem
+    from transporter_nb.evaluate.figures import figure_stem
     chosen = ("quick", "only") if given.install else ("quick", "only", "threads", "memory_gb", "rival_seconds", "retries", "long")
     return figure_stem(name, vars(given), {key: given.usual[key] for key in chosen}, given.install)
 
 
 def save(given, stem, rows: list[dict], measured: list[dict], missing: list[dict], figure=None, **more) -> None:
     "The record, and the picture beside it"
-    from transporter_nb.figures import save_figure, save_record
+    from transporter_nb.evaluate.figures import save_figure, save_record
     from importlib.metadata import version
     versions = {name: version(package) for name, package in (("numba", "numba"), ("pot", "pot"), ("geomloss", "geomloss"))}
     setting = {"tau": TAU, "rounds": ROUNDS, "dtype": "float32", "machine": platform.machine(), "cores": os.cpu_count(), "threads": given.threads, "memory_gb": given.memory_gb, "rival_seconds": given.rival_seconds, "complete": not (given.quick or given.only)}
@@ -619,7 +619,7 @@ def least_work(tokens: int, width: int, projections: int, mode: str) -> tuple[fl
 def measure_cuda(tokens: int, width: int, projections: int, mode: str, repeats: int = 20) -> dict:
     "Ours on the GPU: median of events, peak memory above the inputs, share of the roofline"
     import torch
-    from transporter_nb.plan import DEVICES
+    from transporter_nb.explain.plan import DEVICES
     problem, cotangent = make_problem(tokens, width, projections, "cuda")
     for _ in range(3): run_once(ours, problem, cotangent, mode)
     torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
@@ -678,7 +678,7 @@ def main() -> int:
     given = parse()
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"): os.environ[name] = str(given.threads) # before anything that reads them is imported
     if given.device == "cuda": return main_cuda(given)
-    from transporter_nb.core import repo_path
+    from transporter_nb.core.base import repo_path
     started = time.perf_counter()
     kept = Kept(repo_path("runs", "transport", "measurements.jsonl"), given.fresh, given.retries)
     named = {task.method for point in points(given) for task in tasks(given, point)}

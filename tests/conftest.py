@@ -18,5 +18,5 @@ def pytest_configure(config):
 
 @pytest.fixture
 def root():
-    from transporter_nb.core import repo_path
+    from transporter_nb.core.base import repo_path
     return repo_path()

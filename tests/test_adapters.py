@@ -5,13 +5,13 @@ from types import MethodType
 import pytest
 import torch
 
-from transporter_nb import registry
-from transporter_nb.core import checkpoint_path, package_path
-from transporter_nb.registry import VLMS, find_adapter, load_vlm, register_vlm, shipped_vlm_names, vlm_names
-from transporter_nb.vlms.contract import RULES, check_adapter
-from transporter_nb.vlms.hub import VLMSettings
-from transporter_nb.vlms.training import VLMTraining, train_vlm
-from transporter_nb.world import render, sample_scenes
+from transporter_nb.models import registry
+from transporter_nb.core.base import checkpoint_path, package_path
+from transporter_nb.models.registry import VLMS, find_adapter, load_vlm, register_vlm, shipped_vlm_names, vlm_names
+from transporter_nb.models.vlms.contract import RULES, check_adapter
+from transporter_nb.models.vlms.hub import VLMSettings
+from transporter_nb.models.vlms.training import VLMTraining, train_vlm
+from transporter_nb.world.words import render, sample_scenes
 
 TINY = VLMSettings(n_frames=3, image_size=32, patch_size=8, hidden_size=32, n_layers=2, n_heads=2, vision_size=48, vision_layers=2, vision_heads=3)
 CLIPS = render(sample_scenes(3, seed=0))

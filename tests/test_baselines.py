@@ -2,14 +2,14 @@
 import pytest
 import torch
 
-from transporter_nb.baselines.canvas import PhaseCanvas, PixelCanvas, mean_magnitude
-from transporter_nb.baselines.recipes import (BASELINES, COUNTS_FROM, LOGIT, MINI, PUBLISHED, RECIPES, BaselineSettings, Late, Question, ask, invert_baseline)
-from transporter_nb.baselines.objectives import VisionReader
-from transporter_nb.contrasts import parse_contrast
-from transporter_nb.encoders.networks import FrameEncoder
-from transporter_nb.registry import VLMS, find_adapter, shipped_vlm_names
-from transporter_nb.vlms.hub import VLMSettings
-from transporter_nb.world import caption, do, render, sample_scenes
+from transporter_nb.evaluate.baselines.canvas import PhaseCanvas, PixelCanvas, mean_magnitude
+from transporter_nb.evaluate.baselines.recipes import (BASELINES, COUNTS_FROM, LOGIT, MINI, PUBLISHED, RECIPES, BaselineSettings, Late, Question, ask, invert_baseline)
+from transporter_nb.evaluate.baselines.objectives import VisionReader
+from transporter_nb.world.contrasts import parse_contrast
+from transporter_nb.models.encoders.networks import FrameEncoder
+from transporter_nb.models.registry import VLMS, find_adapter, shipped_vlm_names
+from transporter_nb.models.vlms.hub import VLMSettings
+from transporter_nb.world.words import caption, do, render, sample_scenes
 
 TINY = VLMSettings(n_frames=5, image_size=16, patch_size=4, hidden_size=24, n_layers=1, n_heads=2, vision_size=16, vision_layers=2, vision_heads=2)
 SCENES = [do(scene, colour="blue", count="one") for scene in sample_scenes(2, seed=62_000)]

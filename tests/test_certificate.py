@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from transporter_nb import certificate
-from transporter_nb.certificate import Certificate, Exchange, RandomLike, Sighting, certify, vlm_reader
-from transporter_nb.contrasts import parse_contrast
-from transporter_nb.directions import TargetCaption, VelocitySlider
-from transporter_nb.l2v import Answers, Explanation, Transporter
-from transporter_nb.world import EXAMPLE, SLOTS, UNREADABLE, caption
+from transporter_nb.explain import certificate
+from transporter_nb.explain.certificate import Certificate, Exchange, RandomLike, Sighting, certify, vlm_reader
+from transporter_nb.world.contrasts import parse_contrast
+from transporter_nb.concepts.directions import TargetCaption, VelocitySlider
+from transporter_nb.explain.transporter import Answers, Explanation, Transporter
+from transporter_nb.world.words import EXAMPLE, SLOTS, UNREADABLE, caption
 
 RED = caption(EXAMPLE)
 BASE = {"pair": parse_contrast("red -> blue"), "asked": ["colour"], "targets": {"colour": "blue"}}

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from transporter_nb import core
-from transporter_nb.core import checkpoint_path, load_checkpoint, load_training, save_checkpoint, save_training, seeded_generator
+from transporter_nb.core import base as core
+from transporter_nb.core.base import checkpoint_path, load_checkpoint, load_training, save_checkpoint, save_training, seeded_generator
 
 OLD = {"weight": torch.arange(6.).reshape(2, 3)}
 
@@ -82,7 +82,7 @@ def test_a_full_disk_leaves_the_old_file(saved, monkeypatch):
 def test_a_real_limit_on_file_size_leaves_the_old_file(saved):
     script = f"""
 import resource, signal, torch
-from transporter_nb.core import save_checkpoint
+from transporter_nb.core.base import save_checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 try: save_checkpoint({str(saved)!r}, {{"weight": torch.zeros(300, 300)}})
@@ -96,7 +96,7 @@ except OSError as error: print("refused:", error)
 def test_a_killed_process_leaves_the_old_file(saved):
     script = f"""
 import os, signal
-from transporter_nb.core import write_aside
+from transporter_nb.core.base import write_aside
 with write_aside({str(saved)!r}) as aside:
     aside.write_bytes(b"half of it")
     os.kill(os.getpid(), signal.SIGKILL)

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from transporter_nb.comparison import (MEASURES, SINGLE_CONTRASTS, case_keys, comparison_cases, concept_key, digest_of_clips, from_bytes, generation_of, judged_row, kept_sweep,
+from transporter_nb.evaluate.comparison import (MEASURES, SINGLE_CONTRASTS, case_keys, comparison_cases, concept_key, digest_of_clips, from_bytes, generation_of, judged_row, kept_sweep,
                                        learned_captions, load_judge, real_statistics, target_probability, to_bytes)
-from transporter_nb.concepts import ConceptBank
-from transporter_nb.core import checkpoint_path
-from transporter_nb.registry import load_generator, load_vlm
-from transporter_nb.tables import RowCache, compare_rows
-from transporter_nb.world import do, is_held_out, render, sample_scenes
+from transporter_nb.concepts.bank import ConceptBank
+from transporter_nb.core.base import checkpoint_path
+from transporter_nb.models.registry import load_generator, load_vlm
+from transporter_nb.evaluate.tables import RowCache, compare_rows
+from transporter_nb.world.words import do, is_held_out, render, sample_scenes
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What every notebook promises: its name, its opening, its size, its outputs, and the layers it may import from"""
+"""What every notebook promises: its name, its opening, its size, its outputs, and the folders it may import from"""
 import ast
 import importlib
 import inspect
@@ -9,10 +9,21 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = {path.stem: nbformat.read(path, as_version=4) for path in sorted((ROOT / "nbs").glob("*.ipynb"))}
-NUMBERED = [name for name in NOTEBOOKS if re.match(r"\d\d_", name)]
+PATHS = [path for path in sorted((ROOT / "nbs").rglob("*.ipynb"))
+         if not any(part.startswith((".", "_")) for part in path.relative_to(ROOT).parts)]
+NOTEBOOKS = {path.relative_to(ROOT / "nbs").with_suffix("").as_posix(): nbformat.read(path, 4)
+             for path in PATHS}
+NUMBERED = [name for name in NOTEBOOKS if re.match(r"\d_", name)]
 EXPERIMENTS = [name for name in NOTEBOOKS if name not in NUMBERED]
-MODULES = {name.split("_", 1)[1]: int(name[0]) for name in NUMBERED}  # dotted module -> layer
+
+
+def module_of(name):
+    "`2_models/01_generators.base` exports `models.generators.base`"
+    folder, stem = name.split("/")
+    return f"{folder[2:]}.{stem.split('_', 1)[1]}"
+
+
+MODULES = {module_of(name): int(name[0]) for name in NUMBERED}  # dotted module -> layer
 
 
 def code(name, export_only=False):
@@ -35,7 +46,8 @@ def test_there_are_notebooks():
 @pytest.mark.parametrize("name", NUMBERED)
 def test_a_numbered_notebook_exports_the_module_of_its_name(name):
     targets = [target for cell in code(name) for target in re.findall(r"^#\|\s*default_exp\s+(\S+)", cell.source, re.M)]
-    module = name.split("_", 1)[1]
+    module = module_of(name)
+    assert re.fullmatch(r"\d_[a-z]+/\d\d_[a-z0-9_.]+", name)
     assert targets == [module]
     assert (ROOT / "transporter_nb" / (module.replace(".", "/") + ".py")).exists()
 
@@ -72,15 +84,31 @@ def test_imports_are_explicit(name):
 
 
 @pytest.mark.parametrize("name", NUMBERED)
-def test_the_digit_agrees_with_the_imports(name):
-    layer, package = int(name[0]), name.split("_", 1)[1].rpartition(".")[0]
+def test_the_folder_agrees_with_the_imports(name):
+    layer = int(name[0])
     for cell in code(name):
         for module, what in imports(cell.source):
             if not module.startswith("transporter_nb"): continue
             dotted = module.removeprefix("transporter_nb").lstrip(".")
-            imported = f"{dotted}.{what}".lstrip(".") if f"{dotted}.{what}".lstrip(".") in MODULES else dotted
+            imported = f"{dotted}.{what}" if f"{dotted}.{what}" in MODULES else dotted
             assert imported in MODULES, f"{module} has no notebook"
-            assert MODULES[imported] <= layer, f"layer {layer} imports {imported} of layer {MODULES[imported]}"
+            below = MODULES[imported]
+            assert below <= layer, f"folder {layer} imports {imported} of folder {below}"
+
+
+def test_notebooks_of_a_folder_are_numbered_without_gaps():
+    for folder in {name.split("/")[0] for name in NUMBERED}:
+        numbers = [int(name.split("/")[1][:2]) for name in NUMBERED if name.startswith(folder)]
+        assert sorted(numbers) == list(range(1, len(numbers) + 1)), folder
+
+
+OPENED = re.compile(r"quickstart|explorer|explain|explain_clip|bring_your_own_vlm|gallery"
+                    r"|fig\d|table\d|training/\w+|studies/\w+")
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_what_a_reader_opens_stands_at_the_top(name):
+    assert OPENED.fullmatch(name), "trainings and studies have folders of their own"
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

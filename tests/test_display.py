@@ -7,14 +7,14 @@ import pytest
 import torch
 from IPython.core.formatters import DisplayFormatter
 
-from transporter_nb.certificate import Certificate, Exchange, Sighting
-from transporter_nb.concepts import Concept, ConceptBank, ConceptConfig
-from transporter_nb.contrasts import parse_contrast
+from transporter_nb.explain.certificate import Certificate, Exchange, Sighting
+from transporter_nb.concepts.bank import Concept, ConceptBank, ConceptConfig
+from transporter_nb.world.contrasts import parse_contrast
 from transporter_nb.coupling.network import CouplingConfig, CouplingNetwork
 from transporter_nb.coupling.training import TrainingResult
-from transporter_nb.l2v import Answers, AnswerTable, Explanation, Transporter
-from transporter_nb.pages import html_image, html_table
-from transporter_nb.video import demo_video, show_gif
+from transporter_nb.explain.transporter import Answers, AnswerTable, Explanation, Transporter
+from transporter_nb.core.pages import html_image, html_table
+from transporter_nb.world.video import demo_video, show_gif
 
 HOSTILE = ["<img src=x onerror=alert(1)>", "\"' onload='alert(1)' x=\"", "</style><script>alert(1)</script>", "a red 🎈 ball 👩‍🔬", "a $\\frac{1}{0$ ball", "&lt;b&gt;", "</div></table>", "x" * 10_000,
            "<svg/onload=alert(1)>", "javascript:alert(1) https://example.org/x.png"]

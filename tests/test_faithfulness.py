@@ -7,15 +7,15 @@ import torch
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 
-from transporter_nb.core import seeded_generator
-from transporter_nb.faithfulness.effects import WordOracle, effect_difference, effect_of, effect_table, probe_scenes, rendered_effect, said_effect, strongest_pair
-from transporter_nb.faithfulness.plants import Plant
-from transporter_nb.faithfulness.scores import (PlantedCase, Outcome, agreement_kl, auroc, bounded_estimate, case_items, cluster_means, difference_in_differences, drawn_counts, effect_share, explained_effect,
+from transporter_nb.core.base import seeded_generator
+from transporter_nb.evaluate.faithfulness.effects import WordOracle, effect_difference, effect_of, effect_table, probe_scenes, rendered_effect, said_effect, strongest_pair
+from transporter_nb.evaluate.faithfulness.plants import Plant
+from transporter_nb.evaluate.faithfulness.scores import (PlantedCase, Outcome, agreement_kl, auroc, bounded_estimate, case_items, cluster_means, difference_in_differences, drawn_counts, effect_share, explained_effect,
                                                 false_alarm, fooled_share, method_scores, monotone_share, pair_share, pooled, preserved, rank_correlation, readable_share, resampled_means, spearman,
                                                 undefined, visible)
-from transporter_nb.metrics.video import Estimate, wilson_interval
-from transporter_nb.registry import load_vlm
-from transporter_nb.world import SLOTS, UNREADABLE, do, parse_caption, read_video, render, sample_scenes
+from transporter_nb.evaluate.metrics.video import Estimate, wilson_interval
+from transporter_nb.models.registry import load_vlm
+from transporter_nb.world.words import SLOTS, UNREADABLE, do, parse_caption, read_video, render, sample_scenes
 
 PLANTS = (
     Plant("slowly -> quickly", "floor", ("snowy", "sandy"), ("stone", "leafy")),

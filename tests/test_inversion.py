@@ -4,15 +4,15 @@ from functools import cache, partial
 import pytest
 import torch
 
-from transporter_nb.baselines.canvas import FourierCanvas, PhaseCanvas, PixelCanvas, mean_magnitude
-from transporter_nb.baselines.inversion import InversionConfig, Term, invert
-from transporter_nb.baselines.objectives import (BatchNormGuide, Coherence, FeatureStatistics, JaccardSimilarity, TargetToken, TeacherForcedAnswer, VisionReader,
+from transporter_nb.evaluate.baselines.canvas import FourierCanvas, PhaseCanvas, PixelCanvas, mean_magnitude
+from transporter_nb.evaluate.baselines.inversion import InversionConfig, Term, invert
+from transporter_nb.evaluate.baselines.objectives import (BatchNormGuide, Coherence, FeatureStatistics, JaccardSimilarity, TargetToken, TeacherForcedAnswer, VisionReader,
                                                  WantedDivergence, vision_layers)
-from transporter_nb.baselines.priors import add_noise, chain, jitter, patch_borders, random_crop, temporal_variation, total_variation
-from transporter_nb.registry import VLMS, find_adapter
-from transporter_nb.vlms.base import Turn
-from transporter_nb.vlms.hub import VLMSettings
-from transporter_nb.world import render, sample_scenes
+from transporter_nb.evaluate.baselines.priors import add_noise, chain, jitter, patch_borders, random_crop, temporal_variation, total_variation
+from transporter_nb.models.registry import VLMS, find_adapter
+from transporter_nb.models.vlms.base import Turn
+from transporter_nb.models.vlms.hub import VLMSettings
+from transporter_nb.world.words import render, sample_scenes
 
 SHAPE = (9, 16, 16)
 CAPTIONS = {3: "one large red ball slides left slowly over a stone floor", 5: "two small red rings bounce right quickly over a sandy floor", 8: "one small red cone climbs left quickly over a leafy floor"}

@@ -5,26 +5,26 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from transporter_nb.answer_gradients import GradientConfig, learn_by_gradient
-from transporter_nb.concepts import ConceptConfig, learn_concept
-from transporter_nb.contrasts import parse_contrast
+from transporter_nb.concepts.answer_gradients import GradientConfig, learn_by_gradient
+from transporter_nb.concepts.bank import ConceptConfig, learn_concept
+from transporter_nb.world.contrasts import parse_contrast
 from transporter_nb.coupling.network import CouplingConfig, CouplingNetwork
-from transporter_nb.generators import wan as wan_module
-from transporter_nb.generators.wan import (PARTS, WanConfig, WanGenerator, WanTextConfig,
+from transporter_nb.models.generators import wan as wan_module
+from transporter_nb.models.generators.wan import (PARTS, WanConfig, WanGenerator, WanTextConfig,
                                            WanTransformerConfig, WanVAEConfig, blank_generator,
                                            load_hub)
-from transporter_nb.hub import LoadOptions
-from transporter_nb.l2v import Transporter
-from transporter_nb.metrics.alignment import FrameAlignment, clip_score
-from transporter_nb.metrics.readers import read_change, sweep_distances
-from transporter_nb.metrics.video import (frechet_video_distance, nearest_perceptual_distance,
+from transporter_nb.core.hub import LoadOptions
+from transporter_nb.explain.transporter import Transporter
+from transporter_nb.evaluate.metrics.alignment import FrameAlignment, clip_score
+from transporter_nb.evaluate.metrics.readers import read_change, sweep_distances
+from transporter_nb.evaluate.metrics.video import (frechet_video_distance, nearest_perceptual_distance,
                                           perceptual_distance)
-from transporter_nb.registry import VLMS, find_adapter, load_generator, load_vlm
-from transporter_nb.steering import steer
-from transporter_nb.video import contact_sheet, encode_gif, resize_video
-from transporter_nb.vlms import hub as hub_module
-from transporter_nb.vlms.base import DESCRIBE, world_words
-from transporter_nb.vlms.hub import VLMSettings, place
+from transporter_nb.models.registry import VLMS, find_adapter, load_generator, load_vlm
+from transporter_nb.explain.steering import steer
+from transporter_nb.world.video import contact_sheet, encode_gif, resize_video
+from transporter_nb.models.vlms import hub as hub_module
+from transporter_nb.models.vlms.base import DESCRIBE, world_words
+from transporter_nb.models.vlms.hub import VLMSettings, place
 
 RED, CHANGE = "one large red ball slides left slowly over a stone floor", "red -> blue"
 LOW = (torch.float16, torch.bfloat16, torch.float64)

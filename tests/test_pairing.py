@@ -7,15 +7,15 @@ from itertools import permutations
 import pytest
 import torch
 
-from transporter_nb import l2v as l2v_module
-from transporter_nb.concepts import Concept, ConceptBank, ConceptConfig
-from transporter_nb.contrasts import parse_contrast
-from transporter_nb.core import checkpoint_path, load_checkpoint, save_checkpoint, tensor_digest
+from transporter_nb.explain import transporter as l2v_module
+from transporter_nb.concepts.bank import Concept, ConceptBank, ConceptConfig
+from transporter_nb.world.contrasts import parse_contrast
+from transporter_nb.core.base import checkpoint_path, load_checkpoint, save_checkpoint, tensor_digest
 from transporter_nb.coupling.network import CouplingNetwork
-from transporter_nb.generators.wan import WanGenerator
-from transporter_nb.l2v import Transporter
-from transporter_nb.registry import load_generator, load_vlm
-from transporter_nb.widgets import MISLED, load_transporter
+from transporter_nb.models.generators.wan import WanGenerator
+from transporter_nb.explain.transporter import Transporter
+from transporter_nb.models.registry import load_generator, load_vlm
+from transporter_nb.app.widgets import MISLED, load_transporter
 
 RED = "one large red ball slides left slowly over a stone floor"
 SHIPPED = ("phi4", "gemma3", "videollama3")

@@ -11,6 +11,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
+EXPERIMENTS = {path.stem: path for folder in ("", "training", "studies")
+               for path in sorted((ROOT / "nbs" / folder).glob("*.ipynb"))}
 
 
 def run(*words, timeout=120):
@@ -37,7 +39,7 @@ def test_a_parameter_survives_cleaning_and_takes_effect(tmp_path):
 
 
 def test_experiments_that_take_parameters_have_one_tagged_cell():
-    for path in sorted((ROOT / "nbs").glob("[!0-9]*.ipynb")):
+    for path in EXPERIMENTS.values():
         notebook = nbformat.read(path, as_version=4)
         assert len(parameter_cells(notebook)) == 1, f"{path.name} needs one cell tagged `parameters`"
 
@@ -56,7 +58,7 @@ def refused(tmp_path_factory):
     folder = tmp_path_factory.mktemp("refused")
     def attempt(key):
         figure, parameter, value = key
-        return key, run(BIN / "papermill", "--no-progress-bar", ROOT / "nbs" / f"{figure}.ipynb", folder / f"{figure}_{parameter}.ipynb", "-p", parameter, value, timeout=300)
+        return key, run(BIN / "papermill", "--no-progress-bar", EXPERIMENTS[figure], folder / f"{figure}_{parameter}.ipynb", "-p", parameter, value, timeout=300)
     before = {path: path.stat().st_mtime_ns for path in (ROOT / "figures").iterdir()}
     with ThreadPoolExecutor(2) as pool: done = dict(pool.map(attempt, WRONG))
     assert before == {path: path.stat().st_mtime_ns for path in (ROOT / "figures").iterdir()}, "a refused run wrote a figure"

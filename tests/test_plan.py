@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-from transporter_nb.hub import SOURCES, LoadOptions, require
-from transporter_nb.plan import Account, MetaRun, measured_workspace, plan, prepare, stage_calls, stage_cost
+from transporter_nb.core.hub import SOURCES, LoadOptions, require
+from transporter_nb.explain.plan import Account, MetaRun, measured_workspace, plan, prepare, stage_calls, stage_cost
 
 MINI = LoadOptions(dtype="float32")
 

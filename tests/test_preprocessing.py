@@ -15,7 +15,7 @@ from make_processor_fixtures import FIXTURE, PROMPTS, PUBLISHED, RATE, SECONDS, 
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from transporter_nb.vlms.preprocessing import (CLIP_MEAN, CLIP_STD, FRAMES_TEXT, fit_longest_edge, flatten_patches, in_words, normalise, paced_frames, phi4_crops, resize, round_to_blocks,
+from transporter_nb.models.vlms.preprocessing import (CLIP_MEAN, CLIP_STD, FRAMES_TEXT, fit_longest_edge, flatten_patches, in_words, normalise, paced_frames, phi4_crops, resize, round_to_blocks,
                                                smol_squares, stepped_frames)
 
 FROZEN = load_file(FIXTURE)

@@ -11,23 +11,26 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from transporter_nb.core import write_aside
+from transporter_nb.core.base import write_aside
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
+EXPERIMENTS = {path.stem: path for folder in ("", "training", "studies")
+               for path in sorted((ROOT / "nbs" / folder).glob("*.ipynb"))}
 ENDINGS = (".csv", ".gif", ".json", ".mp4", ".pdf", ".png")
 CAPTIONS = ["one small green cone climbs left slowly over a sandy floor", "one large red ball slides left slowly over a stone floor"]
 
 
 def notebook(name):
-    return nbformat.read(ROOT / "nbs" / f"{name}.ipynb", as_version=4)
+    return nbformat.read(EXPERIMENTS[name], as_version=4)
 
 
 def code_of(name):
     return "\n".join(cell.source for cell in notebook(name).cells if cell.cell_type == "code")
 
 
-SAVING = sorted(path.stem for path in (ROOT / "nbs").glob("[!0-9]*.ipynb") if re.search(r"\bsave_(figure|table|record)\(", code_of(path.stem)))
+SAVING = sorted(name for name in EXPERIMENTS
+                if re.search(r"\bsave_(figure|table|record)\(", code_of(name)))
 
 
 # ---- whole notebooks, started from a folder of a reader
@@ -49,8 +52,8 @@ def shipped():
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    from transporter_nb.video import save_mp4
-    from transporter_nb.world import render, sample_scenes
+    from transporter_nb.world.video import save_mp4
+    from transporter_nb.world.words import render, sample_scenes
     folder, before = tmp_path_factory.mktemp("reader"), shipped()
     save_mp4(folder / "mine.mp4", render(sample_scenes(1, seed=5))[0], enlarge=8)
 
@@ -58,7 +61,7 @@ def ran(tmp_path_factory):
         name, given = RUNS[label]
         words = [word for key, value in given.items() for word in ("-p", key, value)]
         out = folder / f"{label}.ipynb"
-        done = subprocess.run([BIN / "papermill", "--no-progress-bar", ROOT / "nbs" / f"{name}.ipynb", out, *words],
+        done = subprocess.run([BIN / "papermill", "--no-progress-bar", EXPERIMENTS[name], out, *words],
                               cwd=folder, capture_output=True, text=True, timeout=1800)
         assert done.returncode == 0, done.stderr[-3000:]
         said = "\n".join(o.get("text", "") for cell in nbformat.read(out, as_version=4).cells for o in cell.get("outputs", []))
@@ -117,7 +120,7 @@ def parameters_of(name, **passed):
 
 @pytest.mark.parametrize("name", SAVING)
 def test_different_parameters_have_different_names_in_the_working_directory(name, tmp_path, monkeypatch):
-    from transporter_nb.figures import figure_stem
+    from transporter_nb.evaluate.figures import figure_stem
     monkeypatch.chdir(tmp_path)
     ours = parameters_of(name)["ours"]
     other = {str: "something else", bool: True, int: 12_345, float: .123}
@@ -138,12 +141,12 @@ OURS = {"caption": "a red ball", "seed": 0}
 
 def save(stem):
     from matplotlib.figure import Figure
-    from transporter_nb.figures import save_figure
+    from transporter_nb.evaluate.figures import save_figure
     return save_figure(Figure((1, 1)), stem, {"parameters": OURS})
 
 
 def test_files_of_another_run_or_of_the_reader_are_not_replaced(tmp_path, monkeypatch):
-    from transporter_nb.figures import figure_stem
+    from transporter_nb.evaluate.figures import figure_stem
     monkeypatch.chdir(tmp_path)
     mine = figure_stem("fig3_phi4", OURS | {"seed": 3}, OURS, stem="mine")
     assert mine.path == tmp_path / "mine"
@@ -160,14 +163,14 @@ def test_files_of_another_run_or_of_the_reader_are_not_replaced(tmp_path, monkey
 
 
 def test_a_link_that_leads_nowhere_is_a_file_of_the_reader(tmp_path, monkeypatch):
-    from transporter_nb.figures import figure_stem
+    from transporter_nb.evaluate.figures import figure_stem
     monkeypatch.chdir(tmp_path)
     (tmp_path / "fig3_phi4.png").symlink_to("elsewhere.png")
     with pytest.raises(FileExistsError, match="fig3_phi4.png"): figure_stem("fig3_phi4", OURS, OURS)
 
 
 def test_only_install_reaches_the_figures_of_the_repository(tmp_path, monkeypatch):
-    from transporter_nb.figures import figure_stem
+    from transporter_nb.evaluate.figures import figure_stem
     installed = figure_stem("fig3_phi4", OURS, OURS, install=True)
     assert installed.path == ROOT / "figures" / "fig3_phi4"
     assert installed.beside("effects").path == ROOT / "figures" / "fig3_phi4_effects"
@@ -256,7 +259,7 @@ def test_a_sweep_follows_no_link_and_removes_no_folder(tmp_path):
 def test_a_killed_writer_is_swept_by_the_next(tmp_path):
     script = f"""
 import os, signal
-from transporter_nb.core import write_aside
+from transporter_nb.core.base import write_aside
 with write_aside({str(tmp_path / "note.txt")!r}) as aside:
     aside.write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)

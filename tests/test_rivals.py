@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from transporter_nb.concepts import Concept, ConceptConfig, Direction
-from transporter_nb.contrasts import parse_contrast
-from transporter_nb.directions import (CodecPass, Cost, InterpolatedText, NoChange, Replacement, RetrievedClip, TargetCaption, VelocityPush, VelocitySlider, all_rivals, count_evaluations,
+from transporter_nb.concepts.bank import Concept, ConceptConfig, Direction
+from transporter_nb.world.contrasts import parse_contrast
+from transporter_nb.concepts.directions import (CodecPass, Cost, InterpolatedText, NoChange, Replacement, RetrievedClip, TargetCaption, VelocityPush, VelocitySlider, all_rivals, count_evaluations,
                                        perceptual_range, rivals, rms_distance, through_codec)
-from transporter_nb.generators.base import PromptCondition, VideoGenerator
-from transporter_nb.steering import PushTerm, steer, steered_velocity
+from transporter_nb.models.generators.base import PromptCondition, VideoGenerator
+from transporter_nb.explain.steering import PushTerm, steer, steered_velocity
 
 RED, TWO = "one large red ball", "two small red rings over sand"
 TO_BLUE, TO_SMALL = parse_contrast("red -> blue"), parse_contrast("large -> small")

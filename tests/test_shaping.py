@@ -4,18 +4,18 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 
-from transporter_nb.answer_gradients import (GradientConfig, WordGradientConfig, denoised_gaps, gradient_loss, guided_clips, latent_gap, learn_by_gradient, path_latents, word_effects,
+from transporter_nb.concepts.answer_gradients import (GradientConfig, WordGradientConfig, denoised_gaps, gradient_loss, guided_clips, latent_gap, learn_by_gradient, path_latents, word_effects,
                                              word_gradients)
-from transporter_nb.concepts import Concept, ConceptConfig, PartialSamples, partial_samples
-from transporter_nb.contrasts import parse_contrast
-from transporter_nb.core import tensor_digest
+from transporter_nb.concepts.bank import Concept, ConceptConfig, PartialSamples, partial_samples
+from transporter_nb.world.contrasts import parse_contrast
+from transporter_nb.core.base import tensor_digest
 from transporter_nb.coupling.network import CouplingConfig, CouplingNetwork
-from transporter_nb.directions import TargetCaption
-from transporter_nb.generators.wan import WanConfig, WanGenerator, WanTextConfig, WanTransformerConfig, WanVAEConfig
-from transporter_nb.registry import load_generator
-from transporter_nb.shaping import WORD_GROUPS, AnswerModel, ShapedConcept, ShapingConfig, balanced_captions, fit_answers, measure_answers, shape_concept, with_word, word_of
-from transporter_nb.vlms.base import VideoLanguageModel, word_tokenizer, world_words
-from transporter_nb.world import SLOTS, caption, do, read_video, sample_scenes
+from transporter_nb.concepts.directions import TargetCaption
+from transporter_nb.models.generators.wan import WanConfig, WanGenerator, WanTextConfig, WanTransformerConfig, WanVAEConfig
+from transporter_nb.models.registry import load_generator
+from transporter_nb.concepts.shaping import WORD_GROUPS, AnswerModel, ShapedConcept, ShapingConfig, balanced_captions, fit_answers, measure_answers, shape_concept, with_word, word_of
+from transporter_nb.models.vlms.base import VideoLanguageModel, word_tokenizer, world_words
+from transporter_nb.world.words import SLOTS, caption, do, read_video, sample_scenes
 
 PACE = parse_contrast("slowly -> quickly")
 SMALL = ShapingConfig(n_clips=32)  # cheaper than the default, and enough for an oracle

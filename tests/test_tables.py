@@ -12,9 +12,9 @@ import pytest
 import torch
 from matplotlib.text import Text
 
-from transporter_nb import tables
-from transporter_nb.figures import cut_texts
-from transporter_nb.tables import Absent, Column, Row, RowCache, Table, Typography, as_cell, compare_rows, save_table
+from transporter_nb.evaluate import tables
+from transporter_nb.evaluate.figures import cut_texts
+from transporter_nb.evaluate.tables import Absent, Column, Row, RowCache, Table, Typography, as_cell, compare_rows, save_table
 
 
 class Estimate(NamedTuple):
@@ -27,7 +27,7 @@ class Estimate(NamedTuple):
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from transporter_nb.tables import RowCache
+from transporter_nb.evaluate.tables import RowCache
 folder, stop = Path(sys.argv[1]), int(sys.argv[2])
 cache = RowCache(folder / "cache")
 for k in range(4):
@@ -142,7 +142,7 @@ def test_clips_of_another_configuration(tmp_path):
 RACE = """
 import sys, time
 from pathlib import Path
-from transporter_nb.tables import RowCache
+from transporter_nb.evaluate.tables import RowCache
 folder = Path(sys.argv[1])
 def compute():
     (folder / sys.argv[2]).touch()

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from jaxtyping import TypeCheckError
 
-from transporter_nb import video as v
+from transporter_nb.world import video as v
 
 
 def test_shapes_are_checked_at_run_time():

@@ -14,11 +14,11 @@ import psutil
 import pytest
 import torch
 
-from transporter_nb.contrasts import parse_contrast
-from transporter_nb.l2v import Transporter
-from transporter_nb.screen import Worker
-from transporter_nb.widgets import Explorer
-from transporter_nb.world import EXAMPLE, caption
+from transporter_nb.world.contrasts import parse_contrast
+from transporter_nb.explain.transporter import Transporter
+from transporter_nb.app.screen import Worker
+from transporter_nb.app.widgets import Explorer
+from transporter_nb.world.words import EXAMPLE, caption
 
 RED = caption(EXAMPLE)
 
@@ -37,7 +37,7 @@ def state(explorer:Explorer) -> str: return explorer.out.status.value.split('dat
 
 @pytest.fixture
 def explorer(phi4, tmp_path, monkeypatch):
-    monkeypatch.setattr("transporter_nb.widgets.stops", lambda step: [0., 1.5]) # beside the five of the filmstrip; that all stops are made is one test's matter
+    monkeypatch.setattr("transporter_nb.app.widgets.stops", lambda step: [0., 1.5]) # beside the five of the filmstrip; that all stops are made is one test's matter
     made = Explorer(l2v=phi4, folder=tmp_path)
     settle(made)
     yield made
@@ -82,7 +82,7 @@ def test_a_slider_moved_while_another_vlm_loads(explorer, monkeypatch):
     "What was on screen stays until the other VLM is there, and then it is the other that answers"
     gate, explorer.own = threading.Event(), None
     def slow(name, *_): gate.wait(20); return Transporter.load(name)
-    monkeypatch.setattr("transporter_nb.widgets.load_transporter", slow)
+    monkeypatch.setattr("transporter_nb.app.widgets.load_transporter", slow)
     explorer.loaded.clear()
     explorer.set.vlm.options = ["phi4", "gemma3"]; explorer.set.vlm.value = "gemma3"
     explorer.sliders["red -> blue"].value = .5; explorer.set.seed.value = 3; explorer.add(); explorer.save(); explorer.open_word("red")
@@ -105,7 +105,7 @@ def test_one_word_becomes_one_other_word(explorer, phi4, monkeypatch):
     "Whatever the order: while one change of a word is learned, another is asked for"
     gate = threading.Event()
     def learn(l2v, change, text, progress): gate.wait(20); l2v.bank[change] = replace(l2v.bank["red -> blue"], pair=parse_contrast(change)); return l2v.bank[change]
-    monkeypatch.setattr("transporter_nb.widgets.learn_apart", learn)
+    monkeypatch.setattr("transporter_nb.app.widgets.learn_apart", learn)
     explorer.set.word.value = "stone"; explorer.set.into.value = "snowy"; explorer.add()
     explorer.set.into.value = "leafy"; explorer.add(); assert "a word becomes one other word" in explorer.out.status.value and list(explorer.sliders) == ["red -> blue"]
     explorer.set.into.value = "snowy"; explorer.add(); assert "is being learned" in explorer.out.status.value
@@ -129,7 +129,7 @@ def test_a_save_is_of_what_is_on_screen(explorer, tmp_path):
 
 def test_results_come_back_on_the_thread_of_the_loop(phi4, monkeypatch):
     "As in a notebook, where widgets belong to the thread that runs the event loop"
-    monkeypatch.setattr("transporter_nb.widgets.stops", lambda step: [0., 1.5])
+    monkeypatch.setattr("transporter_nb.app.widgets.stops", lambda step: [0., 1.5])
     seen = set()
     async def main():
         explorer = Explorer(l2v=phi4)
@@ -163,8 +163,8 @@ def busy():
 
 OPEN = """
 import sys, time
-from transporter_nb.l2v import Transporter
-from transporter_nb.widgets import Explorer
+from transporter_nb.explain.transporter import Transporter
+from transporter_nb.app.widgets import Explorer
 
 explorer = Explorer(l2v=Transporter.load("phi4"))
 """
@@ -273,7 +273,7 @@ def test_a_folder_that_cannot_be_written_is_told(explorer, tmp_path):
 
 
 def test_a_vlm_changes_under_way(monkeypatch):
-    monkeypatch.setattr("transporter_nb.widgets.stops", lambda step: [0., 1.5])
+    monkeypatch.setattr("transporter_nb.app.widgets.stops", lambda step: [0., 1.5])
     explorer = Explorer("phi4", change=["red -> blue"])
     explorer.set.vlm.value = "gemma3"; explorer.set.vlm.value = "phi4"; explorer.set.vlm.value = "gemma3"
     settle(explorer, 120)
@@ -282,7 +282,7 @@ def test_a_vlm_changes_under_way(monkeypatch):
 
 
 def test_two_explorers_share_models_and_nothing_else(phi4, monkeypatch):
-    monkeypatch.setattr("transporter_nb.widgets.stops", lambda step: [0., 1.5])
+    monkeypatch.setattr("transporter_nb.app.widgets.stops", lambda step: [0., 1.5])
     one, two = Explorer(l2v=phi4), Explorer(l2v=phi4)
     settle(one); settle(two)
     one.sliders["red -> blue"].value = .2; two.sliders["red -> blue"].value = .8

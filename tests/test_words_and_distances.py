@@ -5,9 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from transporter_nb.contrasts import MINI_CONTRASTS, PAPER_CONTRASTS, ContrastPair, changed_words
-from transporter_nb.distances import answer_distance, hellinger_distance, pair_log_probs
-from transporter_nb.world import SLOTS
+from transporter_nb.world.contrasts import MINI_CONTRASTS, PAPER_CONTRASTS, ContrastPair, changed_words
+from transporter_nb.world.distances import answer_distance, hellinger_distance, pair_log_probs
+from transporter_nb.world.words import SLOTS
 
 BOUNDED = ("hellinger", "jensen-shannon", "jaccard")
 

@@ -22,7 +22,7 @@ c.TagRemovePreprocessor.enabled = True
 c.TagRemovePreprocessor.remove_cell_tags = {"prose"}
 
 # One page is kept warm, so that it opens at once. All of them together are bounded in number.
-c.VoilaConfiguration.multi_kernel_manager_class = "transporter_nb.server.LimitedKernelManager"
+c.VoilaConfiguration.multi_kernel_manager_class = "transporter_nb.app.server.LimitedKernelManager"
 c.VoilaConfiguration.preheat_kernel = True
 c.VoilaConfiguration.default_pool_size = 1
 
