@@ -1,8 +1,9 @@
-"""Print the measured rows that fall short of their targets, and write the card into the README between its two marks."""
+"""Print the measured rows that fall short of their targets, and write the card into docs/scorecard.md between its two marks."""
 import json, re, sys
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
+page = root / "docs" / "scorecard.md"
 
 
 def falls_short(row: dict) -> bool:
@@ -43,28 +44,43 @@ def worst_of(rows: list[dict]) -> list[dict]:
             for (name, _), members in groups.items()]
 
 
-reports = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted((root / "figures").glob("*.json"))}
-reports = {path: report for path, report in reports.items() if isinstance(report, dict) and report.get("rows")}
-if not reports:
-    sys.exit("There is no report in figures/ yet. Run `make measure` first.")
+def read_reports() -> dict[Path, dict]:
+    """Every record of `figures/` that holds measured rows"""
+    found = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted((root / "figures").glob("*.json"))}
+    return {path: report for path, report in found.items() if isinstance(report, dict) and report.get("rows")}
 
-card = []
-for path, report in reports.items():
-    rows = [row for row in report["rows"] if row.get("target") is not None]
-    if not rows:
-        print(f"{path.stem}: {len(report['rows'])} facts, no target")
-        continue
-    short = [row for row in rows if falls_short(row)]
-    print(f"{path.stem}: {len(rows) - len(short)} of {len(rows)} targets met")
-    for row in short:
-        sign = ">" if row.get("better") == "lower" else "<"
-        print(f"  short  {row['what']}{' (' + row['vlm'] + ')' if row.get('vlm') else ''}: {show(row['value']) or 'not measured'} {sign} {show(row['target'])}, n = {row.get('n')}")
-    met = f"**{path.stem}**: {len(rows) - len(short)} of {len(rows)} targets met. Facts, controls and rivals without a target are in `figures/{path.name}`."
-    card.append(f"{met}\n\n{table(worst_of(rows))}")
 
-readme = root / "README.md"
-text = readme.read_text(encoding="utf-8")
-marked = re.compile(r"(<!-- scorecard -->\n).*?(<!-- /scorecard -->)", re.DOTALL)
-if not marked.search(text):
-    sys.exit("README.md has lost its marks <!-- scorecard --> and <!-- /scorecard -->.")
-readme.write_text(marked.sub(lambda match: match.group(1) + "\n\n".join(card) + "\n" + match.group(2), text), encoding="utf-8")
+def card(reports: dict[Path, dict]) -> str:
+    """All reports as tables, one row a group"""
+    parts = []
+    for path, report in reports.items():
+        rows = [row for row in report["rows"] if row.get("target") is not None]
+        if not rows: continue
+        met = len(rows) - sum(map(falls_short, rows))
+        parts.append(f"## {path.stem}\n\n{met} of {len(rows)} targets met. Facts, controls and rivals without a target are in `figures/{path.name}`.\n\n{table(worst_of(rows))}")
+    return "\n\n".join(parts)
+
+
+def print_short(reports: dict[Path, dict]):
+    """What falls short, report by report"""
+    for path, report in reports.items():
+        rows = [row for row in report["rows"] if row.get("target") is not None]
+        short = [row for row in rows if falls_short(row)]
+        print(f"{path.stem}: {len(rows) - len(short)} of {len(rows)} targets met" if rows else f"{path.stem}: {len(report['rows'])} facts, no target")
+        for row in short:
+            sign = ">" if row.get("better") == "lower" else "<"
+            print(f"  short  {row['what']}{' (' + row['vlm'] + ')' if row.get('vlm') else ''}: {show(row['value']) or 'not measured'} {sign} {show(row['target'])}, n = {row.get('n')}")
+
+
+def with_card(text: str, reports: dict[Path, dict]) -> str:
+    """The page with the card of today between its marks"""
+    marked = re.compile(r"(<!-- scorecard -->\n).*?(<!-- /scorecard -->)", re.DOTALL)
+    if not marked.search(text): raise ValueError(f"{page} has lost its marks <!-- scorecard --> and <!-- /scorecard -->.")
+    return marked.sub(lambda match: f"{match[1]}\n{card(reports)}\n\n{match[2]}", text)
+
+
+if __name__ == "__main__":
+    reports = read_reports()
+    if not reports: sys.exit("There is no report in figures/ yet. Run `make measure` first.")
+    print_short(reports)
+    page.write_text(with_card(page.read_text(encoding="utf-8"), reports), encoding="utf-8")

@@ -26,7 +26,7 @@ about = settings["DEFAULT"]
 project, author, copyright, release = about["lib_name"], about["author"], about["copyright"], about["version"]
 extensions = ["myst_nb"]
 root_doc = "docs/index"
-include_patterns = ["docs/*.md", "nbs/**.ipynb", "README.md", "CHANGELOG.md"]
+include_patterns = ["docs/**.md", "nbs/**.ipynb", "README.md", "CHANGELOG.md"]
 exclude_patterns = [".*", "_*", "**/.ipynb_checkpoints", "**/_*", about["lib_path"], "tests", "figures", "benchmarks", "runs"]
 
 nb_execution_mode = "off"
@@ -100,9 +100,9 @@ class LinkNames(SphinxPostTransform):
     formats = ("html",)
 
     def run(self, **kwargs):
-        places = known_places(self.env)
+        places = known_places(self.app)
         for literal in list(self.document.findall(nodes.literal)):
-            place = places.get(literal.astext().removesuffix("()"))
+            place = places.get(literal.astext()) or places.get(literal.astext().removesuffix("()"))
             if not place or literal.next_node(nodes.reference) or isinstance(literal.parent, (nodes.reference, nodes.title)): continue
             docname, anchor = place
             if docname == self.env.docname and not anchor: continue
@@ -110,24 +110,24 @@ class LinkNames(SphinxPostTransform):
             literal.replace_self(nodes.reference("", "", literal.deepcopy(), internal=True, refuri=uri))
 
 
-def known_places(env) -> dict[str, tuple[str, str]]:
+def known_places(app) -> dict[str, tuple[str, str]]:
     """Names that can be linked: classes, functions with an underscore or a dot, modules, experiments"""
-    if hasattr(env, "known_places"): return env.known_places
+    if hasattr(app, "known_places"): return app.known_places
     found = {}
-    for full, entry in env.domains.python_domain.objects.items():
+    for full, entry in app.env.domains.python_domain.objects.items():
         short = full.removeprefix(project + ".")
         names = {full, short}
-        if entry.objtype != "module": names |= {short.rpartition(".")[2]} if re.search(r"[A-Z_]", short.rpartition(".")[2]) else set()
+        if entry.objtype != "module": names |= {short.rpartition(".")[2]} if re.search(r"[A-Z_]", short.rpartition(".")[2]) else {short.rpartition(".")[2] + "()"}
         if entry.objtype in ("method", "classmethod", "property"): names.add(".".join(short.split(".")[-2:]))
         for name in names: found.setdefault(name, set()).add((entry.docname, "" if entry.objtype == "module" else entry.node_id))
-    for docname in env.found_docs:
+    for docname in app.env.found_docs:
         if docname.startswith("nbs/"): found.setdefault(docname.rpartition("/")[2], set()).add((docname, ""))
-    env.known_places = {name: next(iter(places)) for name, places in found.items() if len(places) == 1}
-    return env.known_places
+    app.known_places = {name: next(iter(places)) for name, places in found.items() if len(places) == 1}
+    return app.known_places
 
 
 def lead_in(app, error):
-    """`_docs/index.html` leads to the first page"""
+    """`_docs/html/index.html` leads to the first page"""
     if error: return
     page = '<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="0; url=docs/index.html"><a href="docs/index.html">Documentation</a>\n'
     (Path(app.outdir) / "index.html").write_text(page, encoding="utf-8")
