@@ -1,8 +1,9 @@
-"""The documentation site, built by `make docs` from the notebooks, without Quarto and without running them.
+"""The documentation site, built by `make docs` from the notebooks: no Quarto, nothing is run.
 
-Sphinx with myst-nb: it reads notebooks with their stored outputs, has a search that needs no server, an index of every
-function, and checks links while it builds. mkdocs-jupyter with Material does most of this too, but knows no signatures of
-its own and takes its formulas from another host. Formulas become MathML here, which browsers draw without a script.
+Sphinx with myst-nb: it reads notebooks with their stored outputs, has a search that needs no
+server and an index of every function, and checks its links while it builds. mkdocs-jupyter with
+Material does most of this too, but it has no directive for a signature, and its formulas want a
+script from another host. Formulas become MathML here: browsers draw it without a script.
 """
 import configparser
 import re
@@ -23,22 +24,29 @@ settings = configparser.ConfigParser(delimiters=["="], interpolation=None)
 settings.read(ROOT / "settings.ini", encoding="utf-8")
 about = settings["DEFAULT"]
 
-project, author, copyright, release = about["lib_name"], about["author"], about["copyright"], about["version"]
+project, release = about["lib_name"], about["version"]
+author, copyright = about["author"], about["copyright"]
 extensions = ["myst_nb"]
 root_doc = "docs/index"
 include_patterns = ["docs/**.md", "nbs/**.ipynb", "README.md", "CHANGELOG.md"]
-exclude_patterns = [".*", "_*", "**/.ipynb_checkpoints", "**/_*", about["lib_path"], "tests", "figures", "benchmarks", "runs"]
+exclude_patterns = [
+    ".*", "_*", "**/.ipynb_checkpoints", "**/_*",
+    project, "tests", "figures", "benchmarks", "runs", "build",  # not searched for pages
+]
 
 nb_execution_mode = "off"
 nb_custom_formats = {".ipynb": ["notebooks.read", {}, False]}
-nb_mime_priority_overrides = [("html", "image/gif", 15), ("html", "application/vnd.jupyter.widget-view+json", None)]
-nb_ipywidgets_js = {}  # no page shows a live widget, and the scripts for them lie on another host
+nb_mime_priority_overrides = [
+    ("html", "image/gif", 15),
+    ("html", "application/vnd.jupyter.widget-view+json", None),
+]
+nb_ipywidgets_js = {}  # no page shows a live widget, whose scripts lie on another host
 nb_code_prompt_show, nb_code_prompt_hide = "Code", "Hide the code"
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "amsmath", "fieldlist"]
-myst_heading_anchors = 3
 myst_dmath_double_inline = True  # our displayed formulas stand inside paragraphs
 myst_dmath_allow_labels = False
+myst_heading_anchors = 3
 add_module_names = False
 toc_object_entries = False
 suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]
@@ -53,13 +61,21 @@ html_math_renderer = "mathml"
 pygments_style, pygments_dark_style = "friendly", "native"
 
 
-ALPHABETS = {"script": "SCRIPT CAPITAL {}", "double-struck": "DOUBLE-STRUCK CAPITAL {}", "bold": "BOLD CAPITAL {}"}
+ALPHABETS = {
+    "script": "SCRIPT CAPITAL {}",
+    "double-struck": "DOUBLE-STRUCK CAPITAL {}",
+    "bold": "BOLD CAPITAL {}",
+}
+STYLED = re.compile(rf'<mi mathvariant="({"|".join(ALPHABETS)})">([A-Z])</mi>')
 
 
 def styled(match: re.Match) -> str:
-    """A script, double-struck or bold letter as a character of its own: browsers ignore the attribute"""
+    """A script, double-struck or bold letter as a character of its own.
+
+    Browsers ignore the attribute that latex2mathml writes.
+    """
     name = ALPHABETS[match[1]].format(match[2])
-    for known in ("MATHEMATICAL " + name, name):
+    for known in ("MATHEMATICAL " + name, name):  # Unicode calls some of them without the prefix
         try: return f"<mi>{unicodedata.lookup(known)}</mi>"
         except KeyError: pass
     return match[0]
@@ -68,17 +84,19 @@ def styled(match: re.Match) -> str:
 def mathml(formula: str, display: str) -> str:
     """A formula of LaTeX as MathML; `\\tag` becomes a number at its right"""
     formula = re.sub(r"\\tag\{(.*?)\}", r"\\qquad(\1)", formula)
-    drawn = re.sub(rf'<mi mathvariant="({"|".join(ALPHABETS)})">([A-Z])</mi>', styled, convert(formula, display=display))
+    drawn = STYLED.sub(styled, convert(formula, display=display))
     drawn = re.sub(r">\\[lr]Vert<", ">‖<", re.sub(r">\\([{}])<", r">\1<", drawn))
-    if unknown := re.findall(r">(\\\w+)<", drawn): raise ValueError(f"unknown: {unknown}")
+    unknown = re.findall(r">(\\\w+)<", drawn)
+    if unknown: raise ValueError(f"latex2mathml does not know {', '.join(unknown)}")
     return drawn
 
 
 def draw_formula(translator, node, display: str):
-    try: translator.body.append(mathml(node.astext(), display))
+    formula = node.astext()
+    try: translator.body.append(mathml(formula, display))
     except Exception as error:
-        logger.warning("this formula cannot be drawn (%r): %s", error, node.astext(), location=node)
-        translator.body.append(escape(node.astext()))
+        logger.warning("this formula cannot be drawn (%r): %s", error, formula, location=node)
+        translator.body.append(escape(formula))
 
 
 def draw_inline(translator, node):
@@ -100,37 +118,52 @@ class LinkNames(SphinxPostTransform):
     formats = ("html",)
 
     def run(self, **kwargs):
-        places = known_places(self.app)
+        places, here = known_places(self.app), self.env.docname
         for literal in list(self.document.findall(nodes.literal)):
-            place = places.get(literal.astext()) or places.get(literal.astext().removesuffix("()"))
-            if not place or literal.next_node(nodes.reference) or isinstance(literal.parent, (nodes.reference, nodes.title)): continue
+            name = literal.astext()
+            place = places.get(name) or places.get(name.removesuffix("()"))
+            if not place or isinstance(literal.parent, (nodes.reference, nodes.title)): continue
             docname, anchor = place
-            if docname == self.env.docname and not anchor: continue
-            uri = self.app.builder.get_relative_uri(self.env.docname, docname) + (f"#{anchor}" if anchor else "")
-            literal.replace_self(nodes.reference("", "", literal.deepcopy(), internal=True, refuri=uri))
+            if docname == here and not anchor: continue
+            uri = self.app.builder.get_relative_uri(here, docname)
+            if anchor: uri += f"#{anchor}"
+            literal.replace_self(
+                nodes.reference("", "", literal.deepcopy(), internal=True, refuri=uri))
+
+
+def names_of(full: str, kind: str) -> set[str]:
+    """How prose may call what `full` is; a plain lower-case word counts with brackets only"""
+    short = full.removeprefix(project + ".")
+    if kind == "module": return {full, short}
+    last = short.rpartition(".")[2]
+    names = {full, short, last if re.search(r"[A-Z_]", last) else last + "()"}
+    if kind in ("method", "classmethod", "staticmethod", "property"):
+        names.add(".".join(short.split(".")[-2:]))
+    return names
 
 
 def known_places(app) -> dict[str, tuple[str, str]]:
-    """Names that can be linked: classes, functions with an underscore or a dot, modules, experiments"""
+    """Name to page and anchor: what the modules define, modules, experiments"""
     if hasattr(app, "known_places"): return app.known_places
     found = {}
     for full, entry in app.env.domains.python_domain.objects.items():
-        short = full.removeprefix(project + ".")
-        names = {full, short}
-        if entry.objtype != "module": names |= {short.rpartition(".")[2]} if re.search(r"[A-Z_]", short.rpartition(".")[2]) else {short.rpartition(".")[2] + "()"}
-        if entry.objtype in ("method", "classmethod", "property"): names.add(".".join(short.split(".")[-2:]))
-        for name in names: found.setdefault(name, set()).add((entry.docname, "" if entry.objtype == "module" else entry.node_id))
+        place = (entry.docname, "" if entry.objtype == "module" else entry.node_id)
+        for name in names_of(full, entry.objtype): found.setdefault(name, set()).add(place)
     for docname in app.env.found_docs:
-        if docname.startswith("nbs/"): found.setdefault(docname.rpartition("/")[2], set()).add((docname, ""))
-    app.known_places = {name: next(iter(places)) for name, places in found.items() if len(places) == 1}
+        if docname.startswith("nbs/"):
+            found.setdefault(docname.rpartition("/")[2], set()).add((docname, ""))
+    app.known_places = {name: places.pop() for name, places in found.items() if len(places) == 1}
     return app.known_places
 
 
 def lead_in(app, error):
-    """`_docs/html/index.html` leads to the first page"""
+    """`index.html` leads to the first page"""
     if error: return
-    page = '<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="0; url=docs/index.html"><a href="docs/index.html">Documentation</a>\n'
-    (Path(app.outdir) / "index.html").write_text(page, encoding="utf-8")
+    first = "docs/index.html"
+    (Path(app.outdir) / "index.html").write_text(
+        f'<!doctype html><meta charset="utf-8"><title>{project}</title>'
+        f'<meta http-equiv="refresh" content="0; url={first}"><a href="{first}">{project}</a>\n',
+        encoding="utf-8")
 
 
 def setup(app):
