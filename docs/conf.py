@@ -131,27 +131,29 @@ class LinkNames(SphinxPostTransform):
                 nodes.reference("", "", literal.deepcopy(), internal=True, refuri=uri))
 
 
+METHODS = ("method", "classmethod", "staticmethod", "property")
+
+
 def names_of(full: str, kind: str) -> set[str]:
     """How prose may call what `full` is; a plain lower-case word counts with brackets only"""
     short = full.removeprefix(project + ".")
     if kind == "module": return {full, short}
     last = short.rpartition(".")[2]
-    names = {full, short, last if re.search(r"[A-Z_]", last) else last + "()"}
-    if kind in ("method", "classmethod", "staticmethod", "property"):
-        names.add(".".join(short.split(".")[-2:]))
-    return names
+    if kind in METHODS: return {full, short, ".".join(short.split(".")[-2:])}
+    return {full, short, last if re.search(r"[A-Z_]", last) else last + "()"}
 
 
 def known_places(app) -> dict[str, tuple[str, str]]:
     """Name to page and anchor: what the modules define, modules, experiments"""
     if hasattr(app, "known_places"): return app.known_places
-    found = {}
-    for full, entry in app.env.domains.python_domain.objects.items():
+    found, objects = {}, app.env.domains.python_domain.objects
+    for full, entry in objects.items():
         place = (entry.docname, "" if entry.objtype == "module" else entry.node_id)
         for name in names_of(full, entry.objtype): found.setdefault(name, set()).add(place)
+    taken = {full.rpartition(".")[2] for full in objects}  # `explain` is the method
     for docname in app.env.found_docs:
-        if docname.startswith("nbs/"):
-            found.setdefault(docname.rpartition("/")[2], set()).add((docname, ""))
+        name = docname.rpartition("/")[2]
+        if docname.startswith("nbs/") and name not in taken: found.setdefault(name, {(docname, "")})
     app.known_places = {name: places.pop() for name, places in found.items() if len(places) == 1}
     return app.known_places
 
