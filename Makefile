@@ -82,7 +82,7 @@ report: $(READY) ## the measured numbers that fall short of their targets; also 
 
 # The notebooks are shown with their stored outputs; none is run. The build reads everything anew, then all links are checked.
 docs: $(READY) ## the documentation as a site, from the notebooks as they are stored: _docs/html/index.html
-	@python -c "import furo, latex2mathml, myst_nb, sphinx" 2>/dev/null \
+	@python -c "import furo, latex2mathml, myst_nb, sphinx, ziamath" 2>/dev/null \
 	  || python -m pip install -q -c constraints.txt --no-build-isolation -e ".[docs]"
 	python -m sphinx -q -E -W --keep-going -c docs -d _docs/doctrees . _docs/html
 	@rm -rf _docs/jupyter_execute _docs/doctrees

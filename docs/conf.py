@@ -10,6 +10,7 @@ import re
 import sys
 import unicodedata
 from html import escape
+from importlib.util import find_spec
 from pathlib import Path
 
 from docutils import nodes
@@ -20,6 +21,8 @@ from sphinx.util import logging
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "docs"))  # `notebooks`, which turns a notebook into a page
 logger = logging.getLogger(__name__)
+# of ziamath only the font is used: a browser stretches brackets in a mathematical font only
+MATH_FONT = Path(find_spec("ziamath").origin).parent / "fonts" / "STIXTwoMath-Regular.ttf"
 settings = configparser.ConfigParser(delimiters=["="], interpolation=None)
 settings.read(ROOT / "settings.ini", encoding="utf-8")
 about = settings["DEFAULT"]
@@ -53,7 +56,7 @@ suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]
 
 html_theme = "furo"
 html_title = project
-html_static_path = ["site.css"]
+html_static_path = ["site.css", str(MATH_FONT)]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
