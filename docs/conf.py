@@ -88,7 +88,8 @@ def mathml(formula: str, display: str) -> str:
     """A formula of LaTeX as MathML; `\\tag` becomes a number at its right"""
     formula = re.sub(r"\\tag\{(.*?)\}", r"\\qquad(\1)", formula)
     drawn = STYLED.sub(styled, convert(formula, display=display))
-    drawn = re.sub(r">\\[lr]Vert<", ">‖<", re.sub(r">\\([{}])<", r">\1<", drawn))
+    drawn = re.sub(r"<mo[^>]*>\\[lr]Vert</mo>", '<mo stretchy="false">‖</mo>', drawn)
+    drawn = re.sub(r">\\([{}])<", r">\1<", drawn)
     unknown = re.findall(r">(\\\w+)<", drawn)
     if unknown: raise ValueError(f"latex2mathml does not know {', '.join(unknown)}")
     return drawn

@@ -64,7 +64,7 @@ def defined_in(path):
     """Functions and classes of a module that are exported"""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     exported, = [ast.literal_eval(node.value) for node in tree.body
-                 if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"]
+                 if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"]
     return {node.name for node in tree.body
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name in exported}
 
