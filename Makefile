@@ -19,7 +19,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup language fig7 figures tables faithfulness quickstart explorer train measure report test lint exported tidy notebooks pytest browser clean
+.PHONY: help setup language fig7 figures tables faithfulness quickstart explorer train measure report docs test lint exported tidy notebooks pytest browser clean
 
 help: ## this list
 	@grep -E '^[a-z0-9]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -80,8 +80,16 @@ measure: $(READY) ## measure the shipped models again, then report
 	papermill nbs/studies/mini_report.ipynb out.ipynb -p install True
 	@$(MAKE) --no-print-directory report
 
-report: $(READY) ## the measured numbers that fall short of their targets; also writes the card of the README
+report: $(READY) ## the measured numbers that fall short of their targets; also writes docs/scorecard.md
 	@python .ci/scorecard.py
+
+# The notebooks are shown with their stored outputs; none is run. The build reads everything anew, then all links are checked.
+docs: $(READY) ## the documentation as a site, from the notebooks as they are stored: _docs/html/index.html
+	@python -c "import furo, latex2mathml, myst_nb, sphinx, ziamath" 2>/dev/null \
+	  || python -m pip install -q -c constraints.txt --no-build-isolation -e ".[docs]"
+	python -m sphinx -q -E -W --keep-going -c docs -d _docs/doctrees . _docs/html
+	@rm -rf _docs/jupyter_execute _docs/doctrees
+	@python .ci/links.py _docs/html && echo "Open _docs/html/index.html"
 
 test: lint exported tidy notebooks pytest ## every check
 
@@ -112,5 +120,5 @@ browser: $(READY) # the explorer in a real browser, started for the purpose; nee
 	OMP_NUM_THREADS=1 EXPLORER_BROWSER=required pytest -q tests/test_explorer.py
 
 clean: ## remove the environment and every cache
-	rm -rf .venv out.ipynb build dist *.egg-info .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv out.ipynb build dist _docs *.egg-info .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,6 +16,7 @@ setup(
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
     package_data={cfg["lib_path"]: ["checkpoints/mini/*.safetensors"]}, include_package_data=True,
     python_requires=">=" + cfg["min_python"],
-    install_requires=cfg.get("requirements", "").split(), extras_require={"dev": cfg.get("dev_requirements", "").split()},
+    install_requires=cfg.get("requirements", "").split(),
+    extras_require={"dev": cfg.get("dev_requirements", "").split(), "docs": cfg.get("docs_requirements", "").split()},
     zip_safe=False,
 )

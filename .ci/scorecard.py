@@ -1,44 +1,45 @@
-"""Print the measured rows that fall short of their targets, and write the card into the README
-between its two marks."""
+"""Print the measured rows that fall short of their targets, and write the card into the docs.
+
+The card stands between the two marks of docs/scorecard.md.
+"""
 import json, re, sys
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
+page = root / "docs" / "scorecard.md"
 
 
 def falls_short(row: dict) -> bool:
-    """A row with a target and a value on the wrong side of it; a value that could not be measured
-    counts as short"""
+    """A target and a value on the wrong side of it; what could not be measured counts as short"""
     if row.get("target") is None: return False
     if row.get("value") is None or row["value"] != row["value"]: return True
-    return row["value"] > row["target"] if row.get("better") == "lower" else row["value"] < row[
-        "target"
-    ]
+    return margin(row) < 0
+
+
+def margin(row: dict) -> float:
+    """How far a value lies on the right side of its target"""
+    if row.get("value") is None: return float("-inf")
+    return (row["value"] - row["target"]) * (-1 if row.get("better") == "lower" else 1)
 
 
 def show(number: float | None) -> str:
     return "" if number is None else f"{number:.4g}"
 
 
+def line(row: dict) -> str:
+    """A row with a target as Markdown: value, interval, n, and whether it is met"""
+    known = row.get("low") is not None and row.get("high") is not None
+    interval = f"{show(row['low'])} to {show(row['high'])}" if known else ""
+    target = f"{'at most' if row.get('better') == 'lower' else 'at least'} {show(row['target'])}"
+    cells = (row["what"], row.get("vlm") or "", show(row["value"]), interval, row.get("n") or "",
+             target, "short" if falls_short(row) else "met")
+    return f"| {' | '.join(map(str, cells))} |"
+
+
 def table(rows: list[dict]) -> str:
-    """Markdown: what was measured, its interval and n, the target, and whether it is met"""
-    lines = [
-        "| measured | VLM | value | 95 % interval | n | target | |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        interval, target = "", ""
-        if row.get("low") is not None and row.get("high") is not None:
-            interval = f"{show(row['low'])} to {show(row['high'])}"
-        if row.get("target") is not None:
-            bound = "at most" if row.get("better") == "lower" else "at least"
-            target = f"{bound} {show(row['target'])}"
-        verdict = "" if not target else "short" if falls_short(row) else "met"
-        lines.append(
-            f"| {row['what']} | {row.get('vlm') or ''} | {show(row['value'])} | {interval} | "
-            f"{row.get('n') or ''} | {target} | {verdict} |"
-        )
-    return "\n".join(lines)
+    head = "| measured | VLM | value | 95 % interval | n | target | |"
+    head += "\n|---|---|---|---|---|---|---|"
+    return "\n".join([head, *map(line, rows)])
 
 
 def group(row: dict) -> str:
@@ -52,59 +53,64 @@ def worst_of(rows: list[dict]) -> list[dict]:
     """One row a group: the one nearest to its target, or farthest on the wrong side"""
     groups = {}
     for row in rows: groups.setdefault((group(row), row.get("vlm")), []).append(row)
-    def margin(row):
-        return (row["value"] - row["target"]) * (
-            -1 if row.get("better") == "lower" else 1
-        ) if row.get("value") is not None else float("-inf")
-    return [
-        min(members, key=margin)
-        | {
-            "what": members[0]["what"] if len(members) == 1
-            else f"{name}, worst of {len(members)} ({sum(map(falls_short, members))} short)"
-        }
-        for (name, _), members in groups.items()
-    ]
+    worst = []
+    for (name, _), members in groups.items():
+        short = sum(map(falls_short, members))
+        one = f"{name}, worst of {len(members)} ({short} short)"
+        name = one if members[1:] else members[0]["what"]
+        worst.append(min(members, key=margin) | {"what": name})
+    return worst
 
 
-reports = {
-    path: json.loads(path.read_text(encoding="utf-8"))
-    for path in sorted((root / "figures").glob("*.json"))
-}
-reports = {
-    path: report
-    for path, report in reports.items()
-    if isinstance(report, dict) and report.get("rows")
-}
-if not reports:
-    sys.exit("There is no report in figures/ yet. Run `make measure` first.")
+def read_reports() -> dict[Path, dict]:
+    """Every record of `figures/` that holds measured rows"""
+    paths = sorted((root / "figures").glob("*.json"))
+    found = {path: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    return {path: report for path, report in found.items()
+            if isinstance(report, dict) and report.get("rows")}
 
-card = []
-for path, report in reports.items():
-    rows = [row for row in report["rows"] if row.get("target") is not None]
-    if not rows:
-        print(f"{path.stem}: {len(report['rows'])} facts, no target")
-        continue
-    short = [row for row in rows if falls_short(row)]
-    print(f"{path.stem}: {len(rows) - len(short)} of {len(rows)} targets met")
-    for row in short:
-        sign = ">" if row.get("better") == "lower" else "<"
-        print(
-            f"  short  {row['what']}{' (' + row['vlm'] + ')' if row.get('vlm') else ''}: "
-            f"{show(row['value']) or 'not measured'} {sign} {show(row['target'])}, n = "
-            f"{row.get('n')}"
-        )
-    met = (
-        f"**{path.stem}**: {len(rows) - len(short)} of {len(rows)} targets met. "
-        f"Facts, controls and rivals without a target are in `figures/{path.name}`."
-    )
-    card.append(f"{met}\n\n{table(worst_of(rows))}")
 
-readme = root / "README.md"
-text = readme.read_text(encoding="utf-8")
-marked = re.compile(r"(<!-- scorecard -->\n).*?(<!-- /scorecard -->)", re.DOTALL)
-if not marked.search(text):
-    sys.exit("README.md has lost its marks <!-- scorecard --> and <!-- /scorecard -->.")
-readme.write_text(
-    marked.sub(lambda match: match.group(1) + "\n\n".join(card) + "\n" + match.group(2), text),
-    encoding="utf-8",
-)
+def with_target(report: dict) -> list[dict]:
+    return [row for row in report["rows"] if row.get("target") is not None]
+
+
+def card(reports: dict[Path, dict]) -> str:
+    """All reports as tables, one row a group"""
+    parts = []
+    for path, report in reports.items():
+        rows = with_target(report)
+        if not rows: continue
+        met = f"{len(rows) - sum(map(falls_short, rows))} of {len(rows)} targets met."
+        rest = f"Facts, controls and rivals without a target are in `figures/{path.name}`."
+        parts.append(f"## {path.stem}\n\n{met} {rest}\n\n{table(worst_of(rows))}")
+    return "\n\n".join(parts)
+
+
+def print_short(reports: dict[Path, dict]):
+    """What falls short, report by report"""
+    for path, report in reports.items():
+        rows = with_target(report)
+        short = [row for row in rows if falls_short(row)]
+        facts = f"{len(report['rows'])} facts, no target"
+        met = f"{len(rows) - len(short)} of {len(rows)} targets met"
+        print(f"{path.stem}: {met if rows else facts}")
+        for row in short:
+            vlm = f" ({row['vlm']})" if row.get("vlm") else ""
+            sign = ">" if row.get("better") == "lower" else "<"
+            value = f"{show(row['value']) or 'not measured'} {sign} {show(row['target'])}"
+            print(f"  short  {row['what']}{vlm}: {value}, n = {row.get('n')}")
+
+
+def with_card(text: str, reports: dict[Path, dict]) -> str:
+    """The page with the card of today between its marks"""
+    marked = re.compile(r"(<!-- scorecard -->\n).*?(<!-- /scorecard -->)", re.DOTALL)
+    if not marked.search(text):
+        raise ValueError(f"{page} has lost its marks <!-- scorecard --> and <!-- /scorecard -->.")
+    return marked.sub(lambda match: f"{match[1]}\n{card(reports)}\n\n{match[2]}", text)
+
+
+if __name__ == "__main__":
+    reports = read_reports()
+    if not reports: sys.exit("There is no report in figures/ yet. Run `make measure` first.")
+    print_short(reports)
+    page.write_text(with_card(page.read_text(encoding="utf-8"), reports), encoding="utf-8")
