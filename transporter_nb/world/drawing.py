@@ -102,9 +102,9 @@ LAMP = (-.448, -.618, .646) # unit vector towards the light: left, up, out of th
 MIRROR = (-.247, -.341, .907) # unit vector half way between the lamp and the eye
 
 def shaded(
-    colour:Float[Tensor, "*pixels 3"], # Of the material
-    normal_x:Float[Tensor, "*pixels"], # To the right
-    normal_y:Float[Tensor, "*pixels"], # Downward
+    colour:Float[Tensor, "*#pixels 3"], # Of the material
+    normal_x:Float[Tensor, "*#pixels"], # To the right
+    normal_y:Float[Tensor, "*#pixels"], # Downward
     gloss:float=.22, # Strength of the highlight
 ) -> Float[Tensor, "*pixels 3"]: # May exceed 1 in a highlight
     "The colour of a surface under the lamp"
@@ -117,11 +117,11 @@ def shaded(
 
 # %% ../../nbs/1_world/06_drawing.ipynb #ced9b8f6
 def thing_distance(
-    x:Float[Tensor, "*pixels"], # px right of the middle
-    y:Float[Tensor, "*pixels"], # px below the middle
-    radius:Float[Tensor, "*pixels"], # px
-    roundness:Float[Tensor, "*pixels"], # 0 a cone, 1 a disc
-    hole:Float[Tensor, "*pixels"], # 0 none, 1 a ring
+    x:Float[Tensor, "*#pixels"], # px right of the middle
+    y:Float[Tensor, "*#pixels"], # px below the middle
+    radius:Float[Tensor, "*#pixels"], # px
+    roundness:Float[Tensor, "*#pixels"], # 0 a cone, 1 a disc
+    hole:Float[Tensor, "*#pixels"], # 0 none, 1 a ring
 ) -> Float[Tensor, "*pixels"]: # px, negative inside
     "Signed distance to the border of a thing"
     cone = torch.maximum((2 * x.abs() - y - radius) / 5**.5, y - .85 * radius)
@@ -130,19 +130,19 @@ def thing_distance(
     return torch.maximum(outer, hole_radius(radius, hole) - middle)
 
 def hole_radius(
-    radius:Float[Tensor, "*pixels"], # px
-    hole:Float[Tensor, "*pixels"], # 0 to 1
+    radius:Float[Tensor, "*#pixels"], # px
+    hole:Float[Tensor, "*#pixels"], # 0 to 1
 ) -> Float[Tensor, "*pixels"]: # px; below 0 there is no hole
     "How wide the hole of a thing is"
     return .55 * hole * radius - .6
 
 # %% ../../nbs/1_world/06_drawing.ipynb #eaf3bfa0
 def thing_normal(
-    x:Float[Tensor, "*pixels"], # px right of the middle
-    y:Float[Tensor, "*pixels"], # px below the middle
-    radius:Float[Tensor, "*pixels"], # px
-    roundness:Float[Tensor, "*pixels"], # 0 a cone, 1 round
-    hole:Float[Tensor, "*pixels"], # 0 a sphere, from 1/2 a torus
+    x:Float[Tensor, "*#pixels"], # px right of the middle
+    y:Float[Tensor, "*#pixels"], # px below the middle
+    radius:Float[Tensor, "*#pixels"], # px
+    roundness:Float[Tensor, "*#pixels"], # 0 a cone, 1 round
+    hole:Float[Tensor, "*#pixels"], # 0 a sphere, from 1/2 a torus
 ) -> tuple[Float[Tensor, "*pixels"], Float[Tensor, "*pixels"]]: # To the right and downward
     "Which way the surface of a thing faces"
     middle = (x.square() + y.square() + 1e-4).sqrt()
@@ -155,8 +155,8 @@ def thing_normal(
     return side + roundness * (x * bend - side), -.2 + roundness * (y * bend + .2)
 
 def thing_layer(
-    x:Float[Tensor, "batch frames pixels"], # px right of the sprite's middle
-    y:Float[Tensor, "batch frames pixels"], # px below it
+    x:Float[Tensor, "#batch #frames #pixels"], # px right of the sprite's middle
+    y:Float[Tensor, "#batch #frames #pixels"], # px below it
     values:Callable, # Name of a number -> its values, "batch 1 1"
     colour:Float[Tensor, "batch 1 1 3"], # Of the sprite
 ) -> tuple[Tensor, Tensor]: # Colours "batch frames pixels 3" and cover "batch frames pixels"
@@ -284,8 +284,8 @@ LIMBS = ( # from back to front: joints, thickness in heights, material, brightne
 )
 
 def capsule(
-    x:Float[Tensor, "batch frames pixels"], # px
-    y:Float[Tensor, "batch frames pixels"], # px
+    x:Float[Tensor, "#batch #frames #pixels"], # px
+    y:Float[Tensor, "#batch #frames #pixels"], # px
     start:tuple[Tensor, Tensor], # (x, y) of one end
     end:tuple[Tensor, Tensor], # (x, y) of the other; the same for a ball
     radius:Tensor, # px
@@ -300,8 +300,8 @@ def capsule(
 
 # %% ../../nbs/1_world/06_drawing.ipynb #6ed7eef2
 def person_layers(
-    x:Float[Tensor, "batch frames pixels"], # px right of the person's middle
-    y:Float[Tensor, "batch frames pixels"], # px below it
+    x:Float[Tensor, "#batch #frames #pixels"], # px right of the person's middle
+    y:Float[Tensor, "#batch #frames #pixels"], # px below it
     values:Callable, # Name of a number -> its values, "batch 1 1"
     colour:Float[Tensor, "batch 1 1 3"], # Of the shirt
 ) -> Iterator[tuple[Tensor, Tensor]]: # Colours and cover of each limb, from back to front
@@ -333,9 +333,9 @@ def sprite_paths(
     return paths
 
 def shadow(
-    x:Float[Tensor, "batch frames pixels"], # px right of where the sprite stands
-    y:Float[Tensor, "batch frames pixels"], # px below it
-    lift:Float[Tensor, "batch frames 1"], # px above the ground
+    x:Float[Tensor, "#batch #frames #pixels"], # px right of where the sprite stands
+    y:Float[Tensor, "#batch #frames #pixels"], # px below it
+    lift:Float[Tensor, "#batch #frames 1"], # px above the ground
     foot:Tensor, # px from the middle of a sprite down to the ground
     width:Tensor, # px, half the width of the shadow
 ) -> Float[Tensor, "batch frames pixels"]: # What remains of the light, 0 to 1
@@ -350,9 +350,9 @@ def draw(
     numbers:Float[Tensor, "batch numbers"], # From `to_numbers`
     count:int, # Sprites of every clip, 1 to 3
     person:bool, # Whether they are people
-    ground:Float[Tensor, "batch frames pixels 3"], # Colours of the ground at the pixels
-    x:Float[Tensor, "batch frames pixels"], # px; axes of length 1 are repeated
-    y:Float[Tensor, "batch frames pixels"], # px
+    ground:Float[Tensor, "#batch #frames #pixels 3"], # Colours of the ground at the pixels
+    x:Float[Tensor, "#batch #frames #pixels"], # px; axes of length 1 are repeated
+    y:Float[Tensor, "#batch #frames #pixels"], # px
 ) -> Float[Tensor, "batch frames pixels 3"]: # In [0, 1]
     "Draw clips at some of their pixels; differentiable in `numbers`"
     def values(name): return numbers[:, COLUMNS[name], None, None]
