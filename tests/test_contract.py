@@ -2,6 +2,7 @@
 may import from"""
 import ast
 import importlib
+import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -83,7 +84,7 @@ def test_export_cells_fit_a_screen(name):
     long = {
         cell.id: lines
         for cell in code(name, export_only=True)
-        if (lines := len(cell.source.strip().split("\n"))) > 45
+        if (lines := len(cell.source.strip().split("\n"))) > 40
     }
     assert not long, f"lines by cell: {long}; split with @patch"
 
@@ -155,6 +156,33 @@ def test_outputs_are_kept_and_clean(name):
         for cell in code(name)
     ):
         assert pictures, "a reader on the web sees no plot: run it and keep the outputs"
+
+
+@pytest.fixture(scope="module")
+def reading():
+    "The measure of .ci/reading.py"
+    spec = importlib.util.spec_from_file_location("reading", ROOT / ".ci" / "reading.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_code_is_read_without_scrolling(reading, name):
+    broken = ("wide", "long", "joined")
+    _, places = reading.read_notebook(ROOT / "nbs" / f"{name}.ipynb")
+    found = [f"cell {cell}: {what}" for cell, rule, what in places if rule in broken]
+    assert not found, "\n".join(found)
+
+
+FILES = [path for folder in ("tests", "benchmarks", ".ci")
+         for path in sorted((ROOT / folder).glob("*.py"))]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_files_are_read_without_scrolling(path):
+    wide = [n for n, line in enumerate(path.read_text().split("\n"), 1) if len(line) > 100]
+    assert not wide, f"lines {wide} have more than 100 columns"
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

@@ -1,4 +1,4 @@
-"""A VLM on a real language model: only its eyes are learned, words have pieces, and what is missing is named"""
+"""A VLM on a real language model: only its eyes are learned, and words have pieces"""
 import importlib.util
 
 import pytest

@@ -1,4 +1,4 @@
-"""The world of degrees under the shape checker: drawn, read back, named, and half way between two clips"""
+"""The world of degrees under the shape checker: drawn, read back, named, and half way"""
 import pytest
 import torch
 
