@@ -232,9 +232,8 @@ def prompts(clip):
     from transformers.video_utils import VideoMetadata
     table = {}
     for family, (before, mark, after) in PROMPTS.items():
-        tokenizer, options = small_tokenizer(), SMALL[
-            family if family != "phi4" else "phi4_one_crop"
-        ][1]
+        tokenizer = small_tokenizer()
+        options = SMALL[family if family != "phi4" else "phi4_one_crop"][1]
         if family in ("gemma3", "phi4"):
             if family == "gemma3":
                 processor = transformers.Gemma3Processor(

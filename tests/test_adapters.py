@@ -72,9 +72,8 @@ INPUTS = {
 
 def from_pixels(vlm, video, turn):
     ids = torch.cat([vlm.preamble, torch.tensor(turn)]).expand(len(video), -1)
-    return vlm.model(input_ids=ids, **INPUTS[vlm.name](vlm, video, ids), use_cache=False).logits[
-        :, -1,
-    ]
+    made = vlm.model(input_ids=ids, **INPUTS[vlm.name](vlm, video, ids), use_cache=False)
+    return made.logits[:, -1]
 
 
 def tiny(name):

@@ -122,9 +122,8 @@ def test_flat_curves_and_ties():
             not found.reached and found.answer == level and found.strength == 0.
             and "out of reach" in found.note
         )
-    assert calibrate(lambda strengths: [.5] * len(strengths), .5, MAX_STRENGTH).found[
-        0
-    ].evaluations == 3
+    flat = calibrate(lambda strengths: [.5] * len(strengths), .5, MAX_STRENGTH)
+    assert flat.found[0].evaluations == 3
     assert find_bracket({0.: .5, 1.: .5}, .5) == (0., 1.)
 
 

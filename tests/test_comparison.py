@@ -128,9 +128,8 @@ def test_a_sweep_is_made_once_and_altered_clips_are_refused(tmp_path):
     cases = comparison_cases(2, contrasts=("red -> blue",), avoid=learned_captions(bank))
     caches = [RowCache(tmp_path) for _ in range(3)]
     first, again = (kept_sweep(cache, generator, bank, "concept", cases) for cache in caches[:2])
-    assert torch.equal(first.tensors["video"], again.tensors["video"]) and first.tensors[
-        "video"
-    ].shape == (2, 5, 9, 3, 32, 32)
+    assert torch.equal(first.tensors["video"], again.tensors["video"])
+    assert first.tensors["video"].shape == (2, 5, 9, 3, 32, 32)
     kept_sweep(caches[2], generator, bank, "concept", cases[:1]) # other cases are another row
     assert [[use.computed for use in cache.uses] for cache in caches] == [[True], [False], [True]]
     # guided steps of each clip, shared first steps counted once

@@ -74,9 +74,8 @@ def test_every_module_has_a_notebook():
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_it_opens_with_a_title_and_a_subtitle(name):
     first = NOTEBOOKS[name].cells[0]
-    assert first.cell_type == "markdown" and re.match(r"# \S.*\n+> \S", first.source), first.source[
-        :80
-    ]
+    assert first.cell_type == "markdown"
+    assert re.match(r"# \S.*\n+> \S", first.source), first.source[:80]
 
 
 @pytest.mark.parametrize("name", NUMBERED)

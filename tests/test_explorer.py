@@ -147,9 +147,9 @@ def test_without_the_token_there_is_no_page(voila):
 def test_a_taken_port_is_no_obstacle(voila, home):
     other = serve_voila(home / "other", port=urlsplit(voila.base).port)
     try:
-        assert other.base != voila.base and other.token != voila.token and reply(other.base)[
-            1
-        ].startswith(other.base)
+        assert other.base != voila.base
+        assert other.token != voila.token
+        assert reply(other.base)[1].startswith(other.base)
     finally: other.stop()
 
 
@@ -464,9 +464,8 @@ def test_memory_is_bounded(explorer, voila):
                 sum(kernel.memory_info().rss for kernel in kernels if kernel.is_running()) / 2**20
             )
     explorer.wait()
-    assert sizes[1] - sizes[
-        0
-    ] < 50, f"{sizes[0]:.0f} MiB became {sizes[1]:.0f} MiB in 40 moves along the same way"
+    told = f"{sizes[0]:.0f} MiB became {sizes[1]:.0f} MiB in 40 moves along the same way"
+    assert sizes[1] - sizes[0] < 50, told
 
 
 def test_two_pages_do_not_disturb_each_other(explorer, context, voila):

@@ -464,16 +464,17 @@ def test_a_method_that_renders_the_truth_gets_full_marks_and_a_blind_one_none():
                 effect_difference(effects[s]["floor"], effects[0.]["floor"]),
             )
     truth, blind = (method_scores(list(cases.values())) for cases in (truth, blind))
-    assert truth["AUROC"].value == 1 and blind["AUROC"].value == .5 and truth[
-        "Spearman, logit"
-    ].value > .95 > .8 > blind["Spearman, logit"].value
+    assert truth["AUROC"].value == 1
+    assert blind["AUROC"].value == .5
+    assert truth["Spearman, logit"].value > .95 > .8 > blind["Spearman, logit"].value
     # the oracle goes from .018 to .982
-    assert truth["difference in differences"].value == 1 and blind[
-        "share of effect"
-    ].value == 0 and 1 < truth["share of effect"].value < 1.1
-    assert truth["false alarm"].value == 0 and truth["false alarm"].n == n and truth[
-        "readable"
-    ].n == n and math.isnan(truth["steps that rise"].value)
+    assert truth["difference in differences"].value == 1
+    assert blind["share of effect"].value == 0
+    assert 1 < truth["share of effect"].value < 1.1
+    assert truth["false alarm"].value == 0
+    assert truth["false alarm"].n == n
+    assert truth["readable"].n == n
+    assert math.isnan(truth["steps that rise"].value)
 
 
 CUED, OWN = ("floor", ("stone", "leafy")), ("pace", ("quickly",))
@@ -572,13 +573,11 @@ def test_a_twin_is_one_network_over_all_contrasts():
         case_of(f"vlm {k}", answered(50 + k, 8), cleans[k], "clean", cue)
         for k, cue in enumerate(cues)
     ]
-    assert case_items(cases, "logit")[2].count("clean") == 6 and method_scores(cases)[
-        "AUROC"
-    ].n == 4
+    assert case_items(cases, "logit")[2].count("clean") == 6
+    assert method_scores(cases)["AUROC"].n == 4
     nameless = [case._replace(twin="") for case in cases]
-    assert len(set(case_items(nameless, "logit")[2])) == 6 and method_scores(nameless)[
-        "AUROC"
-    ].n == 6
+    assert len(set(case_items(nameless, "logit")[2])) == 6
+    assert method_scores(nameless)["AUROC"].n == 6
     # an equal outcome that is another object
     again = cases[0]._replace(
         name="again", clean=Outcome(**vars(cleans[0])), planted=answered(99, 8),

@@ -675,9 +675,8 @@ def test_real_clips(name, n_frames, shape, seconds):
             picture.equal(frame_picture(frame, aspect=aspect))
             for picture, frame in zip(sampled.video[0], frames)
         )
-    assert sampled.video[0, 0].equal(frame_picture(frames[0], aspect=aspect)) and sampled.video[
-        0, -1,
-    ].equal(frame_picture(frames[-1], aspect=aspect))
+    assert sampled.video[0, 0].equal(frame_picture(frames[0], aspect=aspect))
+    assert sampled.video[0, -1].equal(frame_picture(frames[-1], aspect=aspect))
 
 
 if __name__ == "__main__":

@@ -50,9 +50,8 @@ class Toy(VideoGenerator):
 
     def velocity(self, latents, condition, t):
         # row by row, so that a batch of another size changes no bit
-        push = (condition.expand_to(len(latents)).embeds.sum(1)[:, None] * self.weight).sum(-1)[
-            :, :, None, None, None,
-        ]
+        embeds = condition.expand_to(len(latents)).embeds.sum(1)
+        push = (embeds[:, None] * self.weight).sum(-1)[:, :, None, None, None]
         return push + self.bend * torch.sin(latents * push)
 
     def encode(self, video): return (video.transpose(1, 2) - .5) * 40

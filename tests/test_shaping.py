@@ -233,9 +233,8 @@ def test_the_gradient_is_the_slope(wan, captions, states, phi, through, ahead):
     base, samples = states
     batch, vlm = samples.take(torch.tensor([1, 3, 8])), dark_oracle()
     rows, texts = base.index(batch.clip), [captions[k] for k in batch.clip.tolist()]
-    direction = wan.encode_prompt([captions[0].replace("snowy", "leafy")]).embeds[0] - base.embeds[
-        0
-    ]
+    leafy = wan.encode_prompt([captions[0].replace("snowy", "leafy")])
+    direction = leafy.embeds[0] - base.embeds[0]
     def gap(amount):
         return denoised_gaps(
             wan, vlm, phi, batch, rows.with_embeds(rows.embeds + amount * direction), PACE, texts,

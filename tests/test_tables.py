@@ -122,9 +122,8 @@ def test_every_flipped_byte_of_clips_is_refused_or_harmless(tmp_path):
     assert refused > len(whole) - 24
     path.write_bytes(whole)
     found = cache.tensors("ours", {"seed": 2}, never)
-    assert found.tensors["videos"].dtype == torch.uint8 and found.tensors[
-        "scores"
-    ].dtype == torch.float64
+    assert found.tensors["videos"].dtype == torch.uint8
+    assert found.tensors["scores"].dtype == torch.float64
 
 
 @pytest.mark.parametrize("kept", [0, 1, 7, 60, -1])

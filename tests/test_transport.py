@@ -120,9 +120,8 @@ def oracle(
             kept.append(((weight > 0) & (True if mask is None else mask[clip])).nonzero()[:, 0])
             log_weights.append(weight[kept[-1]].log())
         sources, targets = kept
-        reg = torch.as_tensor(entropy_reg, dtype=torch.float64).expand(source_scores.shape[:2])[
-            clip
-        ][:, None, None]
+        reg = torch.as_tensor(entropy_reg, dtype=torch.float64)
+        reg = reg.expand(source_scores.shape[:2])[clip][:, None, None]
         cost = (
             target_scores[clip][:, targets, None].double()
             - source_scores[clip][:, None, sources].double()
@@ -542,9 +541,8 @@ def test_gradients_through_plan_and_potentials(backend):
                 result.plan,
                 result.target_potentials[..., :, None] + result.source_potentials[..., None, :],
             )
-    constant = result.target_potentials[..., :, None] + result.source_potentials[
-        ..., None, :,
-    ] - torch.stack(sums)
+    potentials = result.target_potentials[..., :, None] + result.source_potentials[..., None, :]
+    constant = potentials - torch.stack(sums)
     close(constant, constant.mean((-1, -2), keepdim=True).expand(constant.shape), 1e-12)
     for one, other in zip(ours, right): close(one, other, 1e-11 * max(1, other.abs().max().item()))
 
@@ -563,9 +561,8 @@ def all_slopes(transport, case, dtype=torch.float64, around=nullcontext()):
             *leaves[:4], case.n_iterations, **case.options | dict(zip(names, leaves[4:])),
         )
     transported = transported[0] if isinstance(transported, tuple) else transported.transported
-    cotangent = uniform(torch.Generator().manual_seed(3), *transported.shape) * case.options[
-        "target_mask"
-    ][..., None]
+    cotangent = uniform(torch.Generator().manual_seed(3), *transported.shape)
+    cotangent = cotangent * case.options["target_mask"][..., None]
     return transported.detach(), torch.autograd.grad(
         (transported * cotangent.to(transported.dtype)).sum(), leaves,
     )

@@ -189,9 +189,8 @@ def test_results_come_back_on_the_thread_of_the_loop(phi4, monkeypatch):
         explorer.set.seed.value = 2 # while it loads: that wish counts, too
         for _ in range(600):
             await asyncio.sleep(.05)
-            if state(explorer) == "ready" and explorer.shown and explorer.shown[
-                0
-            ].request.seed == 2 and explorer.maker.thread is None:
+            shown = explorer.shown and explorer.shown[0].request.seed == 2
+            if state(explorer) == "ready" and shown and explorer.maker.thread is None:
                 break
         explorer.close()
         return state(explorer)
