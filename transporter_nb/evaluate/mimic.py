@@ -20,12 +20,21 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .baselines.canvas import Canvas, FourierCanvas, PixelCanvas
-from .baselines.inversion import Asked, InversionConfig, InversionResult, Term, invert
-from .baselines.objectives import BatchNormGuide, FeatureStatistics, TargetToken, TeacherForcedAnswer, VisionReader
-from .baselines.priors import blur, chain, jitter, l2_size, patch_borders, patch_variance, temporal_variation, total_variation
+from transporter_nb.evaluate.baselines.inversion import (
+    Asked, InversionConfig, InversionResult, Term, invert,
+)
+from transporter_nb.evaluate.baselines.objectives import (
+    BatchNormGuide, FeatureStatistics, TargetToken, TeacherForcedAnswer, VisionReader,
+)
+from transporter_nb.evaluate.baselines.priors import (
+    blur, chain, jitter, l2_size, patch_borders, patch_variance, temporal_variation,
+    total_variation,
+)
 from ..world.contrasts import SINGULARS, ContrastPair, parse_contrast
 from ..core.base import config_hash, tensor_digest
-from ..models.encoders.networks import FRAME_SLOTS, FrameEncoder, VideoEncoder, load_encoder
+from transporter_nb.models.encoders.networks import (
+    FRAME_SLOTS, FrameEncoder, VideoEncoder, load_encoder,
+)
 from .metrics.alignment import clip_score
 from .metrics.video import nearest_perceptual_distance
 from ..models.vlms.base import DESCRIBE, SLOT_QUESTIONS, Turn, VideoLanguageModel
@@ -34,13 +43,18 @@ from ..world.words import FRAMES, SIZE, SLOTS, do, read_video, render, sample_sc
 # %% ../../nbs/6_evaluate/10_mimic.ipynb #9b85306e
 def named_words(
     answer:str, # Words of the world, singular or plural
-) -> dict[str, str]: # Slot name to word, in caption order; words that name nothing ("over", "a") are skipped
+) -> dict[str, str]: # Slot name to word, in caption order; words without a slot are skipped
     "What an answer says about a clip"
     slot_of = {word: slot for slot, words in SLOTS.items() for word in words}
     plain = [SINGULARS.get(word, word) for word in answer.lower().rstrip(" .?").split()]
-    found = {slot_of[word]: word for word in plain if word in slot_of}
-    if not found: raise ValueError(f"the answer must name something of the world, got {answer!r}. Its words are {', '.join(slot_of)}.")
-    if sum(word in slot_of for word in plain) > len(found): raise ValueError(f"an answer names each attribute once, got {answer!r}. Invert one answer a clip.")
+    named = [word for word in plain if word in slot_of]
+    found = {slot_of[word]: word for word in named}
+    if not found:
+        raise ValueError(f"the answer must name something of the world, got {answer!r}. "
+                         f"Its words are {', '.join(slot_of)}.")
+    if len(named) > len(found):
+        raise ValueError(f"an answer names each attribute once, got {answer!r}. "
+                         "Invert one answer a clip.")
     return {slot: found[slot] for slot in SLOTS if slot in found}
 
 # %% ../../nbs/6_evaluate/10_mimic.ipynb #24b219c0
@@ -51,23 +65,38 @@ class Template(NamedTuple):
     source: str # Where it comes from
 
 TEMPLATES = {
-    "describe": Template(DESCRIBE, "{target}", "ours: the question the miniatures were trained on, for MIMIC's free description [inferred]"),
-    "choice": Template("{ask} {target} {negative}", "{target}", "ours: MIMIC's known question in the words of the world"),
-    "ask": Template("{ask}", "{target}", "ours: in the place of yes or no, for which the world has no words"),
-    "describe_picture": Template("Describe the picture.", "{target}", "inferred: that MIMIC describes is known, its words are not"),
-    "choice_picture": Template("What is shown in the picture: a. {target}, or b. {negative}", "{target}", "MIMIC, arXiv 2508.07833, public code"),
-    "yes_no_picture": Template("Is {target} shown in the picture? Answer yes or no.", "yes", "inferred: that MIMIC asks for yes or no is not certain, nor are its words"),
+    "describe": Template(
+        DESCRIBE, "{target}",
+        "ours: the question the miniatures were trained on, for MIMIC's free description "
+        "[inferred]"),
+    "choice": Template(
+        "{ask} {target} {negative}", "{target}",
+        "ours: MIMIC's known question in the words of the world"),
+    "ask": Template(
+        "{ask}", "{target}",
+        "ours: in the place of yes or no, for which the world has no words"),
+    "describe_picture": Template(
+        "Describe the picture.", "{target}",
+        "inferred: that MIMIC describes is known, its words are not"),
+    "choice_picture": Template(
+        "What is shown in the picture: a. {target}, or b. {negative}", "{target}",
+        "MIMIC, arXiv 2508.07833, public code"),
+    "yes_no_picture": Template(
+        "Is {target} shown in the picture? Answer yes or no.", "yes",
+        "inferred: that MIMIC asks for yes or no is not certain, nor are its words"),
 }
-MINI_TEMPLATES, PAPER_TEMPLATES = ("describe", "choice", "ask"), ("describe_picture", "choice_picture", "yes_no_picture")
+MINI_TEMPLATES = ("describe", "choice", "ask")
+PAPER_TEMPLATES = ("describe_picture", "choice_picture", "yes_no_picture")
 
+# %% ../../nbs/6_evaluate/10_mimic.ipynb #5eef961e
 def open_question(
     target:str, # What is asked for
 ) -> str: # In words of the world
     "The question to which a target is an answer"
-    slots = [slot for slot, words in SLOTS.items() if SINGULARS.get(target, target) in words]
+    word = SINGULARS.get(target, target)
+    slots = [slot for slot, words in SLOTS.items() if word in words]
     return SLOT_QUESTIONS[slots[0]] if slots else "what is it?"
 
-# %% ../../nbs/6_evaluate/10_mimic.ipynb #5eef961e
 def answer_turn(
     vlm:VideoLanguageModel, # Whose words count
     template:str, # Name in `TEMPLATES`
@@ -75,14 +104,24 @@ def answer_turn(
     negative:str="", # Another one, for templates that offer a choice
 ) -> Turn: # Its loss is on the answer's words alone: the end token is none of them
     "Ask for an answer"
-    if template not in TEMPLATES: raise ValueError(f"there is no template {template!r}; choose one of: {', '.join(TEMPLATES)}.")
+    if template not in TEMPLATES:
+        raise ValueError(
+            f"there is no template {template!r}; choose one of: {', '.join(TEMPLATES)}.")
     asked, said, _ = TEMPLATES[template]
-    if "{negative}" in asked and not negative: raise ValueError(f"the template {template!r} offers a choice and needs a negative beside {target!r}, got none. Give one, or use 'describe'.")
-    if target == negative: raise ValueError(f"a choice is between two answers, got {target!r} twice.")
-    turn = Turn(asked.format(ask=open_question(target), target=target, negative=negative), "", said.format(target=target), complete=False)
-    try: vlm.prompt_ids(turn.question), vlm.answer_ids(turn)
+    if "{negative}" in asked and not negative:
+        raise ValueError(f"the template {template!r} offers a choice and needs a negative beside "
+                         f"{target!r}, got none. Give one, or use 'describe'.")
+    if target == negative:
+        raise ValueError(f"a choice is between two answers, got {target!r} twice.")
+    question = asked.format(ask=open_question(target), target=target, negative=negative)
+    turn = Turn(question, "", said.format(target=target), complete=False)
+    try: # both refuse a word without a token
+        vlm.prompt_ids(turn.question)
+        vlm.answer_ids(turn)
     except ValueError as error:
-        raise ValueError(f"the template {template!r} cannot be put to {vlm.name}: {error} Templates in the words of the miniatures are {', '.join(MINI_TEMPLATES)}.") from error
+        raise ValueError(
+            f"the template {template!r} cannot be put to {vlm.name}: {error} Templates in the "
+            f"words of the miniatures are {', '.join(MINI_TEMPLATES)}.") from error
     return turn
 
 # %% ../../nbs/6_evaluate/10_mimic.ipynb #3f057de5
@@ -95,31 +134,41 @@ class TemplateAnswers(nn.Module):
         templates:Sequence[str]=("describe",), # Names in `TEMPLATES`
     ):
         super().__init__()
-        if isinstance(templates, str) or not len(templates): raise ValueError(f"templates is a list of at least one name of {', '.join(TEMPLATES)}, got {templates!r}.")
+        if isinstance(templates, str) or not len(templates):
+            raise ValueError("templates is a list of at least one name of "
+                             f"{', '.join(TEMPLATES)}, got {templates!r}.")
         negatives = [""] * len(targets) if negatives is None else negatives
-        if len(negatives) != len(targets): raise ValueError(f"one negative a target, got {len(negatives)} for {len(targets)}.")
+        if len(negatives) != len(targets):
+            raise ValueError(f"one negative a target, got {len(negatives)} for {len(targets)}.")
         reader = VisionReader.of(vlm)
-        self.asked = nn.ModuleList(TeacherForcedAnswer(reader, [answer_turn(reader.vlm, template, *pair) for pair in zip(targets, negatives)]) for template in templates)
+        self.asked = nn.ModuleList()
+        for template in templates:
+            pairs = zip(targets, negatives)
+            turns = [answer_turn(reader.vlm, template, *pair) for pair in pairs]
+            self.asked.append(TeacherForcedAnswer(reader, turns))
 
-    def forward(self, video:Float[Tensor, "batch frames 3 height width"], step:int=0) -> Float[Tensor, "batch"]: # Nats a token, mean over the answer and over templates
+    def forward(self,
+        video:Float[Tensor, "batch frames 3 height width"],
+        step:int=0,
+    ) -> Float[Tensor, "batch"]: # Nats a token, mean over the answer and over templates
         return torch.stack([asked(video, step) for asked in self.asked]).mean(0)
 
-    def target_probability(self, video:Float[Tensor, "batch frames 3 height width"]) -> Float[Tensor, "batch"]: # In [0, 1]
-        "How likely the VLM gives the whole answer, mean over templates"
+    def target_probability(self,
+        video:Float[Tensor, "batch frames 3 height width"],
+    ) -> Float[Tensor, "batch"]: # Of the whole answer, mean over templates, in [0, 1]
         return torch.stack([asked.target_probability(video) for asked in self.asked]).mean(0)
 
-    def reached(self, video:Float[Tensor, "batch frames 3 height width"]) -> Float[Tensor, "batch"]: # In [0, 1]
-        "How much of what was asked for is there"
+    # How much of what was asked for is there, in [0, 1]
+    def reached(self, video:Float[Tensor, "batch frames 3 height width"]) -> Float[Tensor, "batch"]:
         return self.target_probability(video)
 
 # %% ../../nbs/6_evaluate/10_mimic.ipynb #3c186c3c
-SOURCE_SIDE = 336 # px, side of the images for which the weights were chosen (MIMIC, public code)
-MINI_V2_SCE = 20 # factor on the answer's weight in version 2 at mini scale (chosen on answers and seeds from 61 000, see above)
-HIGHEST_RATE = .3 # of version 1
-
 @dataclass(frozen=True)
 class MimicConfig:
-    "Everything MIMIC can be set to; defaults are version 2 at its own scale (arXiv 2508.07833, public code)"
+    """Everything MIMIC can be set to
+
+    Defaults are version 2 at its own scale (arXiv 2508.07833, public code).
+    """
     version: str = "v2"
     steps: int = 500 # v2 (v1: 5000)
     lr: float = .05 # v2 (v1: .3)
@@ -141,16 +190,25 @@ class MimicConfig:
     border: str = "reflect" # v2; v1 wraps [inferred from DeepInversion, its model]
     blur_every: int = 100 # Steps between two blurs, v2; 0 for none (v1: none)
     blur_sigma: float = 1. # px, chosen: how strongly is not known to us
-    std: float = 1. # Of the noise it starts from, N(0, 1) in v1; there of normalised pixels, here of logits
+    std: float = 1. # Of the starting noise: N(0, 1) of normalised pixels in v1, here of logits
     fourier: bool = False # Write the image as Fourier coefficients; optional in v2
     fourier_lr: float = 1. # Factor on `lr` then, chosen
-    templates: tuple[str, ...] = ("describe",) # Of `TEMPLATES`; at paper scale give PAPER_TEMPLATES
+    templates: tuple[str, ...] = ("describe",) # Of `TEMPLATES`; at paper scale PAPER_TEMPLATES
     frames: str = "still" # The paper's image, repeated over time; or "video", our extension
 
 # %% ../../nbs/6_evaluate/10_mimic.ipynb #9951528b
+SOURCE_SIDE = 336 # px, side of the images for which the weights were chosen (MIMIC, public code)
+# factor on the answer's weight in version 2 at mini scale (chosen on answers and seeds from 61 000,
+# see above)
+MINI_V2_SCE = 20
+HIGHEST_RATE = .3 # of version 1
+
 def mimic_v1(**changes) -> MimicConfig: # Fields to change
     "Version 1 at its own scale: 5000 steps at 336 px, with a guide network"
-    published = dict(version="v1", steps=5000, lr=.3, lr_end=1e-5, optimiser="adam", weight_decay=0., guide=.004, inside=0., tv1=7e-4, tv2=4e-4, jitter=4, border="wrap", blur_every=0)
+    published = dict(
+        version="v1", steps=5000, lr=.3, lr_end=1e-5, optimiser="adam", weight_decay=0.,
+        guide=.004, inside=0., tv1=7e-4, tv2=4e-4, jitter=4, border="wrap", blur_every=0,
+    )
     return MimicConfig(**published | changes)
 
 def mimic_v2(**changes) -> MimicConfig: # Fields to change
@@ -163,11 +221,17 @@ def to_mini(
 ) -> MimicConfig: # For clips of the world
     "Carry a configuration to the embedded world, by the rules above"
     scale = SOURCE_SIDE / SIZE
-    lr = max(config.lr, min(HIGHEST_RATE, config.lr * config.steps / steps))
-    return replace(config, steps=steps, lr=lr, sce=config.sce * (MINI_V2_SCE if config.version == "v2" else 1), relative=True, jitter=max(1, round(config.jitter / scale)) if config.jitter else 0,
-                   blur_every=round(config.blur_every * steps / config.steps), blur_sigma=max(.4, config.blur_sigma / scale)) # .4: a narrower one changes nothing
+    return replace(
+        config, steps=steps, relative=True,
+        lr=max(config.lr, min(HIGHEST_RATE, config.lr * config.steps / steps)),
+        sce=config.sce * (MINI_V2_SCE if config.version == "v2" else 1),
+        jitter=max(1, round(config.jitter / scale)) if config.jitter else 0,
+        blur_every=round(config.blur_every * steps / config.steps),
+        blur_sigma=max(.4, config.blur_sigma / scale), # .4: a narrower one changes nothing
+    )
 
-MimicConfig.v1, MimicConfig.v2, MimicConfig.mini = staticmethod(mimic_v1), staticmethod(mimic_v2), to_mini
+MimicConfig.v1, MimicConfig.v2 = (staticmethod(make) for make in (mimic_v1, mimic_v2))
+MimicConfig.mini = to_mini
 
 # %% ../../nbs/6_evaluate/10_mimic.ipynb #1c02e9c3
 def concept_clips(
@@ -182,55 +246,65 @@ def stand_still(
     videos:Float[Tensor, "batch frames 3 height width"], # Any clips
 ) -> Float[Tensor, "batch frames 3 height width"]: # The middle frame at all times
     "Turn clips into images that a video VLM accepts"
-    return videos[:, videos.shape[1] // 2:][:, :1].expand(-1, videos.shape[1], -1, -1, -1)
+    n = videos.shape[1]
+    return videos[:, n // 2:][:, :1].expand(-1, n, -1, -1, -1)
 
 # %% ../../nbs/6_evaluate/10_mimic.ipynb #11092e80
 def clip_patch(
-    vlm:VideoLanguageModel, # Knows its own image size and patch size
+    vlm:VideoLanguageModel, # Its image size and patch size count
     side:int=SIZE, # px, of the clip
 ) -> int: # px
     "Side of the VLM's patches, in pixels of the clip"
-    patch = vlm.settings.patch_size * side / vlm.settings.image_size
-    if patch != int(patch):
-        raise ValueError(f"the patches of {vlm.name} ({vlm.settings.patch_size} of {vlm.settings.image_size} px) are {patch:.3g} px of a clip of {side} px. Invert clips of a size that makes this whole.")
-    return int(patch)
+    settings = vlm.settings
+    patch = settings.patch_size * side / settings.image_size
+    if patch == int(patch): return int(patch)
+    raise ValueError(
+        f"the patches of {vlm.name} ({settings.patch_size} of {settings.image_size} px) are "
+        f"{patch:.3g} px of a clip of {side} px. Invert clips of a size that makes this whole.")
 
-# %% ../../nbs/6_evaluate/10_mimic.ipynb #2f456791
 def base_term(
     reader:VisionReader, # Of the VLM
-    real:Sequence[Float[Tensor, "_ frames 3 height width"]], # For each clip, real ones of its concept
+    real:Sequence[Float[Tensor, "_ frames 3 height width"]], # For each clip, some of its concept
     relative:bool, # Divide each layer's part by the size of the real statistics
 ) -> FeatureStatistics: # MIMIC's L_base
     "Statistics of real images, in the layers' units or relative ones"
     plain = FeatureStatistics(reader, real)
     if not relative: return plain
-    sizes = [mean.norm(dim=1) + variance.norm(dim=1) for mean, variance in zip(plain.means, plain.variances)]
+    rows = zip(plain.means, plain.variances)
+    sizes = [mean.norm(dim=1) + variance.norm(dim=1) for mean, variance in rows]
     plain.weights = [1 / size for size in sizes] # one a clip: no clip depends on its neighbours
     return plain
 
+# %% ../../nbs/6_evaluate/10_mimic.ipynb #2f456791
 def mimic_terms(
     reader:VisionReader, # Of the VLM
     answers:Callable, # L_SCE
-    real:Sequence[Float[Tensor, "_ frames 3 height width"]], # For each clip, real ones of its concept
+    real:Sequence[Float[Tensor, "_ frames 3 height width"]], # For each clip, some of its concept
     config:MimicConfig, # Weights
     guide:FrameEncoder|nn.Module|None=None, # Needed where `config.guide` is not 0
 ) -> dict[str, Term]: # Only those of a weight other than 0
     "Everything MIMIC minimises (arXiv 2508.07833)"
-    if config.guide and guide is None: raise ValueError(f"version 1 needs a guide network with batch norm, got None with a weight of {config.guide}. Give load_encoder('frames'), or set guide=0.")
-    patch, frames = clip_patch(reader.vlm), slice(0, 1) if config.frames == "still" else slice(None)
+    if config.guide and guide is None:
+        raise ValueError(
+            f"version 1 needs a guide network with batch norm, got None with a weight of "
+            f"{config.guide}. Give load_encoder('frames'), or set guide=0.")
+    patch = clip_patch(reader.vlm)
     look = BatchNormGuide(guide) if config.guide else None
+    def frames(video): return video[:, :1] if config.frames == "still" else video
     all_terms = {
-        "sce": (config.sce, answers),
-        "base": (config.base, base_term(reader, real, config.relative) if config.base else None),
-        "guide": (config.guide, lambda video, step: look(video[:, frames])),
-        "patch": (config.patch, lambda video, step: patch_borders(video[:, frames], patch)),
-        "inside": (config.inside, lambda video, step: patch_variance(video[:, frames], patch)),
-        "tv1": (config.tv1, lambda video, step: 2 * total_variation(video[:, frames])), # 2: normalised pixels are in [-1, 1]
-        "tv2": (config.tv2, lambda video, step: 2 * total_variation(video[:, frames], 2)),
-        "l2": (config.l2, lambda video, step: l2_size(video[:, frames])),
-        "time": (config.time, lambda video, step: 2 * temporal_variation(video)),
+        "sce": answers,
+        "base": base_term(reader, real, config.relative) if config.base else None,
+        "guide": lambda video, step: look(frames(video)),
+        "patch": lambda video, step: patch_borders(frames(video), patch),
+        "inside": lambda video, step: patch_variance(frames(video), patch),
+        # 2: normalised pixels are in [-1, 1]
+        "tv1": lambda video, step: 2 * total_variation(frames(video)),
+        "tv2": lambda video, step: 2 * total_variation(frames(video), 2),
+        "l2": lambda video, step: l2_size(frames(video)),
+        "time": lambda video, step: 2 * temporal_variation(video),
     }
-    return {name: Term(weight, fn) for name, (weight, fn) in all_terms.items() if weight}
+    weights = {name: getattr(config, name) for name in all_terms}
+    return {name: Term(weights[name], fn) for name, fn in all_terms.items() if weights[name]}
 
 # %% ../../nbs/6_evaluate/10_mimic.ipynb #2ddd9f4e
 def mimic_canvas(
@@ -238,19 +312,46 @@ def mimic_canvas(
     config:MimicConfig, # What it is written in
 ) -> Canvas: # Of the world's size
     "Where MIMIC starts: noise"
-    if config.frames not in ("still", "video"): raise ValueError(f"frames must be 'still' (MIMIC's image) or 'video' (ours), got {config.frames!r}.")
-    still, shape = config.frames == "still", (FRAMES, SIZE, SIZE)
-    return FourierCanvas(seeds, shape, dims=2 if still else 3, still=still) if config.fourier else PixelCanvas(seeds, shape, std=config.std, still=still)
+    if config.frames not in ("still", "video"):
+        raise ValueError("frames must be 'still' (MIMIC's image) or 'video' (ours), "
+                         f"got {config.frames!r}.")
+    still = config.frames == "still"
+    shape = (FRAMES, SIZE, SIZE)
+    if config.fourier: return FourierCanvas(seeds, shape, dims=2 if still else 3, still=still)
+    return PixelCanvas(seeds, shape, std=config.std, still=still)
 
 def mimic_run(
     config:MimicConfig, # All settings
     seed:int=0, # Of the shifts
-) -> tuple[InversionConfig, Callable, Callable|None]: # For the engine: its settings, the augmentation, the blur
-    "How MIMIC is run"
-    lr = config.lr * (config.fourier_lr if config.fourier else 1.)
-    run = InversionConfig(steps=config.steps, lr=lr, lr_end=config.lr_end, optimiser=config.optimiser, betas=config.betas, weight_decay=config.weight_decay, seed=seed)
-    def polish(video, step): return blur(video, config.blur_sigma) if step % config.blur_every == 0 and step < config.steps else None
-    return run, chain(*[partial(jitter, pixels=config.jitter, border=config.border)] * (config.jitter > 0)), polish if config.blur_every else None
+) -> tuple[InversionConfig, Callable, Callable|None]: # Settings, augmentation and blur
+    "How MIMIC is run, for the engine"
+    run = InversionConfig(
+        steps=config.steps, lr=config.lr * (config.fourier_lr if config.fourier else 1.),
+        lr_end=config.lr_end, optimiser=config.optimiser, betas=config.betas,
+        weight_decay=config.weight_decay, seed=seed,
+    )
+    def polish(video, step):
+        due = step % config.blur_every == 0 and step < config.steps
+        return blur(video, config.blur_sigma) if due else None
+    shift = partial(jitter, pixels=config.jitter, border=config.border)
+    augment = chain(shift) if config.jitter > 0 else chain()
+    return run, augment, polish if config.blur_every else None
+
+# %% ../../nbs/6_evaluate/10_mimic.ipynb #cd57c9b6
+def _on(device:torch.device, sets:Sequence, still:bool) -> list: # As many
+    "Real clips on a device; one object a set, so that clips of one concept share its statistics"
+    kept = {id(clips): (stand_still(clips) if still else clips).to(device) for clips in sets}
+    return [kept[id(clips)] for clips in sets]
+
+def _digest(reader:VisionReader, targets, negatives, config:MimicConfig, sets:Sequence) -> str:
+    "A short name of what is asked; the engine's own covers settings and seeds, not the words"
+    return config_hash({
+        "vlm": tensor_digest(reader.vlm.state_dict()),
+        "targets": list(targets),
+        "negatives": None if negatives is None else list(negatives),
+        "config": config,
+        "real": [tensor_digest({"clips": clips}) for clips in sets],
+    })
 
 # %% ../../nbs/6_evaluate/10_mimic.ipynb #05808bb2
 def invert_answer(
@@ -259,25 +360,32 @@ def invert_answer(
     negatives:Sequence[str]|None=None, # Another answer each, for templates that offer a choice
     config:MimicConfig|None=None, # None is version 2 at mini scale
     seeds:Sequence[int]|None=None, # One a clip; None counts from 0
-    real_videos:Sequence[Float[Tensor, "_ frames 3 height width"]]|None=None, # Real clips of each concept; None draws them from the world
+    # Real clips of each concept; None draws them from the world
+    real_videos:Sequence[Float[Tensor, "_ frames 3 height width"]]|None=None,
     guide:nn.Module|None=None, # For version 1; None is the in-world frame encoder
     asked:Asked|None=None, # Decides which image is best, None: the whole answer
     progress:bool=True, # Show a bar
     resume_path:str|Path|None=None, # Ends in `.safetensors`; an interrupted run continues there
 ) -> InversionResult: # `probability` and `reached` are those of `asked`
-    "Make images, or clips, of which a VLM gives an answer (MIMIC, arXiv 2508.07833)"
-    config, reader = config or MimicConfig.v2().mini(), VisionReader.of(vlm)
+    "Make images, or clips, for which a VLM gives an answer (MIMIC, arXiv 2508.07833)"
+    config = config or MimicConfig.v2().mini()
+    reader = VisionReader.of(vlm)
     seeds = range(len(targets)) if seeds is None else seeds
     if real_videos is None: real_videos = [concept_clips(target) for target in targets]
-    if not len(seeds) == len(real_videos) == len(targets): raise ValueError(f"one seed and one set of real clips a target, got {len(seeds)} seeds, {len(real_videos)} sets and {len(targets)} targets.")
+    if not len(seeds) == len(real_videos) == len(targets):
+        raise ValueError(f"one seed and one set of real clips a target, got {len(seeds)} seeds, "
+                         f"{len(real_videos)} sets and {len(targets)} targets.")
     device = next(reader.vlm.parameters()).device
-    kept = {id(clips): (stand_still(clips) if config.frames == "still" else clips).to(device) for clips in real_videos} # one object a set, so that clips of one concept share its statistics
     answers = TemplateAnswers(reader, targets, negatives, config.templates)
     if config.guide and guide is None: guide = load_encoder("frames", device=str(device))
-    terms = mimic_terms(reader, answers, [kept[id(clips)] for clips in real_videos], config, guide)
+    real = _on(device, real_videos, config.frames == "still")
+    terms = mimic_terms(reader, answers, real, config, guide)
     run, augment, polish = mimic_run(config)
-    question = "" if resume_path is None else config_hash({"vlm": tensor_digest(reader.vlm.state_dict()), "targets": list(targets), "negatives": None if negatives is None else list(negatives), "config": config, "real": [tensor_digest({"clips": clips}) for clips in real_videos]})
-    return invert(mimic_canvas(seeds, config).to(device), terms, run, asked or answers, augment, progress, resume_path, polish=polish, question=question)
+    given = (reader, targets, negatives, config, real_videos)
+    question = "" if resume_path is None else _digest(*given)
+    canvas = mimic_canvas(seeds, config).to(device)
+    return invert(canvas, terms, run, asked or answers, augment, progress, resume_path,
+                  polish=polish, question=question)
 
 # %% ../../nbs/6_evaluate/10_mimic.ipynb #60b5abc3
 def invert_mimic(
@@ -285,22 +393,28 @@ def invert_mimic(
     captions:Sequence[str], # Source captions, one a clip
     pairs:Sequence[ContrastPair|str]|ContrastPair|str, # One for all clips, or one each
     seeds:Sequence[int], # One a clip
-    real_videos:Sequence[Float[Tensor, "_ frames 3 height width"]]|Float[Tensor, "real frames 3 height width"]|None=None, # Of each target, or one set for all; None draws them from the world
+    # Of each target, or one set for all; None draws them from the world
+    real_videos:(Sequence[Float[Tensor, "_ frames 3 height width"]]
+                 |Float[Tensor, "real frames 3 height width"]|None)=None,
     version:str="v2", # Or `"v1"`
     config:MimicConfig|None=None, # In place of `version`; None is that version at mini scale
     progress:bool=True, # Show a bar
     resume_path:str|Path|None=None, # Ends in `.safetensors`; an interrupted run continues there
 ) -> InversionResult: # `probability` is that of the target words, as for all baselines
     "MIMIC (arXiv 2508.07833), called like a baseline"
-    if version not in ("v1", "v2"): raise ValueError(f"MIMIC's version must be 'v1' or 'v2', got {version!r}.")
-    reader, config = VisionReader.of(vlm), config or (MimicConfig.v1() if version == "v1" else MimicConfig.v2()).mini()
+    if version not in ("v1", "v2"):
+        raise ValueError(f"MIMIC's version must be 'v1' or 'v2', got {version!r}.")
+    reader = VisionReader.of(vlm)
+    if config is None: config = (MimicConfig.v1() if version == "v1" else MimicConfig.v2()).mini()
     asked = TargetToken(reader, pairs, captions)
     if real_videos is None:
-        sets = {pair: concept_clips(" ".join(target for _, target in pair.words)) for pair in asked.pairs}
+        words = {pair: " ".join(target for _, target in pair.words) for pair in asked.pairs}
+        sets = {pair: concept_clips(answer) for pair, answer in words.items()}
         real_videos = [sets[pair] for pair in asked.pairs]
     elif isinstance(real_videos, Tensor): real_videos = [real_videos] * len(captions)
     targets = [pair.apply(caption) for pair, caption in zip(asked.pairs, captions)]
-    return invert_answer(reader, targets, list(captions), config, seeds, real_videos, asked=asked, progress=progress, resume_path=resume_path)
+    return invert_answer(reader, targets, list(captions), config, seeds, real_videos, asked=asked,
+                         progress=progress, resume_path=resume_path)
 
 # %% ../../nbs/6_evaluate/10_mimic.ipynb #2bce1eb4
 def verifier_hits(
@@ -309,50 +423,72 @@ def verifier_hits(
     verifier:VideoEncoder|FrameEncoder|None=None, # None is the in-world video encoder
     k:int=1, # Words of a slot that count, from the likeliest
     guided:bool=True, # Whether the frame encoder may have guided the images
-) -> Float[Tensor, "batch"]: # Share of the answer's words, [0, 1]; with k as large as a slot always 1
+) -> Float[Tensor, "batch"]: # Share of the answer's words, [0, 1]; with k as large as a slot 1
     "Does an independent network name what was asked for? (MIMIC's verifier)"
     verifier = verifier or load_encoder("video", device=str(videos.device))
-    if isinstance(verifier, FrameEncoder) and guided:
-        raise ValueError("a network that guides images cannot verify them, got the frame encoder with guided=True. Use load_encoder('video'), or say guided=False for images of version 2.")
-    with torch.no_grad(): told = verifier(videos[:, videos.shape[1] // 2] if isinstance(verifier, FrameEncoder) else videos).log_probs
-    hits = []
+    takes_frames = isinstance(verifier, FrameEncoder)
+    if takes_frames and guided:
+        raise ValueError(
+            "a network that guides images cannot verify them, got the frame encoder with "
+            "guided=True. Use load_encoder('video'), or say guided=False for images of version 2.")
+    seen = videos[:, videos.shape[1] // 2] if takes_frames else videos
+    with torch.no_grad(): log_probs = verifier(seen).log_probs
+    shares = []
     for row, answer in enumerate(answers):
         named = named_words(answer)
-        if set(named) - set(told): raise ValueError(f"one frame cannot show {', '.join(sorted(set(named) - set(told)))} of {answer!r}. Use load_encoder('video').")
-        best = {slot: told[slot][row].topk(min(k, len(SLOTS[slot]))).indices.tolist() for slot in named}
-        hits.append(sum(SLOTS[slot].index(word) in best[slot] for slot, word in named.items()) / len(named))
-    return torch.tensor(hits)
+        absent = sorted(set(named) - set(log_probs))
+        if absent:
+            raise ValueError(f"one frame cannot show {', '.join(absent)} of {answer!r}. "
+                             "Use load_encoder('video').")
+        hits = 0
+        for slot, word in named.items():
+            best = log_probs[slot][row].topk(min(k, len(SLOTS[slot]))).indices.tolist()
+            hits += SLOTS[slot].index(word) in best
+        shares.append(hits / len(named))
+    return torch.tensor(shares)
 
+# %% ../../nbs/6_evaluate/10_mimic.ipynb #14ac9b9d
 def chance_hits(
     answers:Sequence[str], # What images should show
     k:int=1, # As for `verifier_hits`
-) -> float: # Mean share of words that a verifier finds that guesses
+) -> float: # Mean share of words that a guessing verifier finds
     "What guessing would reach"
-    shares = [[min(1., k / len(SLOTS[slot])) for slot in named_words(answer)] for answer in answers]
-    return sum(sum(row) / len(row) for row in shares) / len(answers)
+    rows = [[min(1., k / len(SLOTS[slot])) for slot in named_words(answer)] for answer in answers]
+    return sum(sum(row) / len(row) for row in rows) / len(answers)
 
-# %% ../../nbs/6_evaluate/10_mimic.ipynb #14ac9b9d
 def read_hits(
     videos:Float[Tensor, "batch frames 3 height width"], # Colours in [0, 1]
     answers:Sequence[str], # What each should show
-) -> Float[Tensor, "batch"]: # Share of the answer's words that the world's readers read, [0, 1]; unreadable counts as not read
+) -> Float[Tensor, "batch"]: # Share of the answer's words that are read, [0, 1]; unreadable is not
     "Can the answer be read from the pixels?"
-    rows = zip(read_video(videos), map(named_words, answers), strict=True)
-    return torch.tensor([sum(words[slot] == word for slot, word in named.items()) / len(named) for words, named in rows])
+    shares = []
+    for words, named in zip(read_video(videos), map(named_words, answers), strict=True):
+        hits = sum(words[slot] == word for slot, word in named.items())
+        shares.append(hits / len(named))
+    return torch.tensor(shares)
 
+# %% ../../nbs/6_evaluate/10_mimic.ipynb #40913132
 def judge_images(
     vlm:VideoLanguageModel, # Frozen; whose answer was inverted
     videos:Float[Tensor, "batch frames 3 height width"], # Colours in [0, 1]
     answers:Sequence[str], # What each should show
-    real_videos:Sequence[Float[Tensor, "_ frames 3 height width"]], # For each, real ones of its concept; not those that the inversion resembled
+    # For each, real ones of its concept; not those that the inversion resembled
+    real_videos:Sequence[Float[Tensor, "_ frames 3 height width"]],
     verifier:VideoEncoder|None=None, # None is the in-world one
     templates:Sequence[str]=("describe",), # How the VLM is asked
     clip_model:Any=None, # For `clip_score`; None is the in-world one
 ) -> dict[str, list[float]]: # One number a clip, by measure
     "MIMIC's measures, clip by clip, and the world's readers"
     verifier = verifier or load_encoder("video", device=str(videos.device))
-    nearest = [nearest_perceptual_distance(video[None], real, verifier) for video, real in zip(videos, real_videos, strict=True)]
-    values = {"p(answer)": TemplateAnswers(vlm, answers, templates=templates).target_probability(videos),
-              "top-1": verifier_hits(videos, answers, verifier), "top-2": verifier_hits(videos, answers, verifier, 2),
-              "CLIP-mini": clip_score(videos, answers, clip_model), "LPIPS-mini": torch.cat(nearest), "read": read_hits(videos, answers)}
+    pairs = zip(videos, real_videos, strict=True)
+    nearest = [nearest_perceptual_distance(video[None], real, verifier) for video, real in pairs]
+    asked = TemplateAnswers(vlm, answers, templates=templates)
+    values = {
+        "p(answer)": asked.target_probability(videos),
+        "top-1": verifier_hits(videos, answers, verifier),
+        "top-2": verifier_hits(videos, answers, verifier, 2),
+        "CLIP-mini": clip_score(videos, answers, clip_model),
+        "LPIPS-mini": torch.cat(nearest),
+        "read": read_hits(videos, answers),
+    }
     return {name: value.detach().float().tolist() for name, value in values.items()}

@@ -20,10 +20,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .canvas import Canvas, PhaseCanvas, PixelCanvas, mean_magnitude
-from .inversion import InversionConfig, InversionResult, Term, invert
-from .objectives import BatchNormGuide, Coherence, FeatureStatistics, JaccardSimilarity, TargetToken, VisionReader, WantedDivergence, WordObjective, layer_statistics, real_margin
-from .priors import add_noise, chain, jitter, l2_size, patch_borders, random_crop, random_flip, temporal_variation, total_variation
+from transporter_nb.evaluate.baselines.canvas import (
+    Canvas, PhaseCanvas, PixelCanvas, mean_magnitude,
+)
+from transporter_nb.evaluate.baselines.inversion import (
+    InversionConfig, InversionResult, Term, invert,
+)
+from transporter_nb.evaluate.baselines.objectives import (
+    BatchNormGuide, Coherence, FeatureStatistics, JaccardSimilarity, TargetToken, VisionReader,
+    WantedDivergence, WordObjective, layer_statistics, real_margin,
+)
+from transporter_nb.evaluate.baselines.priors import (
+    add_noise, chain, jitter, l2_size, patch_borders, random_crop, random_flip,
+    temporal_variation, total_variation,
+)
 from ...world.contrasts import ContrastPair, parse_contrast
 from ...core.base import config_hash, tensor_digest
 from ...models.encoders.networks import load_encoder
@@ -34,70 +44,90 @@ BASELINES = ("AM", "AM, jittered", "GradViT", "MACO", "LEAPS")
 
 def check_baseline(name:str) -> str: # The same name
     "Refuse a method that does not exist"
-    if name not in BASELINES: raise ValueError(f"a baseline is one of {', '.join(map(repr, BASELINES))}, got {name!r}.")
-    return name
+    if name in BASELINES: return name
+    raise ValueError(f"a baseline is one of {', '.join(map(repr, BASELINES))}, got {name!r}.")
 
 @dataclass(frozen=True)
 class BaselineSettings:
     "What a sweep varies, and what depends on the size of clips"
     steps: int # Of the optimiser
-    lr: float # Highest learning rate: colours a step (AM), logits a step (GradViT, LEAPS), radians a step (MACO)
-    prior: float = 1.0 # Factor on the weight of every term but the target's; 0 leaves only the target
+    # Highest learning rate, a step: colours (AM), logits (GradViT, LEAPS), radians (MACO)
+    lr: float
+    prior: float = 1.0 # Factor on the weight of every term but the target's; 0: only the target
     jitter: int = 0 # px, largest shift
     flip: float = 0.0 # Share of clips mirrored left to right
-    crop: tuple[float, float] = (1.0, 1.0) # Smallest and largest side of a crop, share of the frame's
+    crop: tuple[float, float] = (1.0, 1.0) # Smallest and largest side of a crop, share of a frame's
     noise: float = 0.0 # Standard deviation, in colours
-    start: float = 1.0 # Standard deviation of the noise that GradViT and LEAPS start from, in logits
+    start: float = 1.0 # Standard deviation of GradViT's and LEAPS' starting noise, in logits
 
-    @classmethod
-    def published(cls, name:str) -> "BaselineSettings": # AM: of its own; see the recipes for what is inferred
+    @classmethod # AM: of its own; see the recipes for what is inferred
+    def published(cls, name:str) -> "BaselineSettings":
         "The papers' numbers"
         return PUBLISHED[check_baseline(name)]
 
-    @classmethod
-    def mini(cls, name:str, vlm:str="gemma3") -> "BaselineSettings": # A row of 16 clips takes about a minute of one core
+    @classmethod # A row of 16 clips takes about a minute of one core
+    def mini(cls, name:str, vlm:str="gemma3") -> "BaselineSettings":
         "For the miniatures, as `baseline_sweep` chose them"
         return MINI.get((check_baseline(name), vlm), MINI[name])
 
 # %% ../../../nbs/6_evaluate/09_baselines.recipes.ipynb #af8519bb
 PUBLISHED = {
-    "AM":           BaselineSettings(1000, .05), # chosen: arXiv 1312.6034 gives neither steps, rate nor weight
-    "AM, jittered": BaselineSettings(1000, .05, jitter=16), # chosen: rate and steps as AM; jitter as Olah et al. 2017
-    "GradViT":      BaselineSettings(5000, .3, jitter=4), # [inferred] MIMIC v1 (arXiv 2508.07833), since GradViT's are for gradients of a training step
-    "MACO":         BaselineSettings(1000, 1., crop=(.2, .3), noise=.05), # horama, the authors' code of arXiv 2306.06805
-    "LEAPS":        BaselineSettings(1500, .6, jitter=30, flip=.5), # arXiv 2303.09941
+    # chosen: arXiv 1312.6034 gives neither steps, rate nor weight
+    "AM": BaselineSettings(1000, .05),
+    # chosen: rate and steps as AM; jitter as Olah et al. 2017
+    "AM, jittered": BaselineSettings(1000, .05, jitter=16),
+    # [inferred] MIMIC v1 (arXiv 2508.07833), since GradViT's are for gradients of a training step
+    "GradViT": BaselineSettings(5000, .3, jitter=4),
+    # horama, the authors' code of arXiv 2306.06805
+    "MACO": BaselineSettings(1000, 1., crop=(.2, .3), noise=.05),
+    # arXiv 2303.09941
+    "LEAPS": BaselineSettings(1500, .6, jitter=30, flip=.5),
 }
-MINI = { # (name, vlm) where the sweep chose another rate for a VLM; jitter of 1 px: with 4 some answers never came (measured there)
-    "AM":                    BaselineSettings(100, .3), # measured (baseline_sweep)
-    ("AM", "phi4"):          BaselineSettings(100, .1), # measured (baseline_sweep)
-    "AM, jittered":          BaselineSettings(100, .03, jitter=1), # measured (baseline_sweep)
-    "GradViT":               BaselineSettings(100, .3, jitter=1), # measured (baseline_sweep)
-    "MACO":                  BaselineSettings(100, 1., crop=(.7, 1.), noise=.05), # measured (baseline_sweep); noise as published
-    ("MACO", "videollama3"): BaselineSettings(100, .3, crop=(.7, 1.), noise=.05), # measured (baseline_sweep)
-    "LEAPS":                 BaselineSettings(100, .06, jitter=1), # measured (baseline_sweep)
+# All measured (baseline_sweep). A key (name, vlm) stands where the sweep chose another rate for a
+# VLM. Jitter of 1 px: with 4 some answers never came (measured there). MACO's noise: as published.
+MINI = {
+    "AM": BaselineSettings(100, .3),
+    ("AM", "phi4"): BaselineSettings(100, .1),
+    "AM, jittered": BaselineSettings(100, .03, jitter=1),
+    "GradViT": BaselineSettings(100, .3, jitter=1),
+    "MACO": BaselineSettings(100, 1., crop=(.7, 1.), noise=.05),
+    ("MACO", "videollama3"): BaselineSettings(100, .3, crop=(.7, 1.), noise=.05),
+    "LEAPS": BaselineSettings(100, .06, jitter=1),
 }
 
 # %% ../../../nbs/6_evaluate/09_baselines.recipes.ipynb #9733c045
-COUNTS_FROM = 0.75 # Share of the run (chosen: all stages have had their say, and rates are small)
-ENOUGH = 0.9 # Reached by a clip that does what was asked: probability, or 1 - distance to the wanted answer (chosen: the level at which Table 1 calls a word said)
+COUNTS_FROM = 0.75 # Share of the run (chosen: all stages have begun, and rates are small)
+# Reached by a clip that does what was asked: probability, or 1 - distance to the wanted answer
+# (chosen: the level at which Table 1 calls a word said)
+ENOUGH = 0.9
 
 class Late:
     "An objective whose clips count from a step on"
     def __init__(self,
         objective:WordObjective, # What is asked
         first:int, # Step from which a clip counts
-    ): self.objective, self.first, self.step = objective, first, 0
+    ):
+        self.objective = objective
+        self.first = first
+        self.step = 0
 
-    def __call__(self, video:Float[Tensor, "batch frames 3 height width"], step:int=0) -> Float[Tensor, "batch"]: # The objective's loss
+    def __call__(self,
+        video:Float[Tensor, "batch frames 3 height width"],
+        step:int=0,
+    ) -> Float[Tensor, "batch"]: # The objective's loss
         self.step = step # the engine computes the losses of a step before it measures
         return self.objective(video, step)
 
-    def reached(self, video:Float[Tensor, "batch frames 3 height width"]) -> Float[Tensor, "batch"]: # In [0, 1]; -1 before `first`, less than any clip that counts
+    # In [0, 1]; -1 before `first`, less than any clip that counts
+    def reached(self, video:Float[Tensor, "batch frames 3 height width"]) -> Float[Tensor, "batch"]:
         "How much of what was asked for is there"
-        return self.objective.reached(video) if self.step >= self.first else torch.full((len(video),), -1.)
+        if self.step < self.first: return torch.full((len(video),), -1.)
+        return self.objective.reached(video)
 
-    def target_probability(self, video:Float[Tensor, "batch frames 3 height width"]) -> Float[Tensor, "batch"]: # In [0, 1]
-        "How likely the VLM says the target words"
+    def target_probability(self,
+        video:Float[Tensor, "batch frames 3 height width"],
+    ) -> Float[Tensor, "batch"]: # In [0, 1]
+        "How probable the target words are"
         return self.objective.target_probability(video)
 
 # %% ../../../nbs/6_evaluate/09_baselines.recipes.ipynb #17080e35
@@ -128,6 +158,7 @@ class Recipe(NamedTuple):
     config: InversionConfig
     augment: Callable|None
 
+# %% ../../../nbs/6_evaluate/09_baselines.recipes.ipynb #7c34ba72
 def scaled(
     factor:float, # `BaselineSettings.prior`
     **terms:tuple, # Name to (weight, function) or (weight, function, plain)
@@ -140,19 +171,27 @@ def plan(
     **changes, # Other fields of `InversionConfig`
 ) -> InversionConfig: # With what all recipes share
     "How a recipe is run"
-    return InversionConfig(**dict(steps=settings.steps, lr=settings.lr, check_every=max(1, settings.steps // 20), tie=1 - ENOUGH) | changes)
+    steps = settings.steps
+    shared = dict(steps=steps, lr=settings.lr, check_every=max(1, steps // 20), tie=1 - ENOUGH)
+    return InversionConfig(**shared | changes)
+
+def _jittered(settings:BaselineSettings) -> Callable|None: # None without jitter
+    "The augmentation of recipes that only shift"
+    return chain(partial(jitter, pixels=settings.jitter)) if settings.jitter else None
 
 # %% ../../../nbs/6_evaluate/09_baselines.recipes.ipynb #ff38e9ea
 def seen_frames(
     question:Question, # Whose VLM is asked
 ) -> list[int]: # Rising numbers of frames
-    "Which frames of a clip the VLM looks at"
+    "Which frames of a clip the VLM takes"
     video = question.real_videos[:1].clone().requires_grad_()
-    with torch.enable_grad(): gradient, = torch.autograd.grad(question.reader.vlm.embed(video).square().sum(), video)
+    with torch.enable_grad():
+        size = question.reader.vlm.embed(video).square().sum()
+        gradient, = torch.autograd.grad(size, video)
     return gradient[0].flatten(1).any(1).nonzero()[:, 0].tolist()
 
 class SeenCanvas(PixelCanvas):
-    "Pixels of the frames that a VLM looks at, with blends between them"
+    "Pixels of the frames that a VLM takes, with blends between them"
     def __init__(self,
         seeds:Sequence[int], # One a clip
         shape:Sequence[int], # (frames, height, width) of the clips
@@ -160,10 +199,15 @@ class SeenCanvas(PixelCanvas):
         **options, # Of `PixelCanvas`
     ):
         super().__init__(seeds, (len(seen), *shape[1:]), **options)
-        steps = np.stack([np.interp(range(shape[0]), seen, one) for one in np.eye(len(seen))], 1)
-        self.register_buffer("blend", torch.tensor(steps, dtype=torch.float32)) # frames, learned frames
+        steps = [np.interp(range(shape[0]), seen, one) for one in np.eye(len(seen))]
+        blend = torch.tensor(np.stack(steps, 1), dtype=torch.float32)
+        self.register_buffer("blend", blend) # frames, learned frames
 
     def forward(self): return torch.einsum("ts,bschw->btchw", self.blend, self.paint())
+
+def _seen_canvas(question:Question, **options) -> SeenCanvas:
+    "Pixels for the clips of a question"
+    return SeenCanvas(question.seeds, question.shape, seen_frames(question), **options)
 
 # %% ../../../nbs/6_evaluate/09_baselines.recipes.ipynb #74e2a2ee
 def activation_maximisation(
@@ -172,12 +216,16 @@ def activation_maximisation(
 ) -> Recipe: # Of plain AM, jittered where `settings.jitter` is above 0
     """Activation maximisation (Simonyan et al., arXiv 1312.6034)
 
-    Published: the logit, not the probability; a squared norm of the image; a start at the zero image. Inferred: zero is mid-grey, as the VLMs' pixels are normalised.
-    Ours: the weight 0.01 of the norm at `prior=1` (the paper gives none), Adam with a cosine in place of gradient ascent, noise of 0.01 at the start so that seeds differ, colours kept in [0, 1] by clamping.
+    Published: the logit, not the probability; a squared norm of the image; a start at the zero
+    image. Inferred: zero is mid-grey, as the VLMs' pixels are normalised. Ours: the weight 0.01 of
+    the norm at `prior=1` (the paper gives none), Adam with a cosine in place of gradient ascent,
+    noise of 0.01 at the start so that seeds differ, colours kept in [0, 1] by clamping.
     """
-    canvas = SeenCanvas(question.seeds, question.shape, seen_frames(question), std=.01, limits="clamp")
-    terms = {"target": Term(1., question.objective)} | scaled(settings.prior, l2=(.01, lambda video, step: l2_size(video, squared=True), True))
-    return Recipe(canvas, terms, plan(settings), chain(partial(jitter, pixels=settings.jitter)) if settings.jitter else None)
+    def norm(video, step): return l2_size(video, squared=True)
+    terms = {"target": Term(1., question.objective)}
+    terms |= scaled(settings.prior, l2=(.01, norm, True))
+    canvas = _seen_canvas(question, std=.01, limits="clamp")
+    return Recipe(canvas, terms, plan(settings), _jittered(settings))
 
 # %% ../../../nbs/6_evaluate/09_baselines.recipes.ipynb #2d1383b3
 def gradvit(
@@ -186,15 +234,26 @@ def gradvit(
 ) -> Recipe: # The target term first, the image prior from half-time
     """GradViT (Hatamizadeh et al., arXiv 2203.11894)
 
-    Published: which terms, and that the image prior comes in at half-time. Inferred: all weights, Adam(.5, .9), the rate's end 1e-5 and N(0, 1) at the start are those of MIMIC v1 (arXiv 2508.07833), GradViT's being for another loss;
-    the image prior is the batch statistics of the clip's frames. Ours: variation over time with the weight of TV1, since clips must not flicker; norm, variations and patch prior look at the clip without jitter.
+    Published: which terms, and that the image prior comes in at half-time. Inferred: all weights,
+    Adam(.5, .9), the rate's end 1e-5 and N(0, 1) at the start are those of MIMIC v1 (arXiv
+    2508.07833), GradViT's being for another loss; the image prior is the batch statistics of the
+    clip's frames. Ours: variation over time with the weight of TV1, since clips must not flicker;
+    norm, variations and patch prior take the clip without jitter.
     """
-    guide, patch = BatchNormGuide(question.guide), question.patch
-    priors = scaled(settings.prior, image=(.004, guide), patch=(5e-4, lambda video, step: patch_borders(video, patch), True), tv1=(7e-4, lambda video, step: total_variation(video), True),
-        tv2=(4e-4, lambda video, step: total_variation(video, 2), True), time=(7e-4, lambda video, step: temporal_variation(video), True), l2=(3e-4, lambda video, step: l2_size(video), True))
+    patch = question.patch
+    priors = scaled(
+        settings.prior,
+        image=(.004, BatchNormGuide(question.guide)),
+        patch=(5e-4, lambda video, step: patch_borders(video, patch), True),
+        tv1=(7e-4, lambda video, step: total_variation(video), True),
+        tv2=(4e-4, lambda video, step: total_variation(video, 2), True),
+        time=(7e-4, lambda video, step: temporal_variation(video), True),
+        l2=(3e-4, lambda video, step: l2_size(video), True),
+    )
+    terms = {"target": Term(.005, question.objective)} | priors
     config = plan(settings, lr_end=1e-5, betas=(.5, .9), stages={"image": (.5, 1.)})
-    augment = chain(partial(jitter, pixels=settings.jitter)) if settings.jitter else None
-    return Recipe(SeenCanvas(question.seeds, question.shape, seen_frames(question), std=settings.start), {"target": Term(.005, question.objective)} | priors, config, augment)
+    canvas = _seen_canvas(question, std=settings.start)
+    return Recipe(canvas, terms, config, _jittered(settings))
 
 # %% ../../../nbs/6_evaluate/09_baselines.recipes.ipynb #bcfa717c
 def maco(
@@ -203,13 +262,20 @@ def maco(
 ) -> Recipe: # Over phases
     """MACO (Fel et al., arXiv 2306.06805)
 
-    Published: phases only, magnitude the mean of natural images, the logit, NAdam at rate 1, 1000 steps, crops of 20 to 30 % with noise of 0.05 (horama) or of 50 to 5 % with 0.08 (xplique). Inferred: for video the real FFT is over time and space,
-    and the magnitude is the mean of real clips. Ours: one crop of each clip a step in place of a batch of crops (as many gradients come from as many steps), the cosine, and at mini scale larger crops, since a word about a
-    motion cannot be read from a quarter of a frame.
+    Published: phases only, magnitude the mean of natural images, the logit, NAdam at rate 1, 1000
+    steps, crops of 20 to 30 % with noise of 0.05 (horama) or of 50 to 5 % with 0.08 (xplique).
+    Inferred: for video the real FFT is over time and space, and the magnitude is the mean of real
+    clips. Ours: one crop of each clip a step in place of a batch of crops (as many gradients come
+    from as many steps), the cosine, and at mini scale larger crops, since a word about a motion
+    cannot be read from a quarter of a frame.
     """
-    canvas = PhaseCanvas(question.seeds, mean_magnitude(question.real_videos.cpu()), question.shape)
-    crops = partial(random_crop, low=settings.crop[0], high=settings.crop[1])
-    return Recipe(canvas, {"target": Term(1., question.objective)}, plan(settings, optimiser="nadam"), chain(crops, partial(add_noise, std=settings.noise)))
+    magnitude = mean_magnitude(question.real_videos.cpu())
+    canvas = PhaseCanvas(question.seeds, magnitude, question.shape)
+    low, high = settings.crop
+    crops = partial(random_crop, low=low, high=high)
+    augment = chain(crops, partial(add_noise, std=settings.noise))
+    terms = {"target": Term(1., question.objective)}
+    return Recipe(canvas, terms, plan(settings, optimiser="nadam"), augment)
 
 # %% ../../../nbs/6_evaluate/09_baselines.recipes.ipynb #41081c00
 def relative_weights(
@@ -217,33 +283,50 @@ def relative_weights(
     real_videos:Float[Tensor, "real frames 3 height width"], # Natural clips
 ) -> list[float]: # One a layer; `FeatureStatistics` then is a mean of relative errors
     "One over the length of the statistics of each layer"
-    with torch.no_grad(): statistics = layer_statistics([layer.flatten(0, 1)[None] for layer in reader(real_videos).layers])
+    with torch.no_grad(): layers = reader(real_videos).layers
+    statistics = layer_statistics([layer.flatten(0, 1)[None] for layer in layers])
     lengths = [(mean.norm() + variance.norm()).item() for mean, variance in zip(*statistics)]
     return [1 / (len(lengths) * max(length, 1e-6)) for length in lengths]
 
+# %% ../../../nbs/6_evaluate/09_baselines.recipes.ipynb #de91745c
 def leaps(
     question:Question, # What is asked; needs a stimulus for each clip
     settings:BaselineSettings, # How
 ) -> Recipe: # With one reader for all terms
     """LEAPS (Stergiou and Deligiannis, arXiv 2303.09941)
 
-    Published: cross-entropy, 1 - Jaccard similarity of mean embeddings to one stimulus averaged over layers, coherence in the last layer, feature statistics, norm with weight .005, Adam(.5, .9) at rate .6, warm-up of 100 in 1500 steps, jitter 30,
-    flips. We follow the equations where the public code departs from them. Inferred: each layer's weight is 1; the mean squared pixel stands for the norm; statistics are those of real clips in the VLM's own tower, in place of the batch norms of a
-    verifier network. Ours: coherence and statistics relative to real clips with weight 1; the margin is the distance of such frames in real clips; no flips in a world where *left* and *right* are words.
+    Published: cross-entropy, 1 - Jaccard similarity of mean embeddings to one stimulus averaged
+    over layers, coherence in the last layer, feature statistics, norm with weight .005, Adam(.5,
+    .9) at rate .6, warm-up of 100 in 1500 steps, jitter 30, flips. We follow the equations where
+    the public code departs from them. Inferred: each layer's weight is 1; the mean squared pixel
+    stands for the norm; statistics are those of real clips in the VLM's own tower, in place of the
+    batch norms of a verifier network. Ours: coherence and statistics relative to real clips with
+    weight 1; the margin is the distance of such frames in real clips; no flips in a world where
+    *left* and *right* are words.
     """
-    reader, real, values = question.reader, question.real_videos, 3 * question.shape[1] * question.shape[2]
+    reader, _, seeds, real, stimulus, _ = question
     margin = real_margin(reader, real)
-    priors = scaled(settings.prior, stimulus=(1., JaccardSimilarity(reader, question.stimulus)), coherence=(1 / max(margin, 1e-6), Coherence(reader, margin)),
-        statistics=(1., FeatureStatistics(reader, [real] * len(question.seeds), relative_weights(reader, real))), l2=(.005 / values, lambda video, step: l2_size(video, squared=True), True))
+    features = FeatureStatistics(reader, [real] * len(seeds), relative_weights(reader, real))
+    values = 3 * question.shape[1] * question.shape[2]
+    priors = scaled(
+        settings.prior,
+        stimulus=(1., JaccardSimilarity(reader, stimulus)),
+        coherence=(1 / max(margin, 1e-6), Coherence(reader, margin)),
+        statistics=(1., features),
+        l2=(.005 / values, lambda video, step: l2_size(video, squared=True), True),
+    )
+    terms = {"target": Term(1., question.objective)} | priors
     config = plan(settings, betas=(.5, .9), warmup=round(settings.steps / 15))
-    augment = chain(partial(jitter, pixels=settings.jitter), partial(random_flip, share=settings.flip))
-    return Recipe(SeenCanvas(question.seeds, question.shape, seen_frames(question), std=settings.start), {"target": Term(1., question.objective)} | priors, config, augment)
-
-# %% ../../../nbs/6_evaluate/09_baselines.recipes.ipynb #1606b929
-RECIPES = {"AM": activation_maximisation, "AM, jittered": activation_maximisation, "GradViT": gradvit, "MACO": maco, "LEAPS": leaps}
-LOGIT = ("AM", "AM, jittered", "MACO") # Raise the logit; the others are given the cross-entropy (their papers)
+    shift = partial(jitter, pixels=settings.jitter)
+    augment = chain(shift, partial(random_flip, share=settings.flip))
+    return Recipe(_seen_canvas(question, std=settings.start), terms, config, augment)
 
 # %% ../../../nbs/6_evaluate/09_baselines.recipes.ipynb #1fb5bf53
+RECIPES = {
+    "AM": activation_maximisation, "AM, jittered": activation_maximisation,
+    "GradViT": gradvit, "MACO": maco, "LEAPS": leaps,
+}
+LOGIT = ("AM", "AM, jittered", "MACO") # Raise the logit; the others: cross-entropy (their papers)
 MODES = ("max", "divergence")
 
 def ask(
@@ -252,8 +335,9 @@ def ask(
     pairs:Sequence[ContrastPair], # What changes, one a clip
     mode:str, # "max" or "divergence"
     form:str, # "logit" or "log_prob", for "max"
-    base_videos:Float[Tensor, "batch frames 3 height width"]|None=None, # For "divergence": the clips whose answer is the source
-    wanted:Float[Tensor, "batch"]|None=None, # For "divergence": Hellinger distances over the two words, [0, 1]
+    # For "divergence": the clips whose answer is the source
+    base_videos:Float[Tensor, "batch frames 3 height width"]|None=None,
+    wanted:Float[Tensor, "batch"]|None=None, # For "divergence": Hellinger distances, [0, 1]
 ) -> WordObjective: # One loss a clip
     "The objective of a mode"
     target = TargetToken(reader, pairs, captions, form=form)
@@ -267,7 +351,9 @@ def until(
     end:int, # First step without it
 ) -> Callable: # The same, and nothing from `end` on
     "An augmentation that ends"
-    return lambda video, generators, step: augment(video, generators, step) if step < end else video
+    def ending(video, generators, step):
+        return augment(video, generators, step) if step < end else video
+    return ending
 
 # %% ../../../nbs/6_evaluate/09_baselines.recipes.ipynb #a87ac816
 def check_question(
@@ -282,46 +368,77 @@ def check_question(
 ) -> None:
     "Refuse what a recipe cannot use"
     check_baseline(name)
-    if not len(captions) == len(pairs) == len(seeds) or not len(seeds): raise ValueError(f"one caption, pair and seed a clip and at least one clip, got {len(captions)}, {len(pairs)} and {len(seeds)}.")
-    if name == "LEAPS" and (stimulus is None or len(stimulus) != len(seeds)):
-        raise ValueError(f"LEAPS is primed with one real clip of the target caption for each clip, got {'no stimulus' if stimulus is None else f'{len(stimulus)} for {len(seeds)}'}. In the world: render([do(scene, ...)]).")
+    n = len(seeds)
+    if not len(captions) == len(pairs) == n or not n:
+        raise ValueError("one caption, pair and seed a clip and at least one clip, "
+                         f"got {len(captions)}, {len(pairs)} and {n}.")
+    if name == "LEAPS" and (stimulus is None or len(stimulus) != n):
+        found = "no stimulus" if stimulus is None else f"{len(stimulus)} for {n}"
+        raise ValueError("LEAPS is primed with one real clip of the target caption for each clip, "
+                         f"got {found}. In the world: render([do(scene, ...)]).")
     if mode not in MODES: raise ValueError(f"mode must be 'max' or 'divergence', got {mode!r}.")
     if mode == "max": return
-    missing = [what for what, value in (("base_videos", base_videos), ("wanted", wanted)) if value is None]
-    if missing: raise ValueError(f"mode='divergence' starts from the VLM's answers about base clips and goes a wanted distance; {' and '.join(missing)} is None. Give one clip and one number in [0, 1] for each caption.")
-    if not len(base_videos) == len(wanted) == len(captions): raise ValueError(f"one base clip and one wanted divergence a caption, got {len(base_videos)}, {len(wanted)} and {len(captions)}.")
+    given = {"base_videos": base_videos, "wanted": wanted}
+    missing = [what for what, value in given.items() if value is None]
+    if missing:
+        raise ValueError(
+            "mode='divergence' starts from the VLM's answers about base clips and goes a wanted "
+            f"distance; {' and '.join(missing)} is None. Give one clip and one number in [0, 1] "
+            "for each caption.")
+    if not len(base_videos) == len(wanted) == n:
+        raise ValueError("one base clip and one wanted divergence a caption, "
+                         f"got {len(base_videos)}, {len(wanted)} and {n}.")
 
 # %% ../../../nbs/6_evaluate/09_baselines.recipes.ipynb #39918922
+def _resumed(resume_path:str|Path|None, models:list, videos:tuple, **asked) -> Path|None:
+    "The file of a run, with a short name of what is asked"
+    if resume_path is None: return None
+    digests = [tensor_digest(model.state_dict()) for model in models if model is not None]
+    clips = [None if video is None else tensor_digest({"video": video}) for video in videos]
+    short = config_hash(dict(asked, models=digests, clips=clips))
+    return Path(resume_path).with_name(f"{Path(resume_path).stem}_{short}.safetensors")
+
+def _on(device:torch.device, *videos:Tensor|None) -> tuple:
+    "Clips on a device, None where there are none"
+    return tuple(None if video is None else video.to(device) for video in videos)
+
+# %% ../../../nbs/6_evaluate/09_baselines.recipes.ipynb #984f5633
 def invert_baseline(
     name:str, # One of `BASELINES`
     vlm:VideoLanguageModel, # Frozen
     captions:Sequence[str], # Source captions, one a clip
     pairs:Sequence[ContrastPair|str], # What changes, one a clip, of equal numbers of words
     seeds:Sequence[int], # Of the canvas and the augmentations, one a clip
-    real_videos:Float[Tensor, "real frames 3 height width"], # Natural clips: MACO's magnitude, LEAPS' statistics, and the size of all clips
-    mode:str="max", # "max": raise the target words; "divergence": the answer about `base_videos` plus `wanted`
+    # Natural clips: MACO's magnitude, LEAPS' statistics, and the size of all clips
+    real_videos:Float[Tensor, "real frames 3 height width"],
+    mode:str="max", # Or "divergence": the answer about `base_videos` plus `wanted`
     base_videos:Float[Tensor, "batch frames 3 height width"]|None=None, # For "divergence"
-    wanted:Float[Tensor, "batch"]|Sequence[float]|None=None, # For "divergence": Hellinger distances over the two words, [0, 1]
-    stimulus:Float[Tensor, "batch frames 3 height width"]|None=None, # For LEAPS: a real clip of each target caption
-    guide:nn.Module|None=None, # For GradViT: takes images, has batch norm; None is the in-world frame encoder
+    # For "divergence": Hellinger distances over the two words, [0, 1]
+    wanted:Float[Tensor, "batch"]|Sequence[float]|None=None,
+    # For LEAPS: a real clip of each target caption
+    stimulus:Float[Tensor, "batch frames 3 height width"]|None=None,
+    guide:nn.Module|None=None, # For GradViT, with batch norm; None is the in-world frame encoder
     settings:BaselineSettings|None=None, # None is `BaselineSettings.mini(name, vlm.name)`
     progress:bool=True, # Show a bar
-    resume_path:str|Path|None=None, # Ends in `.safetensors`; a short name of the question is added to the file's
+    resume_path:str|Path|None=None, # Ends in `.safetensors`; a name of the question is added
 ) -> InversionResult: # `reached` of 0.9 is success in both modes
-    "Make clips with which a VLM says what is wanted, by a published method of feature visualisation"
+    "Make clips for which a VLM gives the wanted answer, by a published feature visualisation"
     check_question(name, captions, pairs, seeds, stimulus, mode, base_videos, wanted)
     settings = settings or BaselineSettings.mini(name, vlm.name)
-    pairs, reader = [parse_contrast(pair) for pair in pairs], VisionReader(vlm)
     device = next(vlm.parameters()).device
-    real_videos, base_videos, stimulus = (None if video is None else video.to(device) for video in (real_videos, base_videos, stimulus))
-    wanted = None if wanted is None else torch.as_tensor(wanted, dtype=torch.float32, device=device)
-    objective = Late(ask(reader, captions, pairs, mode, "logit" if name in LOGIT else "log_prob", base_videos, wanted), int(COUNTS_FROM * settings.steps))
-    guide = load_encoder("frames", str(device)) if guide is None and name == "GradViT" else guide
-    recipe = RECIPES[name](Question(reader, objective, [int(seed) for seed in seeds], real_videos, stimulus, guide), settings)
-    augment = until(recipe.augment, objective.first) if mode == "divergence" and recipe.augment else recipe.augment
-    if resume_path is not None: # the engine knows settings and seeds, not the words
-        models = [tensor_digest(part.state_dict()) for part in (vlm, guide) if part is not None]
-        clips = [None if video is None else tensor_digest({"video": video}) for video in (real_videos, base_videos, stimulus)]
-        asked = config_hash(dict(name=name, models=models, mode=mode, captions=list(captions), pairs=[pair.name for pair in pairs], wanted=None if wanted is None else wanted.tolist(), clips=clips, settings=settings))
-        resume_path = Path(resume_path).with_name(f"{Path(resume_path).stem}_{asked}.safetensors")
-    return invert(recipe.canvas.to(device), recipe.terms, recipe.config, objective, augment, progress, resume_path)
+    pairs = [parse_contrast(pair) for pair in pairs]
+    videos = _on(device, real_videos, base_videos, stimulus)
+    if wanted is not None: wanted = torch.as_tensor(wanted, dtype=torch.float32, device=device)
+    if guide is None and name == "GradViT": guide = load_encoder("frames", str(device))
+    reader = VisionReader(vlm)
+    form = "logit" if name in LOGIT else "log_prob"
+    asked = ask(reader, captions, pairs, mode, form, videos[1], wanted)
+    objective = Late(asked, int(COUNTS_FROM * settings.steps))
+    own = [int(seed) for seed in seeds]
+    question = Question(reader, objective, own, videos[0], videos[2], guide)
+    canvas, terms, config, augment = RECIPES[name](question, settings)
+    if mode == "divergence" and augment: augment = until(augment, objective.first)
+    path = _resumed(resume_path, [vlm, guide], videos, name=name, mode=mode, settings=settings,
+                    captions=list(captions), pairs=[pair.name for pair in pairs],
+                    wanted=None if wanted is None else wanted.tolist())
+    return invert(canvas.to(device), terms, config, objective, augment, progress, path)

@@ -382,7 +382,8 @@ class CaptionScorer:
     def __init__(self,
         # Of `METRICS`; None takes all that can be had here and notes the others
         metrics:Sequence[str]|None=None,
-        # `"ptb"` is the COCO evaluation's, needs Java; `"plain"`: not comparable with published
+        # `"ptb"` is that of the COCO evaluation and needs Java; `"plain"` is not comparable with
+        # published numbers
         tokenizer:TokenizerName="ptb",
         device:str|torch.device="cpu", # Of the sentence encoder
         timeout_s:float|int=120, # Longest wait for an answer from Java

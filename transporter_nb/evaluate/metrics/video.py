@@ -308,8 +308,8 @@ def frechet_video_distance(
     if isinstance(reference, Tensor): reference = feature_statistics(reference, network, chunk)
     if reference.network != network.name:
         raise ValueError(
-            f"the reference was made by {reference.network!r} and the videos would be seen by "
-            f"{network.name!r}. Use one network for both.")
+            f"the reference was made by {reference.network!r}, and the features of the videos come "
+            f"from {network.name!r}. Use one network for both.")
     features = in_chunks(network, videos, chunk)
     estimate = frechet_estimate(features, reference, seed, n_resamples)
     return FrechetDistance(network.metric, estimate, reference.n)
