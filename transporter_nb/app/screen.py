@@ -49,7 +49,7 @@ def sprite_uri(
 
 def clip_html(
     video:Float[Tensor, "frames 3 height width"], # In [0, 1]
-    alt:str, # What is seen, in words
+    alt:str, # A description of the clip
     kind:str, # Its class on the page: `"base"`, `"steered"`, `"difference"` or `"thumb"`
     phase:Real=0., # Seconds into the loop at which it starts
 ) -> str: # One image, escaped
@@ -116,7 +116,7 @@ def answers_html(
 
 # %% ../../nbs/7_app/01_screen.ipynb #d48353eb
 def videos_html(
-    request:Request, # What was asked
+    request:Request, # From the controls
     row:Sequence[Real], # At which strengths
     base:Glimpse, # The unsteered clip
     steered:Glimpse, # The steered one

@@ -95,7 +95,7 @@ class Explorer(w.VBox):
         scale:str="mini", # `"mini"` or `"paper"`
         device:str="auto", # `"auto"`, `"cpu"` or `"cuda"`
         l2v:Transporter|None=None, # The reader's own, in place of `vlm`, `scale` and `device`
-        folder:str|Path="explanations", # For files, from the root of the repository
+        folder:str|Path="explanations", # For files; a relative one begins at `repo_path()`
         background:bool=True, # False computes in place, for scripts
     ):
         super().__init__()
@@ -177,7 +177,7 @@ def say(self:Explorer,
 
 @patch
 def fail(self:Explorer,
-    error:BaseException, # What went wrong
+    error:BaseException, # Its text is shown
     place:w.HTML|None=None, # Of the message; None: the line on what is going on
 ):
     "Show what went wrong; everything else stays usable"
@@ -737,7 +737,7 @@ def learn(self:Explorer,
 def told(self:Explorer,
     text:str, # In words
 ):
-    "Say what is being learned"
+    "Show the concept that is being learned"
     said = (f"Learning “{brief(self.learns)}” from this caption: {brief(text)}. "
             "The sliders stay yours.")
     self.out.told.value = f'<div class="tnb-message" data-state="learning">{said}</div>'
@@ -783,7 +783,7 @@ def _welcome(self:Explorer, change:str):
 # %% ../../nbs/7_app/03_widgets.ipynb #4dfe2c06
 @patch
 def cancel(self:Explorer):
-    "Drop what is being learned, and what waits to be"
+    "Drop the concept that is being learned, and those that wait"
     self.queue.clear()
     if self.learns is not None: self.told("cancelling")
     self.student.cancel()
@@ -796,7 +796,7 @@ def whole(self:Explorer,
     place:w.HTML, # Of the result
     told:str, # What is going on meanwhile
 ):
-    "Make the whole explanation of what is on screen, and do something with it"
+    "Make the whole explanation of the clip on screen, and do something with it"
     if self.shown is None: return self.say("empty", _NOTHING)
     grid, row = self.shown
     place.value = message("making", told)
@@ -805,7 +805,7 @@ def whole(self:Explorer,
 
 @patch
 def certify(self:Explorer):
-    "Make the certificate of what is on screen"
+    "Make the certificate of the clip on screen"
     if self.shown is None: return self.say("empty", _NOTHING)
     grid, row = self.shown
     key = (self.key(grid.l2v, grid.request), row)

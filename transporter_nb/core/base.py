@@ -146,7 +146,7 @@ def may_be_alive(
 def sweep_aside(
     path:Path, # Of the file itself; its folder exists
 ):
-    "Remove what dead writers of a file left beside it"
+    "Remove the neighbours that dead writers of a file left behind"
     if os.name != "posix": return # elsewhere signal 0 does not test for existence
     before, after = re.escape(f".{path.stem}."), re.escape(f".part{path.suffix}")
     ours = re.compile(f"{before}([1-9][0-9]*){after}")
@@ -220,7 +220,7 @@ def load_checkpoint(
     path:str|Path, # A file written by `save_checkpoint`
     device:str|torch.device="cpu", # Where the tensors go
 ) -> Checkpoint: # Tensors and configuration, verified against the stored SHA-256
-    "Load a checkpoint, or say what is wrong with it"
+    "Load a checkpoint, or refuse a damaged one with the reason"
     path = Path(path)
     fix = ("Restore it with `git checkout`, or train it again with "
            "`nbs/training/train_mini.ipynb`, an encoder with `nbs/training/train_encoders.ipynb`.")

@@ -83,7 +83,7 @@ def missing_files(
 
 # %% ../../nbs/0_core/03_hub.ipynb #3e6ca408
 def cached_folder(
-    source:HubSource, # What is asked for
+    source:HubSource, # The source in question
     cache:str|Path|None=None, # The hub cache; None is the usual one
 ) -> Path|None: # None if the revision was never downloaded
     "Where a source lies in the local cache; uses no network"

@@ -194,7 +194,7 @@ class ChangedSpan(NamedTuple):
 
 def changed_words(
     source_caption:str, # Describes the video
-    target_caption:str, # Describes what it shall become
+    target_caption:str, # Describes the changed video
 ) -> list[ChangedSpan]: # Left to right; by words where as many come as go, else a span a group
     "The words that differ between two captions"
     captions = (source_caption, target_caption)

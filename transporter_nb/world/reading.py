@@ -97,7 +97,7 @@ def weighted_fit(
 # %% ../../nbs/1_world/07_reading.ipynb #bf6ac698
 @dataclass(frozen=True)
 class Guess:
-    "Statistics of what is not ground, one row a clip"
+    "Statistics of the sprites, one row a clip"
     shares: Tensor # of the grounds
     hue: Tensor # in turns
     area: Tensor # px^2 of all sprites
@@ -242,7 +242,7 @@ def slopes(
 def improve(
     numbers:Float[Tensor, "batch numbers"], # To begin with
     kind:tuple[int, bool], # Count, and whether people
-    at:Sample, # What is seen
+    at:Sample, # The pixels of the clips
     rounds:int, # Steps of the method
 ) -> tuple[Float[Tensor, "batch numbers"], Float[Tensor, "batch"]]: # Numbers, mean square left
     "Levenberg-Marquardt steps for many clips at once"

@@ -471,7 +471,7 @@ def open_video(
 # %% ../../nbs/1_world/02_video.ipynb #221ed895
 @dataclass
 class Damage:
-    "What went wrong on the way through a file"
+    "The faults found on the way through a file"
     packets: int = 0 # That did not decode
     frames: int = 0 # That decoded, and are marked as faulty
     stopped: str = "" # Why reading ended before the end of the file
@@ -620,7 +620,7 @@ def warn_of_damage(
     since:Sequence[float], # Seconds after the first frame at which frames appear
     declared:float|None, # Seconds that the file says it lasts
 ):
-    "Say what was wrong with a file that could be read all the same"
+    "Warn of the faults of a file that could be read all the same"
     if str(damage) or missing > 0:
         warnings.warn(f"{name} is damaged: {str(damage) or 'frames are missing'}. In place of "
                       f"{max(missing, 0)} of the frames asked for stands a neighbour.",
@@ -640,7 +640,7 @@ def sample_video(
     start:int|float=0., # Seconds after the first frame
     end:int|float|None=None, # Seconds after the first frame; None goes to the last frame
     fit:str="crop", # `"crop"` (a centred piece), `"pad"` (all of it, with bars) or `"stretch"`
-    background:int|float|tuple[int|float, ...]=1., # Of clear pixels and bars: grey, or colour
+    background:int|float|tuple[int|float, ...]=1., # Of clear pixels and bars: grey or RGB, 0 to 1
     max_frames:int=MAX_FRAMES, # Refused: a file with more frames, and more frames to be taken
 ) -> SampledVideo: # In our convention, with times
     "Read frames of a video file, holding a few of them at a time"
