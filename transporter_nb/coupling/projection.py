@@ -111,7 +111,7 @@ def pad_prompt(
 
 # %% ../../nbs/3_coupling/01_projection.ipynb #bd29a3d4
 def check_flow_time(
-    t:float|Float[Tensor, "*clips"]|None, # In [0, 1], 0 is noise; one number or one a clip; None is 1
+    t:float|Float[Tensor, "*clips"]|None, # In [0, 1], 0 is noise; one, or one a clip; None is 1
     like:Float[Tensor, "batch *rest"], # Whose batch size, type and device to take
 ) -> Float[Tensor, "batch 1"]: # One time per clip
     "One flow time per clip, checked"
