@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..models.answers import answer_gap, pair_ids, word_answers
-from .bank import Concept, ConceptConfig, PartialSamples, mean_token_difference, partial_samples
+from transporter_nb.concepts.bank import (
+    Concept, ConceptConfig, PartialSamples, mean_token_difference, partial_samples,
+)
 from ..world.contrasts import ContrastPair, parse_contrast
 from ..core.base import seeded_generator
 from .directions import Cost, count_evaluations
@@ -30,26 +32,29 @@ from ..models.vlms.base import VideoLanguageModel
 
 # %% ../../nbs/4_concepts/04_answer_gradients.ipynb #fab5be8f
 def plain_attention(device:torch.device): # Where the backward pass runs
-    "Attention that is fast to go back through (measured in `concepts.bank`: halves the time of a backward pass on a CPU)"
+    "Attention that is fast to go back through"
+    # measured in `concepts.bank`: it halves the time of a backward pass on a CPU
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 def with_backward(cost:Cost) -> Cost: # Of forward passes; each is followed by a backward pass
     "A backward pass counts as two evaluations: the gradients of inputs and of products"
     return Cost(3 * cost.generator_evaluations, 3 * cost.vlm_evaluations, cost.seconds)
 
+# %% ../../nbs/4_concepts/04_answer_gradients.ipynb #db47a297
 def latent_gap(
     generator:VideoGenerator, # Decodes
     vlm:VideoLanguageModel, # Frozen
     coupling:nn.Module|None, # Phi, or None for decode and re-encode
     latents:Float[Tensor, "batch channels latent_frames latent_height latent_width"], # Of clips
-    condition:PromptCondition, # What they are generated with; only Phi reads it, and without gradient
-    pair:ContrastPair, # What is asked
+    condition:PromptCondition, # Of their generation; only Phi takes it, without gradient
+    pair:ContrastPair, # The contrast
     captions:Sequence[str], # One a clip, with the source words
     t:float|Float[Tensor, "batch"]=1., # Flow time of the latents, for Phi
 ) -> Float[Tensor, "batch"]: # Nats, differentiable with respect to the latents
-    "How much more the VLM would say the target word than the source word"
+    "Log-probability of the target word minus that of the source word"
     seen = vlm.embed(generator.decode(latents).clamp(0, 1))
-    if coupling is not None: seen = coupling(latents, condition.embeds.detach(), condition.mask, seen, t).transported
+    if coupling is not None:
+        seen = coupling(latents, condition.embeds.detach(), condition.mask, seen, t).transported
     ids = torch.stack([pair_ids(vlm, pair, text) for text in captions])
     return answer_gap(word_answers(vlm, seen, pair, list(captions)), ids)
 
@@ -57,7 +62,8 @@ def latent_gap(
 class Denoised(NamedTuple):
     "What a state on the way is about to become, and what the VLM says of it"
     gap: Float[Tensor, "states"] # Nats
-    velocity: Float[Tensor, "states channels latent_frames latent_height latent_width"] # Under the condition given
+    # Under the condition given
+    velocity: Float[Tensor, "states channels latent_frames latent_height latent_width"]
 
 def denoised_gaps(
     generator:VideoGenerator, # Frozen
@@ -69,29 +75,39 @@ def denoised_gaps(
     captions:Sequence[str], # One a state, with the source words
     through:str="reencoded", # Or `"phi"`
     against:VideoLanguageModel|None=None, # A VLM whose gap, re-encoded, is subtracted
-    ahead:float=1., # How far along the velocity the VLM looks: 1 is the end of the way, less is for Phi
+    ahead:float=1., # Share of the remaining way to the VLM's clip: 1 is its end; less for Phi
 ) -> Denoised: # Differentiable with respect to condition and latents
     "The answer to clips that are only partly denoised"
-    if through not in ("reencoded", "phi"): raise ValueError(f"through must be 'reencoded' or 'phi', got {through!r}.")
-    if through == "phi" and coupling is None: raise ValueError("through='phi' needs a coupling, got None. Use through='reencoded'.")
-    if not 0 < ahead <= 1: raise ValueError(f"ahead is a share of the way that is left, above 0 and at most 1, got {ahead}.")
+    if through not in ("reencoded", "phi"):
+        raise ValueError(f"through must be 'reencoded' or 'phi', got {through!r}.")
+    if through == "phi" and coupling is None:
+        raise ValueError("through='phi' needs a coupling, got None. Use through='reencoded'.")
+    if not 0 < ahead <= 1:
+        raise ValueError(
+            f"ahead is a share of the way that is left, above 0 and at most 1, got {ahead}."
+        )
     velocity = generator.velocity(states.latents, condition, states.t)
     wide = (ahead * (1 - states.t)).to(velocity).view(-1, *[1] * (velocity.ndim - 1))
-    latents, t = states.latents + wide * velocity, (states.t + ahead * (1 - states.t)).clamp(max=1.)
-    gap = latent_gap(generator, vlm, coupling if through == "phi" else None, latents, condition, pair, captions, t)
-    if against is not None: gap = gap - latent_gap(generator, against, None, latents, condition, pair, captions)
+    latents = states.latents + wide * velocity
+    t = (states.t + ahead * (1 - states.t)).clamp(max=1.)
+    gap = latent_gap(
+        generator, vlm, coupling
+        if through == "phi" else None, latents, condition, pair, captions, t
+    )
+    if against is not None:
+        gap = gap - latent_gap(generator, against, None, latents, condition, pair, captions)
     return Denoised(gap, velocity)
 
 # %% ../../nbs/4_concepts/04_answer_gradients.ipynb #18f4eab0
 @dataclass(frozen=True)
 class GradientConfig:
-    "How a vector follows a VLM's answer"
-    weight: float = 0.5 # lambda: 0 is the paper's concept, 1 leaves the direction to the VLM's gradient alone
-    reach: float = 3.0 # r, nats of answer gap beyond which the VLM need not be surer (chosen: 95 % for the target)
-    stay: float = 0.05 # mu: what a change of velocity costs that is as large as the target words' (chosen)
-    steps: int = 18 # Of Adam; 3 * steps * batch_size + 3 * n_clips * sample_steps evaluations are below 600
+    "Settings of a vector that follows a VLM's answer"
+    weight: float = 0.5 # lambda: 0 is the paper's concept, 1 leaves the direction to the VLM alone
+    reach: float = 3.0 # r, nats of gap that are enough (chosen: 95 % for the target)
+    stay: float = 0.05 # mu: cost of a change of velocity as large as the target words' (chosen)
+    steps: int = 18 # Of Adam; see the text for the number of evaluations
     batch_size: int = 8 # States a step
-    lr: float = 0.02 # Learning rate (measured at weight 0 on slowly -> quickly: 0.05 throws the start away, a loss of 2.2 where 0.01 keeps 0.03)
+    lr: float = 0.02 # Learning rate (measured, see the text)
     n_clips: int = 8 # Source clips, one noise seed each
     sample_steps: int = 6 # Euler steps of each, all kept as states
     through: str = "reencoded" # Or `"phi"`: how the VLM sees the clips
@@ -99,14 +115,24 @@ class GradientConfig:
     seed: int = 0 # Of batches; the noise seeds follow it
 
     def __post_init__(self):
-        if not 0 <= self.weight <= 1 or self.stay < 0: raise ValueError(f"weight is a share from 0 to 1 and stay at least 0, got {self.weight} and {self.stay}.")
-        if self.steps < 0 or min(self.batch_size, self.sample_steps) < 1 or self.n_clips < 2 or not self.lr > 0:
-            raise ValueError(f"need steps >= 0, batch_size >= 1, sample_steps >= 1, n_clips >= 2 and lr > 0, got {self.steps}, {self.batch_size}, {self.sample_steps}, {self.n_clips} and {self.lr}.")
+        if not 0 <= self.weight <= 1 or self.stay < 0:
+            raise ValueError(
+                f"weight is a share from 0 to 1 and stay at least 0, got {self.weight} and "
+                f"{self.stay}."
+            )
+        sizes = min(self.batch_size, self.sample_steps)
+        if self.steps < 0 or sizes < 1 or self.n_clips < 2 or not self.lr > 0:
+            raise ValueError(
+                "need steps >= 0, batch_size >= 1, sample_steps >= 1, n_clips >= 2 and lr > 0, "
+                f"got {self.steps}, {self.batch_size}, {self.sample_steps}, {self.n_clips} and "
+                f"{self.lr}."
+            )
 
 # %% ../../nbs/4_concepts/04_answer_gradients.ipynb #02bb315c
 class GradientLoss(NamedTuple):
     "The parts of what is minimised"
-    flow: Float[Tensor, ""] # Share of the target words' change of velocity that is missing (paper eq. 8)
+    # Share of the target words' change of velocity that is missing (paper eq. 8)
+    flow: Float[Tensor, ""]
     answer: Float[Tensor, ""] # Tenths of nats that the answer is short of `reach`
     move: Float[Tensor, ""] # Size of the change of velocity, in units of the target words'
     gap: Float[Tensor, ""] # Mean answer gap, nats; NaN where the VLM is not asked
@@ -114,8 +140,10 @@ class GradientLoss(NamedTuple):
     def total(self, config:GradientConfig) -> Float[Tensor, ""]: # What is minimised
         "All parts, weighed"
         if config.weight == 0: return self.flow
-        return (1 - config.weight) * self.flow + config.weight * (self.answer + config.stay * self.move)
+        by_answer = self.answer + config.stay * self.move
+        return (1 - config.weight) * self.flow + config.weight * by_answer
 
+# %% ../../nbs/4_concepts/04_answer_gradients.ipynb #f2aea47e
 def gradient_loss(
     generator:VideoGenerator, # Frozen
     vlm:VideoLanguageModel, # Frozen
@@ -123,17 +151,54 @@ def gradient_loss(
     states:PartialSamples, # A batch of them
     condition:PromptCondition, # Source prompt of each state
     vectors:Float[Tensor, "prompt_tokens text_dim"], # In the making
-    pair:ContrastPair, # What changes
+    pair:ContrastPair, # The contrast
     captions:Sequence[str], # Source caption of each state
     config:GradientConfig, # Weights of the parts
     against:VideoLanguageModel|None=None, # As in `denoised_gaps`
 ) -> GradientLoss: # Differentiable with respect to the vectors
     "How far a vector is from the paper's aim, and from the VLM's"
-    moved, unit = condition.with_embeds(condition.embeds + vectors), states.difference.square().mean().clamp(min=1e-12) # 1e-12: equal prompts
-    if config.weight == 0: gap, velocity = vectors.new_full((len(states.t),), math.nan), generator.velocity(states.latents, moved, states.t)
-    else: gap, velocity = denoised_gaps(generator, vlm, coupling, states, moved, pair, captions, config.through, against, config.ahead)
-    return GradientLoss((velocity - states.source - states.difference).square().mean() / unit, nn.functional.softplus(config.reach - gap).mean() / 10, # 10 nats: about what a sure VLM is short of at the start
-                        (velocity - states.source).square().mean() / unit, gap.detach().mean())
+    moved = condition.with_embeds(condition.embeds + vectors)
+    unit = states.difference.square().mean().clamp(min=1e-12) # 1e-12: equal prompts
+    if config.weight == 0:
+        gap = vectors.new_full((len(states.t),), math.nan)
+        velocity = generator.velocity(states.latents, moved, states.t)
+    else:
+        gap, velocity = denoised_gaps(
+            generator, vlm, coupling, states, moved, pair, captions, config.through, against,
+            config.ahead,
+        )
+    change = velocity - states.source
+    flow = (change - states.difference).square().mean() / unit
+    # 10 nats: about what a sure VLM is short of at the start
+    answer = nn.functional.softplus(config.reach - gap).mean() / 10
+    return GradientLoss(flow, answer, change.square().mean() / unit, gap.detach().mean())
+
+# %% ../../nbs/4_concepts/04_answer_gradients.ipynb #8f318492
+def _source_states(generator, pair, texts, seeds, steps):
+    "States of the source captions' sampling runs, their prompts, and the cost"
+    base = generator.encode_prompt(texts)
+    with count_evaluations(generator) as cost:
+        target = generator.encode_prompt([pair.apply(text) for text in texts])
+        states, _ = partial_samples(generator, base, target, seeds, steps)
+    return states, base, cost
+
+def _sum_of(sampling, learning):
+    "Cost of both parts, backward passes included"
+    spent = with_backward(learning)
+    generated = sampling.generator_evaluations + spent.generator_evaluations
+    return Cost(generated, spent.vlm_evaluations, sampling.seconds + learning.seconds)
+
+def _gradient_concept(pair, vectors, config, losses, cost, record):
+    "A concept with the record of its learning"
+    rows = [dict(zip(GradientLoss._fields, row)) for row in losses]
+    meta = {"origin": "answer gradient", "gradient": asdict(config), "cost": asdict(cost)}
+    meta |= {"losses": rows, **record}
+    names = "steps", "lr", "batch_size", "sample_steps", "seed"
+    same = {name: getattr(config, name) for name in names}
+    how = ConceptConfig(
+        placement="sequence", strengths="uniform", walks="source", n_seeds=config.n_clips, **same
+    )
+    return Concept(pair, vectors.detach().cpu(), how, meta)
 
 # %% ../../nbs/4_concepts/04_answer_gradients.ipynb #ef9b35c5
 def learn_by_gradient(
@@ -142,101 +207,153 @@ def learn_by_gradient(
     coupling:nn.Module|None, # Phi, where `config.through` is `"phi"`
     pair:str|ContrastPair, # For example `"red -> blue"`
     captions:Sequence[str], # Source captions with as many tokens each, used in turn
-    config:GradientConfig=GradientConfig(), # How
-    against:VideoLanguageModel|None=None, # A VLM to compare with: only what it does not answer to is followed
+    config:GradientConfig=GradientConfig(), # Settings
+    against:VideoLanguageModel|None=None, # To compare with: its answers are subtracted
 ) -> Concept: # On the CPU; `meta` holds the losses and the cost
     "Learn a vector that the VLM's gradient pulls at"
-    pair, texts = parse_contrast(pair), [captions[k % len(captions)] for k in range(config.n_clips)]
-    seeds = [20_000 * (config.seed + 1) + k for k in range(config.n_clips)] # 20,000: other noise than the experiment of `concepts.shaping`
+    pair = parse_contrast(pair)
+    texts = [captions[k % len(captions)] for k in range(config.n_clips)]
+    # 20,000: other noise than the experiment of `concepts.shaping`
+    seeds = [20_000 * (config.seed + 1) + k for k in range(config.n_clips)]
     vectors = mean_token_difference(generator, pair, captions, "sequence").requires_grad_()
-    base = generator.encode_prompt(texts)
-    with count_evaluations(generator) as sampling: states, _ = partial_samples(generator, base, generator.encode_prompt([pair.apply(text) for text in texts]), seeds, config.sample_steps)
-    draws, losses, optimizer = seeded_generator(config.seed), [], torch.optim.Adam([vectors], lr=config.lr)
-    with count_evaluations(generator, vlm) as learning, torch.enable_grad(), plain_attention(generator.device):
+    states, base, sampling = _source_states(generator, pair, texts, seeds, config.sample_steps)
+    draws = seeded_generator(config.seed)
+    losses = []
+    optimizer = torch.optim.Adam([vectors], lr=config.lr)
+    attention = plain_attention(generator.device)
+    with count_evaluations(generator, vlm) as learning, torch.enable_grad(), attention:
         for _ in range(config.steps):
             batch = states.take(torch.randint(len(states.t), (config.batch_size,), generator=draws))
-            loss = gradient_loss(generator, vlm, coupling, batch, base.index(batch.clip.to(base.embeds.device)), vectors, pair, [texts[k] for k in batch.clip.tolist()], config, against)
-            optimizer.zero_grad(); loss.total(config).backward(); optimizer.step()
+            condition = base.index(batch.clip.to(base.embeds.device))
+            own = [texts[k] for k in batch.clip.tolist()]
+            inputs = batch, condition, vectors, pair, own, config, against
+            loss = gradient_loss(generator, vlm, coupling, *inputs)
+            optimizer.zero_grad()
+            loss.total(config).backward()
+            optimizer.step()
             losses.append([round(value.item(), 5) for value in loss])
-    spent = with_backward(learning)
-    cost = Cost(sampling.generator_evaluations + spent.generator_evaluations, spent.vlm_evaluations, sampling.seconds + learning.seconds)
-    meta = {"origin": "answer gradient", "gradient": asdict(config), "cost": asdict(cost), "losses": [dict(zip(GradientLoss._fields, row)) for row in losses], "captions": list(captions), "seeds": seeds,
-            "vlm": vlm.name, "against": None if against is None else against.name}
-    same = {name: getattr(config, name) for name in ("steps", "lr", "batch_size", "sample_steps", "seed")}
-    how = ConceptConfig(placement="sequence", strengths="uniform", walks="source", n_seeds=config.n_clips, **same)
-    return Concept(pair, vectors.detach().cpu(), how, meta)
+    record = dict(captions=list(captions), seeds=seeds, vlm=vlm.name)
+    record["against"] = None if against is None else against.name
+    return _gradient_concept(pair, vectors, config, losses, _sum_of(sampling, learning), record)
 
 # %% ../../nbs/4_concepts/04_answer_gradients.ipynb #ad60765a
 class Guided(NamedTuple):
     "Clips that a VLM's gradient bent"
-    latents: Float[Tensor, "clips strengths channels latent_frames latent_height latent_width"] # Finished
-    pull: Float[Tensor, "steps clips strengths"] # Norm of the gap's gradient at each step, nats a unit of latent, before it was scaled
+    # Finished
+    latents: Float[Tensor, "clips strengths channels latent_frames latent_height latent_width"]
+    # Norm of the gap's gradient at each step, nats a unit of latent, before it was scaled
+    pull: Float[Tensor, "steps clips strengths"]
     cost: Cost # A backward pass counts as two
 
+def _bent(plain, pull, amount):
+    "Velocity plus a share of its norm along the pull, and the pull's norm"
+    size, length = (value.flatten(1).norm(dim=1).view(amount.shape) for value in (pull, plain))
+    # 1e-12: a VLM that answers without looking
+    return plain + amount * length * pull / size.clamp(min=1e-12), size.flatten()
+
+# %% ../../nbs/4_concepts/04_answer_gradients.ipynb #8dcaf669
+def _check_guidance(strengths, scale):
+    "Refuse strengths and a scale that are out of range"
+    if not strengths or min(strengths) < 0 or max(strengths) > 1 or scale < 0:
+        raise ValueError(
+            f"need strengths from 0 to 1 and scale >= 0, got {list(strengths)} and {scale}."
+        )
+
+def _pull_of(models, latents, t, asked):
+    "Velocity at some latents, and the gradient of the answer gap there"
+    here = latents.detach().requires_grad_()
+    times = torch.full((len(latents),), t)
+    states = PartialSamples(here, here, here, times, torch.arange(len(here)))
+    with torch.enable_grad(), plain_attention(models[0].device):
+        found = denoised_gaps(*models, states, *asked)
+        pull, = torch.autograd.grad(found.gap.sum(), here)
+    return found.velocity.detach(), pull
+
+# %% ../../nbs/4_concepts/04_answer_gradients.ipynb #7ebcb30d
 def guided_clips(
     generator:VideoGenerator, # Frozen
     vlm:VideoLanguageModel, # Frozen
     coupling:nn.Module|None, # Phi, where `through` is `"phi"`
-    pair:ContrastPair, # What is asked
+    pair:ContrastPair, # The contrast
     captions:Sequence[str], # Source caption of each clip
-    noise:Float[Tensor, "clips channels latent_frames latent_height latent_width"], # One row a caption; `generator.noise(seeds)`
+    noise:Float[Tensor, "clips channels latent_frames latent_height latent_width"], # One a caption
     strengths:Sequence[float]=(0., 1.), # 0 (source) to 1
-    scale:float=.3, # Share of the velocity's norm that the gradient gets at strength 1 (chosen: the largest that leaves most clips readable, see `shaping_sweep`)
+    scale:float=.3, # Gradient's share of the velocity's norm at 1 (chosen: clips stay readable)
     steps:int|None=None, # Euler steps; None takes the generator's own
     guidance:float|tuple[float, float]|None=None, # Of the prompt; None takes the generator's own
     through:str="reencoded", # Or `"phi"`
     against:VideoLanguageModel|None=None, # A VLM whose gap is subtracted
 ) -> Guided: # All clips at all strengths, from the same noise
     "Let the gradient of a VLM's answer steer a generation"
-    if not strengths or min(strengths) < 0 or max(strengths) > 1 or scale < 0: raise ValueError(f"need strengths from 0 to 1 and scale >= 0, got {list(strengths)} and {scale}.")
-    n, texts = len(strengths), [text for text in captions for _ in strengths]
-    condition, null, pulls = generator.encode_prompt(texts), generator.null_condition(len(texts)), []
-    amount = scale * noise.new_tensor(list(strengths)).repeat(len(captions)).view(-1, *[1] * (noise.ndim - 1))
+    _check_guidance(strengths, scale)
+    shape = len(captions), len(strengths)
+    texts = [text for text in captions for _ in strengths]
+    condition, null = generator.encode_prompt(texts), generator.null_condition(len(texts))
+    amount = scale * noise.new_tensor(list(strengths)).repeat(len(captions))
+    amount = amount.view(-1, *[1] * (noise.ndim - 1))
+    models, asked = (generator, vlm, coupling), (condition, pair, texts, through, against)
+    pulls = []
     def velocity_fn(latents, t):
-        here, times = latents.detach().requires_grad_(), torch.full((len(latents),), t)
-        with torch.enable_grad(), plain_attention(generator.device):
-            found = denoised_gaps(generator, vlm, coupling, PartialSamples(here, here, here, times, torch.arange(len(here))), condition, pair, texts, through, against)
-            pull, = torch.autograd.grad(found.gap.sum(), here)
-        plain, factor = found.velocity.detach(), generator.guidance_at(guidance, t)
-        with torch.no_grad(): bent = plain if factor == 1 else (without := generator.velocity(latents, null, t)) + factor * (plain - without)
-        size, length = (value.flatten(1).norm(dim=1).view(amount.shape) for value in (pull, bent))
-        pulls.append(size.flatten())
-        return bent + amount * length * pull / size.clamp(min=1e-12) # 1e-12: a VLM that answers without looking
-    with count_evaluations(generator, vlm) as cost: latents = integrate(velocity_fn, noise.to(generator.device).repeat_interleave(n, 0), generator.times(steps or generator.default_steps))
-    each = len(pulls) * len(texts) # evaluations with a backward pass
-    return Guided(latents.unflatten(0, (len(captions), n)), torch.stack(pulls).unflatten(1, (len(captions), n)), Cost(cost.generator_evaluations + 2 * each, 3 * cost.vlm_evaluations, cost.seconds))
+        velocity, pull = _pull_of(models, latents, t, asked)
+        factor = generator.guidance_at(guidance, t)
+        if factor != 1:
+            with torch.no_grad(): without = generator.velocity(latents, null, t)
+            velocity = without + factor * (velocity - without)
+        velocity, size = _bent(velocity, pull, amount)
+        pulls.append(size)
+        return velocity
+    with count_evaluations(generator, vlm) as cost:
+        start = noise.to(generator.device).repeat_interleave(len(strengths), 0)
+        times = generator.times(steps or generator.default_steps)
+        latents = integrate(velocity_fn, start, times)
+    back = 2 * len(pulls) * len(texts) # evaluations of backward passes
+    cost = Cost(cost.generator_evaluations + back, 3 * cost.vlm_evaluations, cost.seconds)
+    return Guided(latents.unflatten(0, shape), torch.stack(pulls).unflatten(1, shape), cost)
 
 # %% ../../nbs/4_concepts/04_answer_gradients.ipynb #95ea619b
 @dataclass(frozen=True)
 class WordGradientConfig:
-    "How the answer is taken apart"
+    "Settings for taking an answer apart"
     n_clips: int = 24 # Paths, each between two captions of a balanced design
-    points: int = 2 # On each path, one drawn in each of as many equal parts, so that no part is left out for good; 3 * 2 * n_clips * points * steps evaluations are below 600
+    points: int = 2 # On each path, one drawn in each of as many equal parts
     steps: int = 2 # Euler steps of each clip (measured in `concepts.shaping`)
     through: str = "reencoded" # Or `"phi"`
     seed: int = 0 # Of the captions; the noise seeds follow it
     batch_size: int = 12 # Paths at once
 
     def __post_init__(self):
-        if min(self.n_clips, self.points, self.steps, self.batch_size) < 1: raise ValueError(f"need n_clips, points, steps and batch_size >= 1, got {self.n_clips}, {self.points}, {self.steps} and {self.batch_size}.")
-        if self.through not in ("reencoded", "phi"): raise ValueError(f"through must be 'reencoded' or 'phi', got {self.through!r}.")
+        if min(self.n_clips, self.points, self.steps, self.batch_size) < 1:
+            raise ValueError(
+                f"need n_clips, points, steps and batch_size >= 1, got {self.n_clips}, "
+                f"{self.points}, {self.steps} and {self.batch_size}."
+            )
+        if self.through not in ("reencoded", "phi"):
+            raise ValueError(f"through must be 'reencoded' or 'phi', got {self.through!r}.")
 
+# %% ../../nbs/4_concepts/04_answer_gradients.ipynb #c8b8f65e
 def path_latents(
     generator:VideoGenerator, # Frozen
-    base:PromptCondition, # Where the paths start, one row a clip
-    offsets:Float[Tensor, "clips groups prompt_tokens text_dim"], # What each group's other word adds
+    base:PromptCondition, # Start of the paths, one row a clip
+    offsets:Float[Tensor, "clips groups prompt_tokens text_dim"], # Of each group's other word
     amounts:Float[Tensor, "clips groups"], # How much of each, 0 to 1
     seeds:Sequence[int], # Of the noise, one a clip
     steps:int=2, # Euler steps
-) -> tuple[Float[Tensor, "clips channels latent_frames latent_height latent_width"], PromptCondition]: # Finished latents, differentiable with respect to the amounts, and what they were made with
-    "Clips on the way from one caption to another"
-    condition, null = base.with_embeds(base.embeds + torch.einsum("cg,cgtw->ctw", amounts, offsets)), generator.null_condition(1)
-    return integrate(lambda latents, t: generator.guided_velocity(latents, condition, t, null=null), generator.noise(seeds), generator.times(steps)), condition
+) -> tuple[
+    Float[Tensor, "clips channels latent_frames latent_height latent_width"], # Finished
+    PromptCondition, # Of their generation
+]:
+    "Clips on the way from one caption to another, differentiable with respect to the amounts"
+    condition = base.with_embeds(base.embeds + torch.einsum("cg,cgtw->ctw", amounts, offsets))
+    null = generator.null_condition(1)
+    def velocity_fn(latents, t):
+        return generator.guided_velocity(latents, condition, t, null=null)
+    return integrate(velocity_fn, generator.noise(seeds), generator.times(steps)), condition
 
 # %% ../../nbs/4_concepts/04_answer_gradients.ipynb #feddf445
 class WordGradients(NamedTuple):
     "An answer, taken apart by its gradient"
-    effects: Mapping[str, float] # Nats of each word, zero in the mean of a group, as an `AnswerModel` has them
+    # Nats of each word, zero in the mean of a group, as an `AnswerModel` has them
+    effects: Mapping[str, float]
     shares: Float[Tensor, "clips groups"] # What each group contributed on each path, nats
     source: list[str] # Caption at the start of each path
     target: list[str] # And at its end
@@ -253,40 +370,78 @@ def word_effects(
     for group, share in zip(groups, shares.double().T):
         held = [[word_of(text, group) for text in texts] for texts in (source, target)]
         if not any(held[0]): continue
-        change = torch.tensor([[float(after == word) - float(before == word) for word in group] for before, after in zip(*held)], dtype=torch.float64)
-        effects |= dict(zip(group, (torch.linalg.pinv(change) @ share).tolist())) # the shortest solution: its mean is zero
+        change = torch.tensor(
+            [
+                [float(after == word) - float(before == word) for word in group]
+                for before, after in zip(*held)
+            ],
+            dtype=torch.float64,
+        )
+        # the shortest solution: its mean is zero
+        effects |= dict(zip(group, (torch.linalg.pinv(change) @ share).tolist()))
     return effects
+
+# %% ../../nbs/4_concepts/04_answer_gradients.ipynb #602bb4bd
+def _path_offsets(generator, source, target, groups):
+    "Encoded source captions, and the change that each group's other word makes"
+    base = generator.encode_prompt(source)
+    offsets = []
+    for group in groups:
+        texts = []
+        for old, new in zip(source, target):
+            held = word_of(old, group)
+            texts.append(with_word(old, group, word_of(new, group)) if held else old)
+        offsets.append(generator.encode_prompt(texts).embeds - base.embeds)
+    return base, torch.stack(offsets, 1)
+
+def _asked_captions(source, pair, groups):
+    "Captions with the pair's source words in their places"
+    for word, _ in pair.words:
+        group = next(group for group in groups if word in group)
+        source = [with_word(text, group, word) for text in source]
+    return source
+
+def _path_shares(models, pair, source, target, places, config, groups):
+    "Integrated gradients of every path, by group"
+    asked = _asked_captions(source, pair, groups)
+    shares = []
+    for rows in torch.arange(len(source)).split(config.batch_size):
+        own = rows.tolist()
+        with torch.no_grad():
+            texts = [source[k] for k in own], [target[k] for k in own]
+            base, offsets = _path_offsets(models[0], *texts, groups)
+        total = torch.zeros(len(own), len(groups))
+        seeds = [30_000 * (config.seed + 1) + k for k in own] # 30,000: noise of its own
+        for place in places[rows].T:
+            amounts = place[:, None].to(offsets).repeat(1, len(groups)).requires_grad_()
+            with torch.enable_grad():
+                made = path_latents(models[0], base, offsets, amounts, seeds, config.steps)
+                gaps = latent_gap(*models, *made, pair, [asked[k] for k in own])
+            total += torch.autograd.grad(gaps.sum(), amounts)[0].float().cpu() / config.points
+        shares.append(total)
+    return torch.cat(shares)
 
 # %% ../../nbs/4_concepts/04_answer_gradients.ipynb #57b2719a
 def word_gradients(
     generator:VideoGenerator, # Frozen
     vlm:VideoLanguageModel, # Frozen: what is explained
     coupling:nn.Module|None, # Phi, where `config.through` is `"phi"`
-    pair:str|ContrastPair, # What is asked
-    captions:Sequence[str], # Where the captions of the paths come from
+    pair:str|ContrastPair, # The contrast
+    captions:Sequence[str], # Source of the captions of the paths
     config:WordGradientConfig=WordGradientConfig(), # How many, how finely
-    groups:Sequence[Sequence[str]]=WORD_GROUPS, # Words that may matter, those of the pair among them
+    groups:Sequence[Sequence[str]]=WORD_GROUPS, # Words that may matter, with the pair's
 ) -> WordGradients: # To be compared with `measure_answers`
     "Which words an answer rests on, by integrated gradients"
-    pair, n = parse_contrast(pair), config.n_clips
-    if config.through == "phi" and coupling is None: raise ValueError("through='phi' needs a coupling, got None. Use through='reencoded'.")
-    source, target = (balanced_captions(captions, groups, n, 2 * config.seed + side) for side in (0, 1))
-    asked, shares = source, []
-    for word, _ in pair.words: asked = [with_word(text, next(group for group in groups if word in group), word) for text in asked]
-    places = (torch.arange(config.points) + torch.rand(n, config.points, generator=seeded_generator(config.seed))) / config.points
+    pair = parse_contrast(pair)
+    n = config.n_clips
+    if config.through == "phi" and coupling is None:
+        raise ValueError("through='phi' needs a coupling, got None. Use through='reencoded'.")
+    draw = lambda side: balanced_captions(captions, groups, n, 2 * config.seed + side)
+    source, target = draw(0), draw(1)
+    models = generator, vlm, coupling if config.through == "phi" else None
+    places = torch.rand(n, config.points, generator=seeded_generator(config.seed))
+    places = (torch.arange(config.points) + places) / config.points
     with count_evaluations(generator, vlm) as cost, plain_attention(generator.device):
-        for rows in torch.arange(n).split(config.batch_size):
-            own = rows.tolist()
-            with torch.no_grad():
-                base = generator.encode_prompt([source[k] for k in own])
-                one = [generator.encode_prompt([with_word(source[k], group, word_of(target[k], group)) if word_of(source[k], group) else source[k] for k in own]).embeds - base.embeds for group in groups]
-            total, offsets = torch.zeros(len(own), len(groups)), torch.stack(one, 1)
-            for place in places[rows].T:
-                amounts = place[:, None].to(offsets).repeat(1, len(groups)).requires_grad_()
-                with torch.enable_grad():
-                    latents, condition = path_latents(generator, base, offsets, amounts, [30_000 * (config.seed + 1) + k for k in own], config.steps) # 30,000: noise of its own
-                    gaps = latent_gap(generator, vlm, coupling if config.through == "phi" else None, latents, condition, pair, [asked[k] for k in own])
-                total += torch.autograd.grad(gaps.sum(), amounts)[0].float().cpu() / config.points
-            shares.append(total)
-    shares = torch.cat(shares)
-    return WordGradients(word_effects(source, target, shares, groups), shares, source, target, with_backward(cost))
+        shares = _path_shares(models, pair, source, target, places, config, groups)
+    effects = word_effects(source, target, shares, groups)
+    return WordGradients(effects, shares, source, target, with_backward(cost))

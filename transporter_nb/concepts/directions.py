@@ -20,7 +20,9 @@ from fastcore.basics import listify, patch
 from jaxtyping import Float
 from torch import Tensor
 
-from .bank import Concept, ConceptConfig, Direction, mean_token_difference, token_slots
+from transporter_nb.concepts.bank import (
+    Concept, ConceptConfig, Direction, mean_token_difference, token_slots,
+)
 from ..world.contrasts import ContrastPair, parse_contrast
 from ..core.base import seeded_generator
 from ..models.generators.base import VideoGenerator
@@ -31,11 +33,17 @@ from ..models.vlms.base import VideoLanguageModel
 class TargetCaption:
     "Towards the encoded target caption: exact at strength 1, an interpolation below"
     pair: ContrastPair # What it changes
-    target_caption: str|None = None # Target of one given caption; None applies the pair to any caption
+    # Target of one given caption; None applies the pair to any caption
+    target_caption: str|None = None
 
-    def offset(self, generator:VideoGenerator, caption:str) -> Float[Tensor, "prompt_tokens text_dim"]:
+    def offset(
+        self, generator:VideoGenerator, caption:str,
+    ) -> Float[Tensor, "prompt_tokens text_dim"]:
         "Encoded target caption minus encoded caption"
-        source, target = (generator.encode_prompt([text]).embeds[0] for text in (caption, self.target_caption or self.pair.apply(caption)))
+        source, target = (
+            generator.encode_prompt([text]).embeds[0]
+            for text in (caption, self.target_caption or self.pair.apply(caption))
+        )
         return (target - source).detach()
 
 # %% ../../nbs/4_concepts/02_directions.ipynb #86ad91b2
@@ -48,7 +56,12 @@ def mean_text_difference(
     "Mean difference of the changed words' embeddings, as a direction"
     pair = parse_contrast(pair)
     vectors = mean_token_difference(generator, pair, captions, placement)
-    return Concept(pair, vectors.cpu(), ConceptConfig(placement=placement, steps=0), {"origin": "mean text difference", "captions": list(captions)})
+    return Concept(
+        pair,
+        vectors.cpu(),
+        ConceptConfig(placement=placement, steps=0),
+        {"origin": "mean text difference", "captions": list(captions)},
+    )
 
 # %% ../../nbs/4_concepts/02_directions.ipynb #ea9b3bb4
 def random_direction(
@@ -58,13 +71,17 @@ def random_direction(
     "A direction that means nothing, of the size of one that does"
     draws = torch.randn(concept.vectors.shape, generator=seeded_generator(seed))
     vectors = draws * (concept.vectors.norm(dim=1, keepdim=True) / draws.norm(dim=1, keepdim=True))
-    return replace(concept, vectors=vectors, meta={"origin": "random", "seed": seed, "captions": concept.meta.get("captions", ["?"])})
+    return replace(
+        concept,
+        vectors=vectors,
+        meta={"origin": "random", "seed": seed, "captions": concept.meta.get("captions", ["?"])},
+    )
 
 # %% ../../nbs/4_concepts/02_directions.ipynb #a8dc0885
 @dataclass
 class Cost:
     "What something took"
-    generator_evaluations:int = 0 # Clips passed through the generator's velocity: a batch of 8 is 8, guidance's second pass counts again
+    generator_evaluations:int = 0 # Clips through the velocity; guidance's second pass counts again
     vlm_evaluations:int = 0 # Answers read from the VLM: rows through its language model
     seconds:float|None = None # Wall clock; None: not measured here
 
@@ -74,15 +91,23 @@ def count_evaluations(
     vlm:VideoLanguageModel|None=None, # Whose answers are counted
 ) -> Iterator[Cost]: # Grows while the block runs; its seconds are there at the end
     "Count what a block of code asks of the models"
-    cost, asked = Cost(), {"velocity": generator, **({} if vlm is None else {"text_logits": vlm})}
-    before = {name: vars(model).get(name) for name, model in asked.items()} # a count around this one
+    cost = Cost()
+    asked = {"velocity": generator, **({} if vlm is None else {"text_logits": vlm})}
+    # a count around this one
+    before = {name: vars(model).get(name) for name, model in asked.items()}
     def counting(method, field):
         def counted(*args, **kwargs):
-            setattr(cost, field, getattr(cost, field) + len(args[0] if args else next(iter(kwargs.values()))))
+            setattr(
+                cost,
+                field,
+                getattr(cost, field) + len(args[0] if args else next(iter(kwargs.values()))),
+            )
             return method(*args, **kwargs)
         return counted
-    methods = {name: getattr(model, name) for name, model in asked.items()} # both are there before either is counted
-    for (name, model), field in zip(asked.items(), ("generator_evaluations", "vlm_evaluations")): vars(model)[name] = counting(methods[name], field)
+    # both are there before either is counted
+    methods = {name: getattr(model, name) for name, model in asked.items()}
+    for (name, model), field in zip(asked.items(), ("generator_evaluations", "vlm_evaluations")):
+        vars(model)[name] = counting(methods[name], field)
     started = time.perf_counter()
     try: yield cost
     finally:
@@ -110,7 +135,9 @@ class InterpolatedText:
     found: RangeSearch|None = None # How the range was found
 
     @classmethod
-    def between(cls, generator:VideoGenerator, pair:str|ContrastPair, captions:Sequence[str]) -> "InterpolatedText":
+    def between(
+        cls, generator:VideoGenerator, pair:str|ContrastPair, captions:Sequence[str],
+    ) -> "InterpolatedText":
         "Difference between the means of contrasting captions, over the words that change"
         mean = mean_token_difference(generator, parse_contrast(pair), captions, "shared")[0].cpu()
         return cls(parse_contrast(pair), mean / mean.norm(), mean.norm().item())
@@ -123,7 +150,11 @@ class InterpolatedText:
 @patch
 def ends(self:InterpolatedText) -> tuple[float, float]: # Lowest and highest length
     "The range, or a sentence on how to find it"
-    if self.low is None or self.high is None: raise ValueError(f"the range of {self.pair.name!r} is not known. Call .search(generator, captions, seeds), or give low and high.")
+    if self.low is None or self.high is None:
+        raise ValueError(
+            f"the range of {self.pair.name!r} is not known. Call .search(generator, captions, "
+            "seeds), or give low and high."
+        )
     return self.low, self.high
 
 @patch
@@ -169,7 +200,7 @@ def halve(
 
 # %% ../../nbs/4_concepts/02_directions.ipynb #a6265cf3
 def perceptual_range(
-    distance:Callable[[float], float], # Distance to the unsteered clips of a length; may be called more than once
+    distance:Callable[[float], float], # Of a length, to the unsteered clips; may be called again
     first:float, # Length to start at, > 0
     limits:tuple[float, float], # Least and largest distance allowed
     points:int=8, # Steps of the walk (public code of arXiv 2603.17998)
@@ -178,18 +209,31 @@ def perceptual_range(
 ) -> tuple[float, float]: # Lowest and highest length
     "The contiguous range of lengths in which a change is seen and not too large"
     least, largest = limits
-    if not 0 <= least < largest: raise ValueError(f"limits are (least, largest) distances with 0 <= least < largest, got {limits}.")
+    if not 0 <= least < largest:
+        raise ValueError(
+            f"limits are (least, largest) distances with 0 <= least < largest, got {limits}."
+        )
     top = first
-    while distance(top) <= largest and doublings > 0: top, doublings = 2 * top, doublings - 1
-    walk, width = [top * k / points for k in range(points + 1)], top * tolerance
+    while distance(top) <= largest and doublings > 0:
+        top = 2 * top
+        doublings = doublings - 1
+    walk = [top * k / points for k in range(points + 1)]
+    width = top * tolerance
     beyond = next((k for k in range(1, points + 1) if distance(walk[k]) > largest), None)
-    high = top if beyond is None else halve(distance, largest, walk[beyond - 1], walk[beyond], width)[0]
-    seen = next((amount for amount in [*walk[1:beyond], *([high] if high else [])] if distance(amount) > least), None)
+    high = top
+    if beyond is not None:
+        high = halve(distance, largest, walk[beyond - 1], walk[beyond], width)[0]
+    tried = [*walk[1:beyond], *([high] if high else [])]
+    seen = next((amount for amount in tried if distance(amount) > least), None)
     if seen is None:
         reached = distance(high) if high else 0.
-        raise ValueError(f"there is no range: up to length {top:.3g} a change of more than {least:.3g} and at most {largest:.3g} is never seen, the most below it is {reached:.3g}. Give other limits, or another vector.")
-    low = halve(distance, least, max(amount for amount in [*walk, 0.] if amount < seen), seen, width)[0]
-    return low, high
+        raise ValueError(
+            f"there is no range: up to length {top:.3g} a change of more than {least:.3g} and at "
+            f"most {largest:.3g} is never seen, the most below it is {reached:.3g}. Give other "
+            "limits, or another vector."
+        )
+    below = max(amount for amount in [*walk, 0.] if amount < seen)
+    return halve(distance, least, below, seen, width)[0], high
 
 # %% ../../nbs/4_concepts/02_directions.ipynb #cadd3edc
 @patch
@@ -199,40 +243,52 @@ def search(
     generator:VideoGenerator, # Frozen
     captions:str|Sequence[str], # Source captions, used in turn
     seeds:Sequence[int], # One clip each
-    distance_fn:Callable=rms_distance, # Of two batches of videos in [0, 1], one number a clip; a perceptual distance is what the source uses
-    limits:tuple[float, float]|None=None, # Least and largest distance; None: a tenth of what the target captions make, and all of it
+    distance_fn:Callable=rms_distance, # Of two batches of videos; perceptual in the source
+    limits:tuple[float, float]|None=None, # None: a tenth of the target captions', and all
     steps:int|None=None, # Euler steps of a clip; None takes the generator's own
     **options, # `points`, `doublings` and `tolerance` of `perceptual_range`
 ) -> InterpolatedText: # The same, with its range
     "Find the range of lengths, by generating"
-    texts, tried = [listify(captions)[k % len(listify(captions))] for k in range(len(seeds))], {}
+    texts = [listify(captions)[k % len(listify(captions))] for k in range(len(seeds))]
+    tried = {}
     with count_evaluations(generator) as cost:
-        source, noise = generator.encode_prompt(texts), generator.noise(list(seeds))
-        def clips(condition): return generator.decode(generator.sample(condition, noise=noise, steps=steps)).clamp(0, 1)
-        unsteered, slots = clips(source), torch.stack([self.slots(generator, text) for text in texts])
+        source = generator.encode_prompt(texts)
+        noise = generator.noise(list(seeds))
+        def clips(condition):
+            latents = generator.sample(condition, noise=noise, steps=steps)
+            return generator.decode(latents).clamp(0, 1)
+        unsteered = clips(source)
+        slots = torch.stack([self.slots(generator, text) for text in texts])
         def distance(amount):
             if amount not in tried:
-                moved = source.with_embeds(source.embeds + slots @ (amount * self.vector[None].to(slots)))
-                tried[amount] = distance_fn(clips(moved), unsteered).mean().item()
+                added = slots @ (amount * self.vector[None].to(slots))
+                moved = clips(source.with_embeds(source.embeds + added))
+                tried[amount] = distance_fn(moved, unsteered).mean().item()
             return tried[amount]
         if limits is None:
-            target = distance_fn(clips(generator.encode_prompt([self.pair.apply(text) for text in texts])), unsteered).mean().item()
+            targets = generator.encode_prompt([self.pair.apply(text) for text in texts])
+            target = distance_fn(clips(targets), unsteered).mean().item()
             limits = (target / 10, target) # a tenth: chosen
         low, high = perceptual_range(distance, self.length, limits, **options)
-    return replace(self, low=low, high=high, found=RangeSearch(list(tried), list(tried.values()), limits, cost))
+    found = RangeSearch(list(tried), list(tried.values()), limits, cost)
+    return replace(self, low=low, high=high, found=found)
 
 # %% ../../nbs/4_concepts/02_directions.ipynb #e6370a07
 @dataclass(frozen=True)
 class VelocitySlider:
     "Adds the difference of two prompts' velocities (FreeSliders, arXiv 2511.00103)"
     pair: ContrastPair # What it changes
-    start: float = 0.3 # Share of the steps led by the source prompt alone, 0 to below 1 (public code: 15 of 50)
+    # Share of the steps led by the source prompt alone, 0 to below 1 (public code: 15 of 50)
+    start: float = 0.3
     scale: float|None = None # Their s at strength 1; None takes the guidance of the run
     plus: str|None = None # Prompt that shows the target; None: the target caption
     minus: str|None = None # Prompt that shows its opposite; None: the source caption
 
     def __post_init__(self):
-        if not 0 <= self.start < 1: raise ValueError(f"start is the share of steps before it acts, from 0 to below 1, got {self.start}.")
+        if not 0 <= self.start < 1:
+            raise ValueError(
+                f"start is the share of steps before it acts, from 0 to below 1, got {self.start}."
+            )
 
     def prompts(self, caption:str) -> tuple[str, str]: # Plus and minus
         "The two prompts whose velocities are compared"
@@ -256,8 +312,11 @@ class Replacement(Protocol):
     "Anything that takes the place of finished latents"
     pair: ContrastPair # What it changes
 
-    def replace(self, generator:VideoGenerator, latents:Float[Tensor, "rows channels latent_frames latent_height latent_width"], caption:str,
-                strengths:Float[Tensor, "rows"]) -> Float[Tensor, "rows channels latent_frames latent_height latent_width"]:
+    def replace(
+        self, generator:VideoGenerator,
+        latents:Float[Tensor, "rows channels latent_frames latent_height latent_width"],
+        caption:str, strengths:Float[Tensor, "rows"],
+    ) -> Float[Tensor, "rows channels latent_frames latent_height latent_width"]:
         "Latents of one clip at several strengths, replaced from strength ½ on"
 
 def common_words(
@@ -276,43 +335,51 @@ class RetrievedClip:
     space: str = "latents" # Where nearness is measured: `"latents"` or `"pixels"`
 
     def __post_init__(self):
-        if self.space not in ("latents", "pixels"): raise ValueError(f"space must be 'latents' or 'pixels', got {self.space!r}.")
+        if self.space not in ("latents", "pixels"):
+            raise ValueError(f"space must be 'latents' or 'pixels', got {self.space!r}.")
         if len(self.videos) != len(self.captions) or not len(self.captions):
-            raise ValueError(f"the library needs one caption a clip and at least one clip, got {len(self.videos)} clips and {len(self.captions)} captions.")
+            raise ValueError(
+                "the library needs one caption a clip and at least one clip, got "
+                f"{len(self.videos)} clips and {len(self.captions)} captions."
+            )
 
 # %% ../../nbs/4_concepts/02_directions.ipynb #4bf3ab23
 @patch
 def candidates(
     self:RetrievedClip,
     caption:str, # Source caption
-) -> list[int]: # Which clips of the library
-    "Clips whose captions hold the most of the words that change, then the most words of the target caption"
+) -> list[int]: # Clips of the library
+    "Clips whose captions hold most of the changed words, then most words of the target caption"
     target = self.pair.apply(caption)
     changed = " ".join(set(target.lower().split()) - set(caption.lower().split()))
-    shared = [(common_words(changed, other), common_words(target, other)) for other in self.captions]
+    shared = []
+    for other in self.captions:
+        shared.append((common_words(changed, other), common_words(target, other)))
     return [k for k, numbers in enumerate(shared) if numbers == max(shared)]
 
 @patch
 def choose(
     self:RetrievedClip,
-    generator:VideoGenerator, # Whose latents and pixels are compared
-    latents:Float[Tensor, "1 channels latent_frames latent_height latent_width"], # Of the clip to stay near to
+    generator:VideoGenerator, # Its latents or pixels are compared
+    latents:Float[Tensor, "1 channels latent_frames latent_height latent_width"], # To stay near to
     caption:str, # Source caption
-) -> int: # Which clip of the library
+) -> int: # Clip of the library
     "The candidate nearest to a clip"
     rows = self.candidates(caption)
     clips = self.videos[rows].to(latents)
-    here, there = (latents, generator.encode(clips)) if self.space == "latents" else (generator.decode(latents).clamp(0, 1), clips)
+    if self.space == "latents": here, there = latents, generator.encode(clips)
+    else: here, there = generator.decode(latents).clamp(0, 1), clips
     return rows[(there - here).flatten(1).norm(dim=1).argmin().item()]
 
+# %% ../../nbs/4_concepts/02_directions.ipynb #aba4a6a9
 @patch
 def replace(
     self:RetrievedClip,
     generator:VideoGenerator, # Encodes the clips
-    latents:Float[Tensor, "rows channels latent_frames latent_height latent_width"], # One clip at several strengths, generated
+    latents:Float[Tensor, "rows channels latent_frames latent_height latent_width"], # Generated
     caption:str, # Source caption
     strengths:Float[Tensor, "rows"], # One a row
-) -> Float[Tensor, "rows channels latent_frames latent_height latent_width"]: # Encoded real clips from strength ½ on
+) -> Float[Tensor, "rows channels latent_frames latent_height latent_width"]: # Real from ½ on
     "Put real clips in the place of generated ones"
     latents = latents.clone()
     for row in (strengths >= STEP_AT).nonzero()[:, 0].tolist():
@@ -334,11 +401,16 @@ class CodecPass:
     "Changes nothing but decodes and re-encodes: the autoencoder's share of every change"
     pair: ContrastPair # What is asked about
 
-    def replace(self, generator:VideoGenerator, latents:Float[Tensor, "rows channels latent_frames latent_height latent_width"], caption:str,
-                strengths:Float[Tensor, "rows"]) -> Float[Tensor, "rows channels latent_frames latent_height latent_width"]:
+    def replace(
+        self, generator:VideoGenerator,
+        latents:Float[Tensor, "rows channels latent_frames latent_height latent_width"],
+        caption:str, strengths:Float[Tensor, "rows"],
+    ) -> Float[Tensor, "rows channels latent_frames latent_height latent_width"]:
         "Decoded and encoded once more from strength ½ on"
         again = generator.encode(generator.decode(latents).clamp(0, 1))
-        return torch.where((strengths >= STEP_AT).to(latents.device).view(-1, 1, 1, 1, 1), again, latents)
+        return torch.where(
+            (strengths >= STEP_AT).to(latents.device).view(-1, 1, 1, 1, 1), again, latents
+        )
 
 # %% ../../nbs/4_concepts/02_directions.ipynb #074c681f
 def learning_cost(
@@ -349,8 +421,12 @@ def learning_cost(
     "Evaluations that learning a concept takes"
     steps = config.sample_steps or generator.default_steps
     sampling = 2 * config.n_seeds * steps * (2 if generator.default_guidance == 1 else 3)
-    judged = max(config.n_seeds // 4, 1) * min(config.states_per_seed or steps, steps) * (2 if config.walks == "both" else 1)
-    return Cost(sampling + config.steps * config.batch_size + 3 * judged, 2 * config.n_seeds * n_words)
+    judged = max(config.n_seeds // 4, 1) * min(
+        config.states_per_seed or steps, steps
+    ) * (2 if config.walks == "both" else 1)
+    return Cost(
+        sampling + config.steps * config.batch_size + 3 * judged, 2 * config.n_seeds * n_words
+    )
 
 # %% ../../nbs/4_concepts/02_directions.ipynb #c83fdae8
 @dataclass(frozen=True)
@@ -358,7 +434,9 @@ class NoChange:
     "Nothing is added: the control for changes that come from the noise alone"
     pair: ContrastPair # What is asked about
 
-    def offset(self, generator:VideoGenerator, caption:str) -> Float[Tensor, "prompt_tokens text_dim"]:
+    def offset(
+        self, generator:VideoGenerator, caption:str,
+    ) -> Float[Tensor, "prompt_tokens text_dim"]:
         "Zeros"
         return torch.zeros_like(generator.encode_prompt([caption]).embeds[0])
 
@@ -376,8 +454,13 @@ def rivals(
 ) -> dict[str, Rival]: # By name, the learned concept first
     "A learned concept and the directions that steering can add to a prompt without a search"
     mean = mean_text_difference(generator, concept.pair, captions, concept.config.placement)
-    return {"concept": Rival(concept, 0), "target caption": Rival(TargetCaption(concept.pair), 0), "mean text difference": Rival(mean, 0),
-            "random vector": Rival(random_direction(concept, seed), 0), "other seed": Rival(NoChange(concept.pair), 10**6)} # 10**6: far from any seed in use
+    return {
+        "concept": Rival(concept, 0),
+        "target caption": Rival(TargetCaption(concept.pair), 0),
+        "mean text difference": Rival(mean, 0),
+        "random vector": Rival(random_direction(concept, seed), 0),
+        "other seed": Rival(NoChange(concept.pair), 10**6),
+    }
 
 # %% ../../nbs/4_concepts/02_directions.ipynb #6bd8af2c
 def all_rivals(
@@ -385,21 +468,33 @@ def all_rivals(
     concept:Concept, # The learned one
     captions:Sequence[str], # For text differences: those it was learned on
     seed:int=0, # Of the random direction
-    search_seeds:Sequence[int]=(0, 1, 2, 3), # Clips of the range search (chosen: few, because each length tried generates all of them)
+    search_seeds:Sequence[int]=(0, 1, 2, 3), # Clips of the range search (few, chosen)
     distance_fn:Callable=rms_distance, # Of the range search
     limits:tuple[float, float]|None=None, # Of the range search, see `search`
-    library:tuple[Tensor, Sequence[str]]|None=None, # Real clips and their captions; None leaves retrieval out
-    only:Sequence[str]|None=None, # Names of those wanted; the range search, which takes minutes, is made only where it is
+    library:tuple[Tensor, Sequence[str]]|None=None, # Real clips and captions; None: no retrieval
+    only:Sequence[str]|None=None, # Names of those wanted; the range search takes minutes
 ) -> dict[str, Rival]: # By name, the learned concept first; each with its cost
     "A learned concept and everything it is compared with"
     with count_evaluations(generator) as cost: found = rivals(generator, concept, captions, seed)
-    found = {name: rival._replace(cost=learning_cost(concept.config, generator, len(concept.pair.words)) if name == "concept" else Cost(seconds=cost.seconds)) for name, rival in found.items()}
+    free = Cost(seconds=0.)
+    found = {name: rival._replace(cost=Cost(seconds=cost.seconds)) for name, rival in found.items()}
+    learning = learning_cost(concept.config, generator, len(concept.pair.words))
+    found["concept"] = found["concept"]._replace(cost=learning)
     if only is None or "text interpolation" in only:
-        with count_evaluations(generator) as cost: text = InterpolatedText.between(generator, concept.pair, captions).search(generator, captions, search_seeds, distance_fn, limits)
+        with count_evaluations(generator) as cost:
+            text = InterpolatedText.between(generator, concept.pair, captions)
+            text = text.search(generator, captions, search_seeds, distance_fn, limits)
         found["text interpolation"] = Rival(text, 0, cost)
-    found |= {"FreeSliders": Rival(VelocitySlider(concept.pair), 0, Cost(seconds=0.)),
-              "FreeSliders, all steps": Rival(VelocitySlider(concept.pair, start=0.), 0, Cost(seconds=0.)), "decode and re-encode": Rival(CodecPass(concept.pair), 0, Cost(seconds=0.))}
-    if library is not None: found["retrieved clip"] = Rival(RetrievedClip(concept.pair, *library), 0, Cost(seconds=0.))
+    found |= {
+        "FreeSliders": Rival(VelocitySlider(concept.pair), 0, free),
+        "FreeSliders, all steps": Rival(VelocitySlider(concept.pair, start=0.), 0, free),
+        "decode and re-encode": Rival(CodecPass(concept.pair), 0, free),
+    }
+    if library is not None:
+        found["retrieved clip"] = Rival(RetrievedClip(concept.pair, *library), 0, free)
     missing = sorted(set(only or ()) - set(found))
-    if missing: raise ValueError(f"only names rivals that there are, {', '.join(found)}; got {', '.join(missing)}." + " Retrieval needs a library." * ("retrieved clip" in missing))
+    if missing:
+        hint = " Retrieval needs a library." if "retrieved clip" in missing else ""
+        known, unknown = ", ".join(found), ", ".join(missing)
+        raise ValueError(f"only names rivals that there are, {known}; got {unknown}.{hint}")
     return {name: rival for name, rival in found.items() if only is None or name in only}

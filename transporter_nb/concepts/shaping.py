@@ -54,11 +54,20 @@ def balanced_captions(
     seed:int=0, # Of the order
 ) -> list[str]: # `n` captions in which all groups vary independently
     "Captions for a factorial experiment"
-    if n < 1 or not captions or not groups: raise ValueError(f"a design needs n >= 1, captions and groups of words, got n={n}, {len(captions)} captions and {len(groups)} groups.")
-    rng, designed = np.random.default_rng(seed), [captions[k % len(captions)] for k in range(n)]
+    if n < 1 or not captions or not groups:
+        raise ValueError(
+            f"a design needs n >= 1, captions and groups of words, got n={n}, {len(captions)} "
+            f"captions and {len(groups)} groups."
+        )
+    rng = np.random.default_rng(seed)
+    designed = [captions[k % len(captions)] for k in range(n)]
     for group in groups:
         order = rng.permutation(np.resize(rng.permutation(len(group)), n))
-        designed = [with_word(text, group, group[k]) if word_of(text, group) else text for text, k in zip(designed, order)]
+        designed = [
+            with_word(text, group, group[k])
+            if word_of(text, group) else text
+            for text, k in zip(designed, order)
+        ]
     return designed
 
 # %% ../../nbs/4_concepts/03_shaping.ipynb #5aa3c562
@@ -67,7 +76,8 @@ class AnswerModel:
     "An additive model of a VLM's answer: which words move it, and by how much"
     pair: ContrastPair # What was asked
     groups: tuple[tuple[str, ...], ...] # All that could have mattered
-    effects: Mapping[str, float] # Nats of answer gap of each word of the groups that matter, zero in the mean of a group
+    # Nats of answer gap of each word of the groups that matter, zero in the mean of a group
+    effects: Mapping[str, float]
     base: float # Mean gap, nats
     explained: float # Share of the gap's variance
     n: int # Clips
@@ -76,24 +86,29 @@ class AnswerModel:
     def effect(self, word:str) -> float: return self.effects.get(word, 0.) # Nats
 
     def gap(self, caption:str) -> float: # Nats
-        "What the model expects the VLM to answer to a clip of a caption"
-        return self.base + sum(self.effect(word) for group in self.groups if (word := word_of(caption, group)))
+        "Answer gap that the model predicts for a clip of a caption"
+        words = [word_of(caption, group) for group in self.groups]
+        return self.base + sum(self.effect(word) for word in words if word)
 
     def __repr__(self) -> str:
-        words = ", ".join(f"{word} {value:+.1f}" for word, value in sorted(self.effects.items(), key=lambda item: -item[1]))
-        return f"AnswerModel of {self.pair.name!r}: {words or 'no word matters'}; {self.explained:.0%} of the variance, n = {self.n}"
+        ordered = sorted(self.effects.items(), key=lambda item: -item[1])
+        words = ", ".join(f"{word} {value:+.1f}" for word, value in ordered)
+        facts = f"{self.explained:.0%} of the variance, n = {self.n}"
+        return f"AnswerModel of {self.pair.name!r}: {words or 'no word matters'}; {facts}"
 
 # %% ../../nbs/4_concepts/03_shaping.ipynb #7ba64d87
 def group_columns(
     held:Sequence[Sequence[str|None]], # For each caption the word of each group
     groups:Sequence[Sequence[str]], # Words that exclude each other
     chosen:Sequence[int], # Which groups
-) -> Float[np.ndarray, "captions columns"]: # A constant, then for each chosen group all words but the last, in effect coding
+) -> Float[np.ndarray, "captions columns"]: # A constant, then effect-coded words
     "The design matrix of some groups"
     columns = [np.ones(len(held))]
     for k in chosen:
         present = [word for word in groups[k] if any(row[k] == word for row in held)]
-        columns += [np.array([(row[k] == word) - float(row[k] == present[-1]) if row[k] else 0. for row in held]) for word in present[:-1]]
+        for word in present[:-1]:
+            def code(own): return (own == word) - float(own == present[-1]) if own else 0.
+            columns.append(np.array([code(row[k]) for row in held]))
     return np.stack(columns, 1)
 
 def named_effects(
@@ -103,10 +118,12 @@ def named_effects(
     solution:Float[np.ndarray, "columns"], # Of the least squares problem
 ) -> dict[str, float]: # Word -> nats
     "Coefficients by word; those of a group sum to zero"
-    effects, at = {}, 1
+    effects = {}
+    at = 1
     for k in chosen:
         present = [word for word in groups[k] if any(row[k] == word for row in held)]
-        values = solution[at:at + len(present) - 1].tolist(); at += len(values)
+        values = solution[at:at + len(present) - 1].tolist()
+        at += len(values)
         effects |= dict(zip(present, [*values, -sum(values)]))
     return effects
 
@@ -118,51 +135,82 @@ def fit_answers(
     groups:Sequence[Sequence[str]]=WORD_GROUPS, # Words that may matter
 ) -> AnswerModel: # Groups that do not earn their parameters have no effect
     "Fit an additive model, group by group"
-    y, held, n = gaps.double().numpy(), [[word_of(text, group) for group in groups] for text in captions], len(captions)
-    if n != len(y) or not np.isfinite(y).all(): raise ValueError(f"need one finite gap a caption, got {len(y)} for {n} captions, finite: {bool(np.isfinite(y).all())}.")
+    y = gaps.double().numpy()
+    held = [[word_of(text, group) for group in groups] for text in captions]
+    n = len(captions)
+    if n != len(y) or not np.isfinite(y).all():
+        raise ValueError(
+            f"need one finite gap a caption, got {len(y)} for {n} captions, finite: "
+            f"{bool(np.isfinite(y).all())}."
+        )
     def solve(chosen):
         matrix = group_columns(held, groups, chosen)
         solution = np.linalg.lstsq(matrix, y, rcond=None)[0]
         rss = float(((y - matrix @ solution)**2).sum())
-        return n * math.log(max(rss, 1e-9 * n) / n) + matrix.shape[1] * math.log(n), rss, solution # 1e-9: a perfect fit has a logarithm too
-    chosen, best = [], solve([])
+        # 1e-9: a perfect fit has a logarithm too
+        return n * math.log(max(rss, 1e-9 * n) / n) + matrix.shape[1] * math.log(n), rss, solution
+    chosen = []
+    best = solve([])
     total = max(best[1], 1e-12)
-    while trials := [(*solve([*chosen, k])[:1], k) for k in range(len(groups)) if k not in chosen and group_columns(held, groups, [*chosen, k]).shape[1] <= n / 2]: # n / 2: two clips a parameter
+    # n / 2: two clips a parameter
+    while trials := [
+        (*solve([*chosen, k])[:1], k)
+        for k in range(len(groups))
+        if k not in chosen and group_columns(held, groups, [*chosen, k]).shape[1] <= n / 2
+    ]:
         score, k = min(trials)
         if score >= best[0] or best[1] <= 1e-9 * n: break
         chosen, best = [*chosen, k], solve([*chosen, k])
-    return AnswerModel(pair, tuple(map(tuple, groups)), named_effects(held, groups, chosen, best[2]), float(best[2][0]), 1 - best[1] / total if total > 1e-9 * n else 0., n)
+    return AnswerModel(
+        pair, tuple(map(tuple, groups)), named_effects(
+            held, groups, chosen, best[2]
+        ), float(best[2][0]), 1 - best[1] / total
+        if total > 1e-9 * n else 0., n
+    )
 
 # %% ../../nbs/4_concepts/03_shaping.ipynb #aba502cf
 @dataclass(frozen=True)
 class ShapingConfig:
-    "How a concept is shaped"
+    "Settings of the shaping of a concept"
     weight: float = 1.0 # lambda: 0 is the paper's concept, 1 leaves the direction to the VLM alone
     n_clips: int = 48 # Of the experiment
-    steps: int = 2 # Euler steps of each (measured in `shaping_sweep`: after 1 too many clips of a weak plant's concept are unreadable; 3 find no other words)
-    least: float = 0.25 # Words with less than this share of the largest gain are left alone (chosen: .1 to .5 make no difference on development plants, see `shaping_sweep`)
+    steps: int = 2 # Euler steps of each (measured in `shaping_sweep`, see the text)
+    least: float = 0.25 # Words below this share of the largest gain stay (chosen, see text)
     through: str = "reencoded" # Or `"phi"`: how the VLM sees the clips
     seed: int = 0 # Of the design; the noise seeds follow it
     batch_size: int = 16 # Clips at once
 
     def __post_init__(self):
-        if self.through not in ("reencoded", "phi"): raise ValueError(f"through must be 'reencoded' or 'phi', got {self.through!r}.")
-        if not (0 <= self.weight <= 1 and 0 <= self.least <= 1): raise ValueError(f"weight and least are shares from 0 to 1, got {self.weight} and {self.least}.")
-        if self.n_clips < 8 or self.steps < 1 or self.batch_size < 1: raise ValueError(f"need n_clips >= 8, steps >= 1 and batch_size >= 1, got {self.n_clips}, {self.steps} and {self.batch_size}.")
+        if self.through not in ("reencoded", "phi"):
+            raise ValueError(f"through must be 'reencoded' or 'phi', got {self.through!r}.")
+        if not (0 <= self.weight <= 1 and 0 <= self.least <= 1):
+            raise ValueError(
+                f"weight and least are shares from 0 to 1, got {self.weight} and {self.least}."
+            )
+        if self.n_clips < 8 or self.steps < 1 or self.batch_size < 1:
+            raise ValueError(
+                f"need n_clips >= 8, steps >= 1 and batch_size >= 1, got {self.n_clips}, "
+                f"{self.steps} and {self.batch_size}."
+            )
 
+# %% ../../nbs/4_concepts/03_shaping.ipynb #b834a526
 @torch.no_grad()
 def clip_gaps(
     vlm:VideoLanguageModel, # Frozen
     vlm_embeddings:Float[Tensor, "batch vlm_tokens vlm_dim"], # Of the clips
-    pair:ContrastPair, # What is asked
-    captions:Sequence[str], # What each clip shows, with any word in the place of the pair's
-    groups:Sequence[Sequence[str]]=WORD_GROUPS, # To know which words the pair's take the place of
+    pair:ContrastPair, # The contrast
+    captions:Sequence[str], # Of each clip, with any word in the place of the pair's
+    groups:Sequence[Sequence[str]]=WORD_GROUPS, # Among them the group that holds the pair's words
 ) -> Float[Tensor, "batch"]: # Nats
     "The answer gap of each clip, after the beginning of its own caption"
     asked = list(captions)
     for source, _ in pair.words:
         group = next((group for group in groups if source in group), None)
-        if group is None: raise ValueError(f"no group of words holds {source!r} of {pair.name!r}. Add one with the words that could stand in its place.")
+        if group is None:
+            raise ValueError(
+                f"no group of words holds {source!r} of {pair.name!r}. Add one with the words that "
+                "could stand in its place."
+            )
         asked = [with_word(text, group, source) for text in asked]
     ids = torch.stack([pair_ids(vlm, pair, text) for text in asked])
     return answer_gap(word_answers(vlm, vlm_embeddings, pair, asked), ids, "vocab").float().cpu()
@@ -177,43 +225,69 @@ def measure_answers(
     captions:Sequence[str], # Where the captions of the design come from
     config:ShapingConfig=ShapingConfig(), # How many clips, how far
     groups:Sequence[Sequence[str]]=WORD_GROUPS, # Words that may matter
-    against:VideoLanguageModel|None=None, # A VLM whose answers are subtracted: what only the first one associates
+    against:VideoLanguageModel|None=None, # A VLM whose answers are subtracted
 ) -> AnswerModel: # With its cost
     "Ask a VLM which words of the generator move its answer"
-    if config.through == "phi" and coupling is None: raise ValueError("through='phi' needs a coupling, got None. Use through='reencoded'.")
+    if config.through == "phi" and coupling is None:
+        raise ValueError("through='phi' needs a coupling, got None. Use through='reencoded'.")
     texts = balanced_captions(captions, groups, config.n_clips, config.seed)
     with count_evaluations(generator, vlm) as cost:
         gaps = []
         for first in range(0, len(texts), config.batch_size):
             some = texts[first:first + config.batch_size]
             condition = generator.encode_prompt(some)
-            latents = generator.sample(condition, seeds=[10_000 * (config.seed + 1) + first + k for k in range(len(some))], steps=config.steps)
+            latents = generator.sample(
+                condition,
+                seeds=[10_000 * (config.seed + 1) + first + k for k in range(len(some))],
+                steps=config.steps,
+            )
             video = generator.decode(latents).clamp(0, 1)
             seen = vlm.embed(video)
-            seen = through_coupling(coupling, latents, condition, seen) if config.through == "phi" else seen
+            seen = through_coupling(
+                coupling, latents, condition, seen
+            ) if config.through == "phi" else seen
             gap = clip_gaps(vlm, seen, pair, some, groups)
-            gaps.append(gap if against is None else gap - clip_gaps(against, against.embed(video), pair, some, groups))
+            gaps.append(
+                gap
+                if against is None else gap - clip_gaps(
+                    against, against.embed(video), pair, some, groups
+                )
+            )
     return replace(fit_answers(texts, torch.cat(gaps), pair, groups), cost=cost)
+
+# %% ../../nbs/4_concepts/03_shaping.ipynb #48f1439d
+def _shaped_offset(concept, generator, caption):
+    "Sum over parts of amount times the change of the encoded caption, mixed with the paper's"
+    parts = concept.parts(caption)
+    def group_of(word): return next(group for group in concept.model.groups if word in group)
+    changed = [with_word(caption, group_of(part.target), part.target) for part in parts]
+    embeds = generator.encode_prompt([caption, *changed]).embeds
+    amounts = embeds.new_tensor([part.amount for part in parts])
+    shaped = torch.einsum("p,ptw->tw", amounts, embeds[1:] - embeds[:1])
+    weight = concept.config.weight
+    if weight == 1: return shaped
+    paper = concept.paper or TargetCaption(concept.pair)
+    return (1 - weight) * paper.offset(generator, caption) + weight * shaped
 
 # %% ../../nbs/4_concepts/03_shaping.ipynb #97116cda
 class Part(NamedTuple):
     "One word that a shaped concept changes"
     source: str # The caption's word
-    target: str # What it moves towards
+    target: str # Its replacement at strength 1
     amount: float # At strength 1: 1 is all the way
     gain: float # Nats of answer gap, by the model
 
 @dataclass(frozen=True, eq=False)
 class ShapedConcept:
     "A direction that a VLM's answers decided"
-    pair: ContrastPair # What is explained
-    model: AnswerModel # What moves the VLM's answer
+    pair: ContrastPair # The contrast that is explained
+    model: AnswerModel # Of the VLM's answer
     config: ShapingConfig = field(default_factory=ShapingConfig) # How it was shaped
-    paper: Direction|None = None # Eq. (8)'s concept, mixed in where the weight is below 1; None takes the target caption, its ceiling
+    paper: Direction|None = None # Eq. (8)'s, mixed in below weight 1; None: the target caption
     meta: Mapping[str, Any] = field(default_factory=dict) # Whatever a record should hold
 
-    def parts(self, caption:str) -> list[Part]: # Largest first; those below `config.least` are left out
-        "What changes in a caption, and how much of it"
+    def parts(self, caption:str) -> list[Part]: # Largest first; none below `config.least`
+        "Words that change in a caption, and their amounts"
         found = []
         for group in self.model.groups:
             held = word_of(caption, group)
@@ -221,17 +295,16 @@ class ShapedConcept:
             gain = self.model.effect(best) - self.model.effect(held) if held else 0.
             if gain > 0: found.append((held, best, gain))
         most = max((gain for *_, gain in found), default=0.)
-        return sorted((Part(held, best, gain / most, gain) for held, best, gain in found if gain >= self.config.least * most), key=lambda part: -part.gain)
+        kept = [row for row in found if row[2] >= self.config.least * most]
+        parts = [Part(held, best, gain / most, gain) for held, best, gain in kept]
+        return sorted(parts, key=lambda part: -part.gain)
 
     @torch.no_grad()
-    def offset(self, generator:VideoGenerator, caption:str) -> Float[Tensor, "prompt_tokens text_dim"]:
-        "What is added to the encoded caption at strength 1"
-        parts = self.parts(caption)
-        changed = [next(with_word(caption, group, part.target) for group in self.model.groups if part.target in group) for part in parts]
-        condition = generator.encode_prompt([caption, *changed])
-        shaped = torch.einsum("p,ptw->tw", condition.embeds.new_tensor([part.amount for part in parts]), condition.embeds[1:] - condition.embeds[:1])
-        if self.config.weight == 1: return shaped
-        return (1 - self.config.weight) * (self.paper or TargetCaption(self.pair)).offset(generator, caption) + self.config.weight * shaped
+    def offset(
+        self, generator:VideoGenerator, caption:str,
+    ) -> Float[Tensor, "prompt_tokens text_dim"]:
+        "Addition to the encoded caption at strength 1"
+        return _shaped_offset(self, generator, caption)
 
 # %% ../../nbs/4_concepts/03_shaping.ipynb #5748ba8e
 @patch
@@ -240,12 +313,18 @@ def in_words(
     caption:str, # What it would be added to
 ) -> str: # Such as `"quickly, for this VLM: snowy -> leafy 1.00, slowly -> quickly 0.31"`
     "Say what the vector holds"
-    held = ", ".join(f"{part.source} -> {part.target} {part.amount:.2f}" for part in self.parts(caption)) or "nothing that a word of the generator could change"
-    mixed = "" if self.config.weight == 1 else f", of which {self.config.weight:.0%} go into the vector and the rest is the paper's concept"
+    held = ", ".join(
+        f"{part.source} -> {part.target} {part.amount:.2f}" for part in self.parts(caption)
+    ) or "nothing that a word of the generator could change"
+    mixed = ""
+    if self.config.weight != 1:
+        share = f"{self.config.weight:.0%}"
+        mixed = f", of which {share} go into the vector and the rest is the paper's concept"
     return f"{self.pair.target}, for this VLM: {held}{mixed}"
 
 @patch
-def __repr__(self:ShapedConcept): return f"ShapedConcept({self.pair.name!r}, weight {self.config.weight:g}, {self.model!r})"
+def __repr__(self:ShapedConcept):
+    return f"ShapedConcept({self.pair.name!r}, weight {self.config.weight:g}, {self.model!r})"
 
 def shape_concept(
     generator:VideoGenerator, # Frozen
@@ -256,7 +335,12 @@ def shape_concept(
     config:ShapingConfig=ShapingConfig(), # How
     groups:Sequence[Sequence[str]]=WORD_GROUPS, # Words that may matter
     paper:Direction|None=None, # Eq. (8)'s concept, mixed in where the weight is below 1
-    against:VideoLanguageModel|None=None, # A VLM to compare with: only what it does not answer to is shown
+    against:VideoLanguageModel|None=None, # One to compare with: shown is the other's answer alone
 ) -> ShapedConcept: # A direction like any other
     "Let a VLM decide what a concept changes"
-    return ShapedConcept(pair, measure_answers(generator, vlm, coupling, pair, captions, config, groups, against), config, paper)
+    return ShapedConcept(
+        pair,
+        measure_answers(generator, vlm, coupling, pair, captions, config, groups, against),
+        config,
+        paper,
+    )
