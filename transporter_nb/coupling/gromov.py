@@ -18,57 +18,73 @@ def matching_segments(
     n_sources:int, # Points that are carried, N1 >= 1
     n_places:int, # Places that are filled, N2 >= 1
     device:str|torch.device="cpu", # Where the result goes
-) -> tuple[Int[Tensor, "segments"], Int[Tensor, "segments"], Int[Tensor, "segments"]]: # Rank of the source, rank of the place, what they share in units of 1 / (N1 N2)
+) -> tuple[
+    Int[Tensor, "segments"], # Rank of the source
+    Int[Tensor, "segments"], # Rank of the place
+    Int[Tensor, "segments"], # Mass that they share, in units of 1 / (N1 N2)
+]:
     "The ascending matching of two sorted lists of equal weights, piece by piece"
     ends = torch.tensor([n_sources * n_places], device=device)
-    starts = torch.cat([torch.arange(n_sources, device=device) * n_places, torch.arange(n_places, device=device) * n_sources]).unique()
+    source_starts = torch.arange(n_sources, device=device) * n_places
+    place_starts = torch.arange(n_places, device=device) * n_sources
+    starts = torch.cat([source_starts, place_starts]).unique()
     return starts // n_places, starts // n_sources, torch.cat([starts, ends]).diff()
 
 # %% ../../nbs/3_coupling/09_gromov.ipynb #fa023622
 def gromov_cost(
-    x:Float[Tensor, "*batch segments"], # Points of one side, one for each piece of the matching; any mean
+    x:Float[Tensor, "*batch segments"], # Points of one side, one a piece of the matching; any mean
     y:Float[Tensor, "*batch segments"], # The points they are matched with
     share:Int[Tensor, "segments"], # Mass of each piece, in any unit
-) -> Float[Tensor, "*batch"]: # At least 0; 0 if and only if all distances are kept. Fourth power of a length
+) -> Float[Tensor, "*batch"]: # At least 0; 0 if and only if all distances are kept
     "Gromov-Wasserstein cost of a matching on the line, with squared distances, from moments"
     weights = share.to(x.dtype) / share.sum()
     def mean(values): return (values * weights).sum(-1)
-    x, y = x - mean(x)[..., None], y - mean(y)[..., None]
-    x2, y2 = mean(x**2), mean(y**2)
-    return 2 * mean(x**4) + 6 * x2**2 + 2 * mean(y**4) + 6 * y2**2 - 4 * mean(x**2 * y**2) - 4 * x2 * y2 - 8 * mean(x * y)**2
+    x = x - mean(x)[..., None]
+    y = y - mean(y)[..., None]
+    x2 = mean(x**2)
+    y2 = mean(y**2)
+    own = 2 * mean(x**4) + 6 * x2**2 + 2 * mean(y**4) + 6 * y2**2
+    return own - 4 * mean(x**2 * y**2) - 4 * x2 * y2 - 8 * mean(x * y)**2
 
 # %% ../../nbs/3_coupling/09_gromov.ipynb #810ca7a4
 TIE = 1e-6 # chosen: float32 rounding of scores moves a cost of order one by about 1e-7
 
 def unit_spread(
-    scores:Float[Tensor, "batch projections tokens"], # Inner products, sorted, so that sums are always taken in the same order
-) -> Float[Tensor, "batch projections tokens"]: # float64, mean 0 and variance 1 over tokens; all 0 where scores are alike
+    scores:Float[Tensor, "batch projections tokens"], # Sorted, so that sums have a fixed order
+) -> Float[Tensor, "batch projections tokens"]: # float64, mean 0, variance 1 (or all 0)
     "Remove shift and scale of each line"
     centred = scores.double() - scores.double().mean(-1, keepdim=True)
-    return centred / centred.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-300) # 1e-300: 0 / 0 is 0 here
+    # 1e-300: 0 / 0 is 0 here
+    return centred / centred.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-300)
 
 def descending_is_cheaper(
-    source_scores:Float[Tensor, "batch projections sources"], # Scores of the tokens that are carried, ascending
-    place_scores:Float[Tensor, "batch projections places"], # Scores of the tokens whose places are filled, ascending
-) -> Bool[Tensor, "batch projections"]: # True where the mirrored matching keeps distances better; a tie is False
+    source_scores:Float[Tensor, "batch projections sources"], # Of carried tokens, ascending
+    place_scores:Float[Tensor, "batch projections places"], # Of tokens whose places are filled, too
+) -> Bool[Tensor, "batch projections"]: # True where the mirrored matching is better; a tie is False
     "Which of both sorted matchings has the smaller Gromov-Wasserstein cost (Vayer et al., 2019)"
-    source, place, share = matching_segments(source_scores.shape[-1], place_scores.shape[-1], source_scores.device)
-    x, y = unit_spread(source_scores)[..., source], unit_spread(place_scores)
-    ascending, descending = gromov_cost(x, y[..., place], share), gromov_cost(x, y.flip(-1)[..., place], share)
+    sizes = source_scores.shape[-1], place_scores.shape[-1]
+    source, place, share = matching_segments(*sizes, source_scores.device)
+    x = unit_spread(source_scores)[..., source]
+    y = unit_spread(place_scores)
+    ascending = gromov_cost(x, y[..., place], share)
+    descending = gromov_cost(x, y.flip(-1)[..., place], share)
     return descending < ascending - TIE * (1 + ascending)
 
 # %% ../../nbs/3_coupling/09_gromov.ipynb #0ae2ca91
 def mean_matching(
-    source_scores:Float[Tensor, "batch projections sources"], # Scores of the tokens that are carried, any order
-    place_scores:Float[Tensor, "batch projections places"], # Scores of the tokens whose places are filled, any order
-) -> Float[Tensor, "batch places sources"]: # Mean over lines; rows sum to 1, columns to places / sources. In the dtype of the scores
+    source_scores:Float[Tensor, "batch projections sources"], # Of carried tokens, any order
+    place_scores:Float[Tensor, "batch projections places"], # Of tokens whose places are filled
+) -> Float[Tensor, "batch places sources"]: # Rows sum to 1, columns to places / sources
     "On each line the better of both sorted matchings; then their average"
-    (x, x_order), (y, y_order) = (scores.sort(dim=-1, stable=True) for scores in (source_scores, place_scores))
+    x, x_order = source_scores.sort(dim=-1, stable=True)
+    y, y_order = place_scores.sort(dim=-1, stable=True)
     y_order = torch.where(descending_is_cheaper(x, y)[..., None], y_order.flip(-1), y_order)
     batch, projections, sources, places = *x.shape, y.shape[-1]
     source, place, share = matching_segments(sources, places, x.device)
     cells = (y_order[..., place] * sources + x_order[..., source]).flatten(1)
-    counts = torch.zeros(batch, places * sources, dtype=torch.int32, device=x.device).scatter_add_(1, cells, share.int().expand(batch, projections, -1).flatten(1))
+    shares = share.int().expand(batch, projections, -1).flatten(1)
+    counts = torch.zeros(batch, places * sources, dtype=torch.int32, device=x.device)
+    counts.scatter_add_(1, cells, shares)
     return counts.view(batch, places, sources).to(x.dtype).div_(sources * projections)
 
 # %% ../../nbs/3_coupling/09_gromov.ipynb #7fc02d1f
@@ -77,7 +93,8 @@ def share_rows(
     tokens:Float[Tensor, "batch rows channels"], # The tokens that the rows belong to
 ) -> Float[Tensor, "batch rows columns"]: # Rows of equal tokens replaced by their mean
     "Let equal tokens of a clip have equal rows"
-    if all(len(clip.unique()) == len(clip) for clip in tokens[..., 0]): return plan # one channel tells all apart: the usual case, and cheap to see
+    if all(len(clip.unique()) == len(clip) for clip in tokens[..., 0]):
+        return plan # one channel separates all tokens: the usual case, and cheap to test
     shared = []
     for clip_plan, clip in zip(plan, tokens):
         values, group, count = clip.unique(dim=0, return_inverse=True, return_counts=True)
@@ -87,15 +104,21 @@ def share_rows(
 
 # %% ../../nbs/3_coupling/09_gromov.ipynb #a5d3c19d
 class SlicedGromovTransport(nn.Module):
-    "Sliced Gromov-Wasserstein transport (Vayer et al., 2019), the row 'sGW OT' of the paper's Table 3; how it is used there is inferred"
+    "Sliced Gromov-Wasserstein (Vayer et al., 2019), the row 'sGW OT' of the paper's Table 3"
+    # the paper does not say how it uses it; this use is inferred
     def __init__(self,
         vlm_dim:int, # Width of a token, at least 1
         n_projections:int=100, # P, random lines, at least 1; as many as rho-OT has, inferred
         seed:int=0, # Draws the directions
     ):
         super().__init__()
-        if min(vlm_dim, n_projections) < 1: raise ValueError(f"vlm_dim and n_projections must be at least 1, got {vlm_dim} and {n_projections}.")
-        directions = torch.randn(n_projections, vlm_dim, generator=torch.Generator("cpu").manual_seed(seed), device="cpu") # the same on every device
+        if min(vlm_dim, n_projections) < 1:
+            raise ValueError(
+                f"vlm_dim and n_projections must be at least 1, got {vlm_dim} and {n_projections}."
+            )
+        # the same on every device
+        generator = torch.Generator("cpu").manual_seed(seed)
+        directions = torch.randn(n_projections, vlm_dim, generator=generator, device="cpu")
         self.register_buffer("directions", F.normalize(directions, dim=-1))
 
 # %% ../../nbs/3_coupling/09_gromov.ipynb #da4ec0dc
@@ -103,16 +126,20 @@ class SlicedGromovTransport(nn.Module):
 @torch.no_grad()
 def make_plan(
     self:SlicedGromovTransport,
-    projected:Float[Tensor, "batch projected_tokens vlm_dim"], # Tokens to be carried, with positions if there are any
-    structured:Float[Tensor, "batch structured_tokens vlm_dim"], # Tokens whose places are filled, likewise
-) -> Float[Tensor, "batch structured_tokens projected_tokens"]: # Rows sum to 1; in the dtype of the directions, no gradient
+    projected:Float[Tensor, "batch projected_tokens vlm_dim"], # To be carried, positions included
+    structured:Float[Tensor, "batch structured_tokens vlm_dim"], # Whose places are filled, likewise
+) -> Float[Tensor, "batch structured_tokens projected_tokens"]: # Rows sum to 1; no gradient
     "The plan from projected to structured tokens, averaged over lines"
     with torch.autocast(projected.device.type, enabled=False):
         pair = [tokens.to(self.directions.dtype) for tokens in (projected, structured)]
         scores = [self.directions @ tokens.transpose(1, 2) for tokens in pair]
         for name, values in zip(("projected", "structured"), scores):
             if not values.isfinite().all():
-                raise ValueError(f"{name} must be finite, got {(~values.isfinite()).any(1).sum().item()} tokens whose projections are not. Look for NaN or overflow upstream.")
+                bad = (~values.isfinite()).any(1).sum().item()
+                raise ValueError(
+                    f"{name} must be finite, got {bad} tokens "
+                    "whose projections are not. Look for NaN or overflow upstream."
+                )
         plan = share_rows(mean_matching(*scores), pair[1])
         return share_rows(plan.transpose(1, 2), pair[0]).transpose(1, 2).contiguous()
 
@@ -121,17 +148,26 @@ def make_plan(
 def forward(
     self:SlicedGromovTransport,
     projected:Float[Tensor, "batch projected_tokens vlm_dim"], # Tokens to be carried
-    structured:Float[Tensor, "batch structured_tokens vlm_dim"], # Tokens whose places are filled; they get no gradient
-    positions:Float[Tensor, "places vlm_dim"]|None=None, # Added to both sides where they are compared, never carried; no gradient either; needs equal numbers of tokens
-) -> tuple[Float[Tensor, "batch structured_tokens vlm_dim"], Float[Tensor, "batch structured_tokens projected_tokens"]]: # Transported tokens and the plan
+    structured:Float[Tensor, "batch structured_tokens vlm_dim"], # Whose places are filled
+    positions:Float[Tensor, "places vlm_dim"]|None=None, # Added to both where compared, not carried
+) -> tuple[
+    Float[Tensor, "batch structured_tokens vlm_dim"], # Transported tokens
+    Float[Tensor, "batch structured_tokens projected_tokens"], # The plan
+]:
     "Carry projected tokens to the places of structured ones"
     width = self.directions.shape[1]
     for name, tokens in (("projected", projected), ("structured", structured)):
         if tokens.shape[-1] != width or tokens.shape[1] == 0 or len(tokens) != len(projected):
-            raise ValueError(f"{name} must be (batch, tokens, {width}) with at least one token, batch {len(projected)} on both sides, got {tuple(tokens.shape)}.")
+            raise ValueError(
+                f"{name} must be (batch, tokens, {width}) with at least one token, batch "
+                f"{len(projected)} on both sides, got {tuple(tokens.shape)}."
+            )
     if positions is None: plan = self.make_plan(projected, structured)
     else:
         if not projected.shape[1] == structured.shape[1] == len(positions):
-            raise ValueError(f"positions need as many tokens on both sides as places, got {projected.shape[1]} projected, {structured.shape[1]} structured, {len(positions)} places.")
+            raise ValueError(
+                f"positions need as many tokens on both sides as places, got {projected.shape[1]} "
+                f"projected, {structured.shape[1]} structured, {len(positions)} places."
+            )
         plan = self.make_plan(projected + positions, structured + positions)
     return plan.to(projected.dtype) @ projected, plan

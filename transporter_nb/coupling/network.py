@@ -28,7 +28,7 @@ from ..core.pages import html_block, html_table
 @dataclass(frozen=True)
 class CouplingConfig:
     "Sizes and settings of a coupling network"
-    latent_shape:tuple[int, int, int, int]=(64, 5, 4, 4) # Channels, frames, height, width of the latents
+    latent_shape:tuple[int, int, int, int]=(64, 5, 4, 4) # Channels, frames, height, width
     text_dim:int=128 # Width of a prompt token
     prompt_tokens:int=24 # Most prompt tokens that can be given
     vlm_tokens:int=100 # Tokens of the VLM for one clip
@@ -44,35 +44,61 @@ class CouplingConfig:
     entropy_reg:float=0.05 # tau > 0 in units of the mean cost; not published
     n_iterations:int=3 # Rounds of Sinkhorn; not published
     average:str="plans" # `"plans"` as in the paper, or `"costs"`: see `coupling.transport`
-    position_gain:float=10. # Size of the place vectors at the start, in units of the tokens' spread; 0 leaves them out
-    transport:str="projected" # `"projected"`: rho-OT; `"gromov"`: sliced Gromov-Wasserstein, the baseline of the paper's Table 3, which learns nothing
-    detach_branches:bool=False # True: eq. (6) trains only the transport, and the branches see eqs. (2) and (3) alone
+    position_gain:float=10. # Size of place vectors at the start, in token spreads; 0: none
+    transport:str="projected" # `"projected"`: rho-OT; `"gromov"`: sliced Gromov-Wasserstein
+    detach_branches:bool=False # True: eq. (6) trains the transport only, eqs. (2), (3) the branches
 
     @classmethod
-    def mini(cls, **changes) -> "CouplingConfig": # `changes`: above all the sizes of the models at hand
+    def mini(cls, **changes) -> "CouplingConfig": # `changes`: above all sizes of the models at hand
         "The miniature of about 1.2M parameters, trained on a CPU"
         return cls(**changes)
 
     @classmethod
     def paper(cls, **changes) -> "CouplingConfig": # `changes`: above all `vlm_tokens` and `vlm_dim`
-        "24 mixer layers, 12 Transformer layers, 100 projections (paper §3.2); widths and patch are chosen"
-        sizes = dict(latent_shape=(16, 16, 90, 90), text_dim=4096, prompt_tokens=512, vlm_tokens=2048, vlm_dim=3840, # Wan2.2; eight frames of Gemma 3
-                     patch=(2, 6, 6), projection_width=1024, projection_depth=24, projection_hidden=1024, # patch: 1800 mixer tokens, chosen to fit
-                     structure_width=1024, structure_depth=12, structure_heads=16, n_projections=100)
+        "24 mixer layers, 12 Transformer layers, 100 projections (paper §3.2); the rest is chosen"
+        sizes = dict(
+            latent_shape=(16, 16, 90, 90), text_dim=4096, prompt_tokens=512, # Wan2.2
+            vlm_tokens=2048, vlm_dim=3840, # eight frames of Gemma 3
+            patch=(2, 6, 6), # 1800 mixer tokens, chosen to fit
+            projection_width=1024, projection_depth=24, projection_hidden=1024,
+            structure_width=1024, structure_depth=12, structure_heads=16, n_projections=100,
+        )
         return cls(**(sizes | changes))
 
 # %% ../../nbs/3_coupling/10_network.ipynb #65227457
 class CouplingOutput(NamedTuple):
-    "The three guesses of the VLM's tokens and the plan between them"
+    "The three predictions of the VLM's tokens and the plan between them"
     projected: Float[Tensor, "batch vlm_tokens vlm_dim"] # Phi_Omega1: from latents and prompt
     structured: Float[Tensor, "batch vlm_tokens vlm_dim"] # Phi_Omega2: from re-encoded tokens
-    transported: Float[Tensor, "batch vlm_tokens vlm_dim"] # `plan @ projected`, what the VLM is given to read
+    # `plan @ projected`, the tokens that the VLM reads
+    transported: Float[Tensor, "batch vlm_tokens vlm_dim"]
     plan: Float[Tensor, "batch structured_tokens projected_tokens"] # Rows sum to 1
 
     @property
-    def mean(self) -> Float[Tensor, "batch vlm_tokens vlm_dim"]: # Neither branch alone, no transport
+    def mean(self) -> Float[Tensor, "batch vlm_tokens vlm_dim"]: # No transport
         "The mean of both branches, a row of the paper's ablation (Table 3)"
         return (self.projected + self.structured) / 2
+
+# %% ../../nbs/3_coupling/10_network.ipynb #57ada868
+def _make_transport(c):
+    "The transport that a configuration names"
+    if c.transport == "gromov": return SlicedGromovTransport(c.vlm_dim, c.n_projections)
+    if c.transport == "projected":
+        return ProjectedTransport(
+            c.vlm_dim, c.n_projections, c.entropy_reg, c.n_iterations, c.average,
+        )
+    raise ValueError(f'transport must be "projected" or "gromov", got {c.transport!r}.')
+
+def _as_settings(config):
+    "A configuration from a file: lists are tuples"
+    return {name: tuple(x) if isinstance(x, list) else x for name, x in config.items()}
+
+def _warn_unrecorded(path):
+    "Say that a file names no models"
+    warnings.warn(
+        f"{Path(path).name} does not say which generator and VLM it was made for: only its "
+        "sizes can be checked. Save it once more with network.save_pretrained(path, "
+        "made_for=pairing.made_for(generator, vlm)).", stacklevel=3)
 
 # %% ../../nbs/3_coupling/10_network.ipynb #ce1c2ff5
 class CouplingNetwork(nn.Module):
@@ -83,12 +109,18 @@ class CouplingNetwork(nn.Module):
         super().__init__()
         self.config = c = config
         self.made_for:Mapping[str, Any]|None = None # Of which models, from `models.pairing`
-        self.projection = GlobalProjection(c.latent_shape, c.text_dim, c.prompt_tokens, c.vlm_tokens, c.vlm_dim, c.projection_width, c.projection_depth, c.projection_hidden, c.patch)
-        self.structure = TokenStructure(c.vlm_tokens, c.vlm_dim, c.structure_width, c.structure_depth, c.structure_heads)
-        if c.transport not in ("projected", "gromov"): raise ValueError(f'transport must be "projected" or "gromov", got {c.transport!r}.')
-        self.transport = SlicedGromovTransport(c.vlm_dim, c.n_projections) if c.transport == "gromov" else ProjectedTransport(c.vlm_dim, c.n_projections, c.entropy_reg, c.n_iterations, c.average)
-        self.places = nn.Parameter(c.position_gain * torch.randn(c.vlm_tokens, c.vlm_dim)) if c.position_gain else None
-        self.register_buffer("centre", torch.zeros(c.vlm_dim)); self.register_buffer("scale", torch.ones(()))
+        self.projection = GlobalProjection(
+            c.latent_shape, c.text_dim, c.prompt_tokens, c.vlm_tokens, c.vlm_dim,
+            c.projection_width, c.projection_depth, c.projection_hidden, c.patch,
+        )
+        self.structure = TokenStructure(
+            c.vlm_tokens, c.vlm_dim, c.structure_width, c.structure_depth, c.structure_heads,
+        )
+        self.transport = _make_transport(c)
+        places = c.position_gain * torch.randn(c.vlm_tokens, c.vlm_dim) if c.position_gain else None
+        self.places = None if places is None else nn.Parameter(places)
+        self.register_buffer("centre", torch.zeros(c.vlm_dim))
+        self.register_buffer("scale", torch.ones(()))
 
     @classmethod
     def from_pretrained(cls,
@@ -98,16 +130,10 @@ class CouplingNetwork(nn.Module):
         "Load a network with its configuration"
         tensors, config = load_checkpoint(path, device)
         made_for = config.pop("made_for", None)
-        settings = {name: tuple(value) if isinstance(value, list) else value
-                    for name, value in config.items()}
-        network = cls(CouplingConfig(**settings)).to(device)
+        network = cls(CouplingConfig(**_as_settings(config))).to(device)
         network.load_state_dict(tensors)
         network.made_for = made_for
-        if made_for is None:
-            warnings.warn(
-                f"{Path(path).name} does not say which generator and VLM it was made for: only its "
-                "sizes can be checked. Save it once more with network.save_pretrained(path, "
-                "made_for=pairing.made_for(generator, vlm)).", stacklevel=2)
+        if made_for is None: _warn_unrecorded(path)
         return network.eval().requires_grad_(False)
 
 # %% ../../nbs/3_coupling/10_network.ipynb #86b19d2b
@@ -122,35 +148,44 @@ def normalise(
 @patch
 def calibrate(
     self:CouplingNetwork,
-    target_embeddings:Float[Tensor, "clips vlm_tokens vlm_dim"], # The VLM's own tokens of some hundred real clips
+    target_embeddings:Float[Tensor, "clips vlm_tokens vlm_dim"], # Of some hundred real clips
 ) -> CouplingNetwork: # The same network, its scale set
     "Measure centre and spread of the VLM's tokens, once, before training"
     if not target_embeddings.isfinite().all() or target_embeddings.shape[-1] != len(self.centre):
-        raise ValueError(f"calibrate needs finite tokens of width {len(self.centre)}, got shape {tuple(target_embeddings.shape)}, finite: {bool(target_embeddings.isfinite().all())}.")
+        finite = bool(target_embeddings.isfinite().all())
+        raise ValueError(
+            f"calibrate needs finite tokens of width {len(self.centre)}, got shape "
+            f"{tuple(target_embeddings.shape)}, finite: {finite}."
+        )
     self.centre.copy_(target_embeddings.mean((0, 1)))
-    self.scale.copy_((target_embeddings - self.centre).square().mean().sqrt().clamp_min(1e-8)) # 1e-8: equal tokens have no spread
+    # 1e-8: equal tokens have no spread
+    self.scale.copy_((target_embeddings - self.centre).square().mean().sqrt().clamp_min(1e-8))
     return self
 
 # %% ../../nbs/3_coupling/10_network.ipynb #6026b2a0
 @patch
 def forward(
     self:CouplingNetwork,
-    latents:Float[Tensor, "batch channels latent_frames latent_height latent_width"], # Latents at flow time `t`
+    latents:Float[Tensor, "batch channels latent_frames latent_height latent_width"], # At time `t`
     condition_embeds:Float[Tensor, "batch prompt_tokens text_dim"], # Text-encoder states
-    condition_mask:Bool[Tensor, "batch prompt_tokens"], # True on the prompt's own tokens; all False is "no text"
-    reencoded:Float[Tensor, "batch vlm_tokens vlm_dim"], # The VLM's tokens of the decoded latents, as they come
-    t:float|Float[Tensor, "*clips"]|None=None, # Flow time in [0, 1] of latents and re-encoded tokens, 0 is noise; None is 1
+    condition_mask:Bool[Tensor, "batch prompt_tokens"], # True on its own tokens; all False: no text
+    reencoded:Float[Tensor, "batch vlm_tokens vlm_dim"], # The VLM's tokens of the decoded latents
+    t:float|Float[Tensor, "*clips"]|None=None, # Flow time in [0, 1], 0 is noise; None is 1
 ) -> CouplingOutput: # In the VLM's own units and the type of the network's weights
-    "From the generator's side to tokens the VLM can read (paper §3.2); the input `t` is our addition"
+    "From the generator's side to tokens the VLM can read (paper §3.2)"
+    # the input `t` is our addition
     own = self.centre.dtype
-    latents, condition_embeds = latents.to(own), condition_embeds.to(own)
+    latents = latents.to(own)
+    condition_embeds = condition_embeds.to(own)
     reencoded = reencoded.to(own)
     t = check_flow_time(t, latents)[:, 0]
     projected = self.projection(latents, condition_embeds, condition_mask, t)
     structured = self.structure(self.normalise(reencoded), t)
-    branches = (projected.detach(), structured.detach()) if self.config.detach_branches else (projected, structured)
+    branches = projected, structured
+    if self.config.detach_branches: branches = projected.detach(), structured.detach()
     transported, plan = self.transport(*branches, self.places)
-    return CouplingOutput(*(self.scale * tokens + self.centre for tokens in (projected, structured, transported)), plan)
+    tokens = projected, structured, transported
+    return CouplingOutput(*(self.scale * part + self.centre for part in tokens), plan)
 
 # %% ../../nbs/3_coupling/10_network.ipynb #ed7e2b42
 @patch
@@ -166,34 +201,56 @@ def save_pretrained(
     return save_checkpoint(path, self.state_dict() if weights is None else weights, config)
 
 # %% ../../nbs/3_coupling/10_network.ipynb #5d05b53d
+def _transport_in_words(c):
+    "Transport and places of a configuration"
+    places = f"; places with gain {c.position_gain:g}" if c.position_gain else "; no place vectors"
+    if c.transport == "projected":
+        return (
+            f"rho-OT: {c.n_projections} learned projections, average of {c.average}, "
+            f"tau {c.entropy_reg:g} of the mean cost, {c.n_iterations} rounds of Sinkhorn"
+        ) + places
+    return f"sliced Gromov-Wasserstein over {c.n_projections} projections, nothing learned" + places
+
+def _spread_in_words(network):
+    "Scale of the VLM's tokens"
+    if network.scale.is_meta: return "unknown, the weights are on the meta device"
+    if network.scale == 1 and not network.centre.any(): return "not calibrated"
+    return f"{network.scale.item():.3g} around the mean token"
+
+# %% ../../nbs/3_coupling/10_network.ipynb #930b5807
 @patch
 def report(
     self:CouplingNetwork,
-) -> dict[str, str]: # What it is about, and what there is to say
-    "What this network is, as far as it knows itself"
+) -> dict[str, str]: # Property and its description
+    "Sizes, transport, parameters and origin of this network"
     def by(sizes): return " x ".join(map(str, sizes))
     def size(part): return f"{count_parameters(part):,} parameters"
-    c, trained = self.config, "in training" if any(weight.requires_grad for weight in self.parameters()) else "frozen"
-    rho = f"rho-OT: {c.n_projections} learned projections, average of {c.average}, tau {c.entropy_reg:g} of the mean cost, {c.n_iterations} rounds of Sinkhorn"
-    places = f"; places with gain {c.position_gain:g}" if c.position_gain else "; no place vectors"
-    spread = "unknown, the weights are on the meta device" if self.scale.is_meta else "not calibrated" if self.scale == 1 and not self.centre.any() else f"{self.scale.item():.3g} around the mean token"
+    c = self.config
+    in_training = any(weight.requires_grad for weight in self.parameters())
     names = self.made_for or {}
-    both = f"the generator {names.get('generator')!r} and the VLM {names.get('vlm')!r}"
-    made_for = both if names else "not recorded"
-    return {"made for": made_for,
-            "from": f"latents {by(c.latent_shape)}, up to {c.prompt_tokens} prompt tokens "
-                    f"of width {c.text_dim}, re-encoded tokens",
-            "to": f"{c.vlm_tokens} tokens of width {c.vlm_dim} for the VLM",
-            "projection": f"MLP-Mixer, {c.projection_depth} blocks of width {c.projection_width}, patch {by(c.patch)}: {size(self.projection)}",
-            "structure": f"Transformer, {c.structure_depth} blocks of width {c.structure_width}, {c.structure_heads} heads: {size(self.structure)}",
-            "transport": (rho if c.transport == "projected" else f"sliced Gromov-Wasserstein over {c.n_projections} projections, nothing learned") + places,
-            "in all": f"{size(self)}, {trained}", "spread of the VLM's tokens": spread, "training and fit": "no record is kept with the weights; fits are measured in table3"}
+    made_for = f"the generator {names.get('generator')!r} and the VLM {names.get('vlm')!r}"
+    mixer = f"MLP-Mixer, {c.projection_depth} blocks of width {c.projection_width}"
+    blocks = f"Transformer, {c.structure_depth} blocks of width {c.structure_width}"
+    return {
+        "made for": made_for if names else "not recorded",
+        "from": f"latents {by(c.latent_shape)}, up to {c.prompt_tokens} prompt tokens "
+                f"of width {c.text_dim}, re-encoded tokens",
+        "to": f"{c.vlm_tokens} tokens of width {c.vlm_dim} for the VLM",
+        "projection": f"{mixer}, patch {by(c.patch)}: {size(self.projection)}",
+        "structure": f"{blocks}, {c.structure_heads} heads: {size(self.structure)}",
+        "transport": _transport_in_words(c),
+        "in all": f"{size(self)}, {'in training' if in_training else 'frozen'}",
+        "spread of the VLM's tokens": _spread_in_words(self),
+        "training and fit": "no record is kept with the weights; fits are measured in table3",
+    }
 
 @patch
 def __repr__(self:CouplingNetwork) -> str: # For a terminal
-    told = self.report()
-    return f"CouplingNetwork from {told['from']} to {told['to']}; {told['transport']}; {told['in all']}"
+    facts = self.report()
+    ends = f"CouplingNetwork from {facts['from']} to {facts['to']}"
+    return f"{ends}; {facts['transport']}; {facts['in all']}"
 
 @patch
 def _repr_html_(self:CouplingNetwork) -> str: # Shown by Jupyter
-    return html_block("<b>CouplingNetwork</b>", html_table([("part", "what it is"), *self.report().items()]))
+    rows = [("part", "what it is"), *self.report().items()]
+    return html_block("<b>CouplingNetwork</b>", html_table(rows))

@@ -15,18 +15,24 @@ from torch.nn import functional as F
 
 # %% ../../nbs/3_coupling/01_projection.ipynb #69df272a
 def latent_tokens(
-    latents:Float[Tensor, "batch channels latent_frames latent_height latent_width"], # Latents of the generator
-    patch:tuple[int, int, int]=(1, 1, 1), # Block size in frames, height and width; must divide the grid
-) -> Float[Tensor, "batch latent_tokens patch_channels"]: # Frames outermost, then rows, then columns
+    latents:Float[Tensor, "batch channels latent_frames latent_height latent_width"], # To cut up
+    patch:tuple[int, int, int]=(1, 1, 1), # Block in frames, height and width; must divide the grid
+) -> Float[Tensor, "batch latent_tokens patch_channels"]: # Ordered by frames, rows, columns
     "Cut a latent grid into a sequence of blocks"
-    if any(size % block for size, block in zip(latents.shape[2:], patch)):
-        raise ValueError(f"patch must divide the latent grid, got patch {tuple(patch)} for a grid of {tuple(latents.shape[2:])}.")
+    grid = tuple(latents.shape[2:])
+    if any(size % block for size, block in zip(grid, patch)):
+        raise ValueError(
+            f"patch must divide the latent grid, got patch {tuple(patch)} for a grid of {grid}."
+        )
     frames, rows, columns = patch
-    return rearrange(latents, "b c (f pf) (h ph) (w pw) -> b (f h w) (c pf ph pw)", pf=frames, ph=rows, pw=columns)
+    return rearrange(
+        latents, "b c (f pf) (h ph) (w pw) -> b (f h w) (c pf ph pw)",
+        pf=frames, ph=rows, pw=columns,
+    )
 
 # %% ../../nbs/3_coupling/01_projection.ipynb #f0e729dc
 class MixerBlock(nn.Module):
-    "Mix tokens, then channels, each added to what was there (MLP-Mixer, arXiv 2105.01601; paper §3.2 names the architecture)"
+    "Mix tokens, then channels, each as a residual (MLP-Mixer, arXiv 2105.01601; paper §3.2)"
     def __init__(self,
         n_tokens:int, # Tokens of the sequence, text included
         width:int, # Channels of a token inside the mixer
@@ -34,20 +40,27 @@ class MixerBlock(nn.Module):
         channel_hidden:int, # Hidden size of the network over channels
     ):
         super().__init__()
-        self.token_norm, self.channel_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.over_tokens = nn.Sequential(nn.Linear(n_tokens, token_hidden), nn.GELU(), nn.Linear(token_hidden, n_tokens))
-        self.over_channels = nn.Sequential(nn.Linear(width, channel_hidden), nn.GELU(), nn.Linear(channel_hidden, width))
+        self.token_norm = nn.LayerNorm(width)
+        self.channel_norm = nn.LayerNorm(width)
+        self.over_tokens = nn.Sequential(
+            nn.Linear(n_tokens, token_hidden), nn.GELU(), nn.Linear(token_hidden, n_tokens)
+        )
+        self.over_channels = nn.Sequential(
+            nn.Linear(width, channel_hidden), nn.GELU(), nn.Linear(channel_hidden, width)
+        )
 
     def forward(self,
         tokens:Float[Tensor, "batch tokens width"], # Sequence of exactly `n_tokens`
     ) -> Float[Tensor, "batch tokens width"]: # The mixed sequence
         "One round of mixing"
-        tokens = tokens + self.over_tokens(self.token_norm(tokens).transpose(1, 2)).transpose(1, 2)
+        across = self.token_norm(tokens).transpose(1, 2)
+        tokens = tokens + self.over_tokens(across).transpose(1, 2)
         return tokens + self.over_channels(self.channel_norm(tokens))
 
 # %% ../../nbs/3_coupling/01_projection.ipynb #0818e448
 class GlobalProjection(nn.Module):
-    "Project latents and prompt to VLM tokens with an MLP-Mixer (paper §3.2, Phi_Omega1); the input `t` is our addition"
+    "Project latents and prompt to VLM tokens with an MLP-Mixer (paper §3.2, Phi_Omega1)"
+    # the input `t` is our addition
     def __init__(self,
         latent_shape:tuple[int, int, int, int], # Channels, frames, height and width of the latents
         text_dim:int, # Width of a prompt token
@@ -60,14 +73,24 @@ class GlobalProjection(nn.Module):
         patch:tuple[int, int, int]=(1, 1, 1), # Block of latents that makes one token
     ):
         super().__init__()
-        self.latent_shape, self.text_dim, self.prompt_tokens, self.patch = tuple(latent_shape), text_dim, prompt_tokens, tuple(patch)
-        n_latents, patch_channels = latent_tokens(torch.empty(1, *latent_shape, device="meta"), self.patch).shape[1:]
+        self.latent_shape = tuple(latent_shape)
+        self.text_dim = text_dim
+        self.prompt_tokens = prompt_tokens
+        self.patch = tuple(patch)
+        no_latents = torch.empty(1, *latent_shape, device="meta")
+        n_latents, patch_channels = latent_tokens(no_latents, self.patch).shape[1:]
         n_tokens = n_latents + prompt_tokens
-        self.embed_latents, self.embed_text = nn.Linear(patch_channels, width), nn.Linear(text_dim, width)
+        self.embed_latents = nn.Linear(patch_channels, width)
+        self.embed_text = nn.Linear(text_dim, width)
         self.embed_time = nn.Sequential(nn.Linear(1, width), nn.GELU(), nn.Linear(width, width))
-        self.positions = nn.Parameter(0.02 * torch.randn(n_tokens, width)) # 0.02: the usual start of learned positions
-        self.blocks = nn.ModuleList(MixerBlock(n_tokens, width, token_hidden, 2 * width) for _ in range(depth))
-        self.norm, self.resample, self.to_vlm = nn.LayerNorm(width), nn.Linear(n_tokens, vlm_tokens), nn.Linear(width, vlm_dim)
+        # 0.02: the usual start of learned positions
+        self.positions = nn.Parameter(0.02 * torch.randn(n_tokens, width))
+        self.blocks = nn.ModuleList(
+            MixerBlock(n_tokens, width, token_hidden, 2 * width) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.resample = nn.Linear(n_tokens, vlm_tokens)
+        self.to_vlm = nn.Linear(width, vlm_dim)
         self.offset = nn.Parameter(torch.zeros(vlm_tokens, vlm_dim))
 
 # %% ../../nbs/3_coupling/01_projection.ipynb #ba17cc3a
@@ -75,43 +98,60 @@ def pad_prompt(
     condition_embeds:Float[Tensor, "batch prompt_tokens text_dim"], # Text-encoder states
     condition_mask:Bool[Tensor, "batch prompt_tokens"], # True on the prompt's own tokens
     n_tokens:int, # Tokens wanted, not fewer than are True in any row
-) -> tuple[Float[Tensor, "batch wanted text_dim"], Bool[Tensor, "batch wanted"]]: # Both with `n_tokens` tokens
+) -> tuple[Float[Tensor, "batch wanted text_dim"], Bool[Tensor, "batch wanted"]]: # At `n_tokens`
     "Pad a prompt, or cut its padding, to a fixed number of tokens"
     if condition_mask[:, n_tokens:].any():
-        raise ValueError(f"the prompt has {condition_mask.shape[1]} tokens and the projection was built for {n_tokens}. Shorten it, or build with prompt_tokens={condition_mask.shape[1]}.")
+        raise ValueError(
+            f"the prompt has {condition_mask.shape[1]} tokens and the projection was built for "
+            f"{n_tokens}. Shorten it, or build with prompt_tokens={condition_mask.shape[1]}."
+        )
     missing = n_tokens - condition_mask.shape[1] # negative: cut
-    return F.pad(condition_embeds, (0, 0, 0, missing)), F.pad(condition_mask, (0, missing), value=False)
+    wider_embeds = F.pad(condition_embeds, (0, 0, 0, missing))
+    return wider_embeds, F.pad(condition_mask, (0, missing), value=False)
 
 # %% ../../nbs/3_coupling/01_projection.ipynb #bd29a3d4
 def check_flow_time(
-    t:float|Float[Tensor, "*clips"]|None, # Flow time in [0, 1], 0 is noise; one number for all, or one per clip; None is 1: finished
+    t:float|Float[Tensor, "*clips"]|None, # In [0, 1], 0 is noise; one, or one a clip; None is 1
     like:Float[Tensor, "batch *rest"], # Whose batch size, type and device to take
 ) -> Float[Tensor, "batch 1"]: # One time per clip
     "One flow time per clip, checked"
     times = torch.as_tensor(1. if t is None else t, dtype=like.dtype, device=like.device)
     if times.shape not in ((), (len(like),)):
-        raise ValueError(f"t must be one number or one per clip ({len(like)}), got shape {tuple(times.shape)}.")
+        raise ValueError(
+            f"t must be one number or one per clip ({len(like)}), got shape {tuple(times.shape)}."
+        )
     if not ((times >= 0) & (times <= 1)).all():
-        raise ValueError(f"t must lie in [0, 1], 0 is noise and 1 is data, got values from {times.min():g} to {times.max():g}.")
+        raise ValueError(
+            f"t must lie in [0, 1], 0 is noise and 1 is data, got values from {times.min():g} to "
+            f"{times.max():g}."
+        )
     return times.expand(len(like))[:, None]
 
 # %% ../../nbs/3_coupling/01_projection.ipynb #f1f75951
 @patch
 def forward(
     self:GlobalProjection,
-    latents:Float[Tensor, "batch channels latent_frames latent_height latent_width"], # Latents at flow time `t`
+    latents:Float[Tensor, "batch channels latent_frames latent_height latent_width"], # At time `t`
     condition_embeds:Float[Tensor, "batch prompt_tokens text_dim"], # Text-encoder states
-    condition_mask:Bool[Tensor, "batch prompt_tokens"], # True on the prompt's own tokens; all False is "no text"
-    t:float|Float[Tensor, "batch"]|None=None, # Flow time in [0, 1] of the latents; None is 1, finished latents
+    condition_mask:Bool[Tensor, "batch prompt_tokens"], # True on its own tokens; all False: no text
+    t:float|Float[Tensor, "batch"]|None=None, # Flow time in [0, 1]; None is 1, finished latents
 ) -> Float[Tensor, "batch vlm_tokens vlm_dim"]: # The VLM's tokens, guessed; type of the weights
     "Guess the VLM's tokens from latents and prompt"
     if latents.shape[1:] != self.latent_shape or condition_embeds.shape[2] != self.text_dim:
-        raise ValueError(f"built for latents {self.latent_shape} and text_dim {self.text_dim}, got {tuple(latents.shape[1:])} and {condition_embeds.shape[2]}.")
+        raise ValueError(
+            f"built for latents {self.latent_shape} and text_dim {self.text_dim}, got "
+            f"{tuple(latents.shape[1:])} and {condition_embeds.shape[2]}."
+        )
     own = self.offset.dtype
-    latents, condition_embeds = latents.to(own), condition_embeds.to(own)
+    latents = latents.to(own)
+    condition_embeds = condition_embeds.to(own)
     text, mask = pad_prompt(condition_embeds, condition_mask, self.prompt_tokens)
-    tokens = torch.cat([self.embed_latents(latent_tokens(latents, self.patch)), self.embed_text(text)], 1)
+    embedded = self.embed_latents(latent_tokens(latents, self.patch))
+    tokens = torch.cat([embedded, self.embed_text(text)], 1)
     tokens = tokens + self.positions + self.embed_time(check_flow_time(t, latents))[:, None]
-    tokens = tokens * F.pad(mask, (tokens.shape[1] - mask.shape[1], 0), value=True)[..., None] # padding is zero, latents stay
+    # Padding is zero, latents stay
+    kept = F.pad(mask, (tokens.shape[1] - mask.shape[1], 0), value=True)
+    tokens = tokens * kept[..., None]
     for block in self.blocks: tokens = block(tokens)
-    return self.to_vlm(self.resample(self.norm(tokens).transpose(1, 2)).transpose(1, 2)) + self.offset
+    resampled = self.resample(self.norm(tokens).transpose(1, 2)).transpose(1, 2)
+    return self.to_vlm(resampled) + self.offset

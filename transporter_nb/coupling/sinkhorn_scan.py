@@ -10,53 +10,80 @@ from typing import no_type_check
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from .line_scan import as_lines, compiled, compiled_sum, exp, keep_inputs, merged_order, potentials, refuse_second_derivatives, share_lines # potentials: the backend's first function
+# potentials: the backend's first function
+from transporter_nb.coupling.line_scan import (
+    as_lines, compiled, compiled_sum, exp, inlined, keep_inputs, merged_order, potentials,
+    refuse_second_derivatives, share_lines,
+)
 from .sinkhorn_reference import MASKED
 
 # %% ../../nbs/3_coupling/05_sinkhorn_scan.ipynb #767a010c
 @compiled
 @no_type_check
-def line_factors(rows, row_potentials, columns, column_potentials, inverse_reg, limit, row_factors, column_factors):
+def line_factors(
+    rows, row_potentials, columns, column_potentials, inverse_reg, limit,
+    row_factors, column_factors,
+):
     "Fill exp(r -+ y) and exp(c +- x), shifted to within +-limit; False when no shift does it"
     origin = 0.
     for i in range(len(columns)): origin += columns[i] / len(columns)
     for side in range(2):
         slope = inverse_reg if side == 0 else -inverse_reg
-        row_low, row_high, column_low, column_high = np.inf, -np.inf, np.inf, -np.inf
+        row_low = np.inf
+        row_high = -np.inf
+        column_low = np.inf
+        column_high = -np.inf
         for i in range(len(columns)):
             if column_potentials[i] > MASKED / 2:
                 exponent = column_potentials[i] + slope * (columns[i] - origin)
-                column_low, column_high = min(column_low, exponent), max(column_high, exponent)
+                column_low = min(column_low, exponent)
+                column_high = max(column_high, exponent)
         for j in range(len(rows)):
             if row_potentials[j] > MASKED / 2:
                 exponent = row_potentials[j] - slope * (rows[j] - origin)
-                row_low, row_high = min(row_low, exponent), max(row_high, exponent)
-        low, high = max(column_high - limit, -limit - row_low), min(column_low + limit, limit - row_high)
+                row_low = min(row_low, exponent)
+                row_high = max(row_high, exponent)
+        low = max(column_high - limit, -limit - row_low)
+        high = min(column_low + limit, limit - row_high)
         if not low <= high: return False
         shift = (low + high) / 2
-        for i in range(len(columns)): column_factors[side, i] = exp(column_potentials[i] + slope * (columns[i] - origin) - shift)
-        for j in range(len(rows)): row_factors[side, j] = exp(row_potentials[j] - slope * (rows[j] - origin) + shift)
+        for i in range(len(columns)):
+            exponent = column_potentials[i] + slope * (columns[i] - origin)
+            column_factors[side, i] = exp(exponent - shift)
+        for j in range(len(rows)):
+            row_factors[side, j] = exp(row_potentials[j] - slope * (rows[j] - origin) + shift)
     return True
 
+# %% ../../nbs/3_coupling/05_sinkhorn_scan.ipynb #0f3985f8
 @compiled
 @no_type_check
-def all_factors(rows, row_potentials, columns, column_potentials, inverse_reg, limit, start, stop, row_factors, column_factors, narrow):
+def all_factors(
+    rows, row_potentials, columns, column_potentials, inverse_reg, limit, start, stop,
+    row_factors, column_factors, narrow,
+):
     "line_factors of lines start to stop"
     for k in range(start, stop):
-        narrow[k] = line_factors(rows[k], row_potentials[k], columns[k], column_potentials[k], inverse_reg[k], limit, row_factors[k], column_factors[k])
+        narrow[k] = line_factors(
+            rows[k], row_potentials[k], columns[k], column_potentials[k], inverse_reg[k], limit,
+            row_factors[k], column_factors[k],
+        )
 
 # %% ../../nbs/3_coupling/05_sinkhorn_scan.ipynb #56ebd5eb
-ROW_TILE, COLUMN_TILE = 16, 512 # 32 kB of float32
+ROW_TILE = 16
+COLUMN_TILE = 512 # 32 kB of float32
 
 @compiled
 @no_type_check
 def plan_entries(j, rows, row_potentials, columns, column_potentials, inverse_reg, out):
     "Entries of row j on one line as they are defined"
-    y, r = np.float64(rows[j]), row_potentials[j]
-    for i in range(len(out)): out[i] = exp(r + column_potentials[i] - abs(y - columns[i]) * inverse_reg)
+    y = np.float64(rows[j])
+    r = row_potentials[j]
+    for i in range(len(out)):
+        out[i] = exp(r + column_potentials[i] - abs(y - columns[i]) * inverse_reg)
 
 @compiled
 @no_type_check
@@ -64,22 +91,33 @@ def add_product(a, u, b, v, out):
     "out += min(a u, b v)"
     for i in range(len(out)): out[i] += min(a * u[i], b * v[i])
 
+# %% ../../nbs/3_coupling/05_sinkhorn_scan.ipynb #21b04c81
 @compiled
 @no_type_check
-def sum_plans(rows, row_potentials, columns, column_potentials, inverse_reg, row_factors, column_factors, narrow, first_row, start, stop, out):
-    "Sum over lines of rows first_row + start to first_row + stop of the plans, added to out[start:stop]"
-    n_lines, n_columns = len(rows), columns.shape[1]
+def sum_plans(
+    rows, row_potentials, columns, column_potentials, inverse_reg,
+    row_factors, column_factors, narrow, first_row, start, stop, out,
+):
+    "Add to out[start:stop] the plans of all lines, rows first_row + start to first_row + stop"
+    n_lines = len(rows)
+    n_columns = columns.shape[1]
     entries = np.empty(COLUMN_TILE, out.dtype)
     for low in range(start, stop, ROW_TILE):
         for left in range(0, n_columns, COLUMN_TILE):
             right = min(left + COLUMN_TILE, n_columns)
             for k in range(n_lines):
+                x = columns[k, left:right]
+                c = column_potentials[k, left:right]
+                u = column_factors[k, 0, left:right]
+                v = column_factors[k, 1, left:right]
                 for row in range(low, min(low + ROW_TILE, stop)):
-                    j, o = first_row + row, out[row, left:right]
-                    if narrow[k]: add_product(row_factors[k, 0, j], column_factors[k, 0, left:right], row_factors[k, 1, j], column_factors[k, 1, left:right], o)
+                    j = first_row + row
+                    o = out[row, left:right]
+                    if narrow[k]:
+                        add_product(row_factors[k, 0, j], u, row_factors[k, 1, j], v, o)
                     else:
                         e = entries[:right - left]
-                        plan_entries(j, rows[k], row_potentials[k], columns[k, left:right], column_potentials[k, left:right], inverse_reg[k], e)
+                        plan_entries(j, rows[k], row_potentials[k], x, c, inverse_reg[k], e)
                         for i in range(len(o)): o[i] += e[i]
 
 # %% ../../nbs/3_coupling/05_sinkhorn_scan.ipynb #ae45ee90
@@ -93,7 +131,8 @@ def weighted_products(g, a, u, b, v, out):
 @no_type_check
 def tally(w, signed, y, x, column, pull):
     "Sums of w and of w sign(x - y), which are also added to column and subtracted from pull"
-    total, moved = w[0] * 0, w[0] * 0
+    total = w[0] * 0
+    moved = w[0] * 0
     for i in range(len(w)): signed[i] = w[i] if x[i] > y else (-w[i] if x[i] < y else w[i] * 0)
     for i in range(len(w)):
         total += w[i]
@@ -102,25 +141,35 @@ def tally(w, signed, y, x, column, pull):
         pull[i] -= signed[i]
     return total, moved
 
+# %% ../../nbs/3_coupling/05_sinkhorn_scan.ipynb #4ac4122f
 @compiled
 @no_type_check
-def plan_adjoint(rows, row_potentials, columns, column_potentials, inverse_reg, row_factors, column_factors, narrow, plan_bar, first_row, start, stop, by_row, by_column):
-    "Sums of W and of its signed copy: by_row[0 or 1, line, row] are added to, by_column[0 or 1, line, column] too"
-    n_lines, n_columns = len(rows), columns.shape[1]
+def plan_adjoint(
+    rows, row_potentials, columns, column_potentials, inverse_reg, row_factors, column_factors,
+    narrow, plan_bar, first_row, start, stop, by_row, by_column,
+):
+    "Add sums of W and signed W to by_row[0 or 1, line, row] and by_column[0 or 1, line, column]"
     work = np.empty((4, COLUMN_TILE), plan_bar.dtype)
     for low in range(start, stop, ROW_TILE):
-        for left in range(0, n_columns, COLUMN_TILE):
-            n = min(COLUMN_TILE, n_columns - left)
-            w, signed, column, pull = work[0, :n], work[1, :n], work[2, :n], work[3, :n]
-            for k in range(n_lines):
-                column[:] = 0
-                pull[:] = 0
-                x, u, v = columns[k, left:left + n], column_factors[k, 0, left:left + n], column_factors[k, 1, left:left + n]
+        for left in range(0, columns.shape[1], COLUMN_TILE):
+            n = min(COLUMN_TILE, columns.shape[1] - left)
+            w = work[0, :n]
+            signed = work[1, :n]
+            column = work[2, :n]
+            pull = work[3, :n]
+            for k in range(len(rows)):
+                work[2:] = 0
+                x = columns[k, left:left + n]
+                c = column_potentials[k, left:left + n]
+                u = column_factors[k, 0, left:left + n]
+                v = column_factors[k, 1, left:left + n]
                 for row in range(low, min(low + ROW_TILE, stop)):
-                    j, g = first_row + row, plan_bar[row, left:left + n]
-                    if narrow[k]: weighted_products(g, row_factors[k, 0, j], u, row_factors[k, 1, j], v, w)
+                    j = first_row + row
+                    g = plan_bar[row, left:left + n]
+                    if narrow[k]:
+                        weighted_products(g, row_factors[k, 0, j], u, row_factors[k, 1, j], v, w)
                     else:
-                        plan_entries(j, rows[k], row_potentials[k], x, column_potentials[k, left:left + n], inverse_reg[k], w)
+                        plan_entries(j, rows[k], row_potentials[k], x, c, inverse_reg[k], w)
                         for i in range(n): w[i] *= g[i]
                     total, moved = tally(w, signed, rows[k, j], x, column, pull)
                     by_row[0, k, j] += total
@@ -129,22 +178,28 @@ def plan_adjoint(rows, row_potentials, columns, column_potentials, inverse_reg, 
                 for i in range(n): by_column[1, k, left + i] += pull[i]
 
 # %% ../../nbs/3_coupling/05_sinkhorn_scan.ipynb #41e3609e
-LIMIT = {np.dtype(np.float32): 85., np.dtype(np.float64): 650.} # exponents that keep a factor, and no factor denormal, in range
+# Exponents that keep every factor in range, and no factor denormal
+LIMIT = {np.dtype(np.float32): 85., np.dtype(np.float64): 650.}
 
 class ClipPlan:
     "All lines of one clip, ready to make bands of rows of their mean plan"
     @no_type_check
     def __init__(self, rows, row_potentials, columns, column_potentials, inverse_reg):
-        n_lines, n_rows, n_columns, dtype = len(rows), rows.shape[1], columns.shape[1], rows.dtype
-        self.factors = np.empty((n_lines, 2, n_rows), dtype), np.empty((n_lines, 2, n_columns), dtype), np.empty(n_lines, bool)
+        n_lines = len(rows)
+        dtype = rows.dtype
         self.lines = rows, row_potentials, columns, column_potentials, inverse_reg
-        share_lines(n_lines, 4, lambda start, stop: all_factors(*self.lines, LIMIT[dtype], start, stop, *self.factors))
+        row_factors = np.empty((n_lines, 2, rows.shape[1]), dtype)
+        column_factors = np.empty((n_lines, 2, columns.shape[1]), dtype)
+        self.factors = row_factors, column_factors, np.empty(n_lines, bool)
+        def fill(start, stop): all_factors(*self.lines, LIMIT[dtype], start, stop, *self.factors)
+        share_lines(n_lines, 4, fill)
 
     @no_type_check
     def band(self, first_row, n_rows):
         "Mean plan, n_rows rows from first_row on"
         out = np.zeros((n_rows, self.lines[2].shape[1]), self.lines[0].dtype)
-        share_lines(n_rows, ROW_TILE, lambda start, stop: sum_plans(*self.lines, *self.factors, first_row, start, stop, out))
+        def add(start, stop): sum_plans(*self.lines, *self.factors, first_row, start, stop, out)
+        share_lines(n_rows, ROW_TILE, add)
         out *= 1 / len(self.lines[0])
         return torch.from_numpy(out)
 
@@ -157,41 +212,61 @@ class ClipPlan:
             return part
         for part in share_lines(len(plan_bar), ROW_TILE, task): by_column += part
 
-    @no_type_check
-    def gradients(self, by_row, by_column):
-        "By rows' scores and potentials, columns' scores and potentials, and 1 / tau"
-        rows, _, columns, _, inverse_reg = self.lines
-        n_lines, origin = len(rows), rows[:, :1].astype(float)
-        reg_bar = ((rows - origin) * by_row[1]).sum(1) + ((columns - origin) * by_column[1]).sum(1)
-        return [array / n_lines for array in (by_row[1] * inverse_reg[:, None], by_row[0], by_column[1] * inverse_reg[:, None], by_column[0], reg_bar)]
+# %% ../../nbs/3_coupling/05_sinkhorn_scan.ipynb #1971ced0
+@patch
+@no_type_check
+def gradients(self:ClipPlan, by_row, by_column):
+    "By rows' scores and potentials, columns' scores and potentials, and 1 / tau"
+    rows, _, columns, _, inverse_reg = self.lines
+    origin = rows[:, :1].astype(float)
+    reg_bar = ((rows - origin) * by_row[1]).sum(1) + ((columns - origin) * by_column[1]).sum(1)
+    by_rows = by_row[1] * inverse_reg[:, None], by_row[0]
+    by_columns = by_column[1] * inverse_reg[:, None], by_column[0]
+    return [array / len(rows) for array in (*by_rows, *by_columns, reg_bar)]
 
 # %% ../../nbs/3_coupling/05_sinkhorn_scan.ipynb #2a58b21e
 def split(tensors):
-    "Row scores, row potentials, column scores, column potentials and 1 / tau as numpy arrays, one tuple a clip"
-    rows, row_potentials, columns, column_potentials, inverse_reg = (tensor.detach() for tensor in tensors)
-    columns = columns.to(rows.dtype)
-    return [tuple(tensor[item].contiguous().numpy() for tensor in (rows, row_potentials, columns, column_potentials, inverse_reg)) for item in range(len(rows))]
+    "Scores and potentials of rows, then of columns, and 1 / tau, as arrays; one tuple a clip"
+    rows, row_potentials, columns, column_potentials, inverse_reg = (t.detach() for t in tensors)
+    arranged = rows, row_potentials, columns.to(rows.dtype), column_potentials, inverse_reg
+    return [
+        tuple(tensor[item].contiguous().numpy() for tensor in arranged)
+        for item in range(len(rows))
+    ]
 
 @torch.library.custom_op("transporter_nb::scan_plan", mutates_args=())
-def scan_plan(rows:Tensor, row_potentials:Tensor, columns:Tensor, column_potentials:Tensor, inverse_reg:Tensor) -> Tensor:
+def scan_plan(
+    rows:Tensor, row_potentials:Tensor, columns:Tensor, column_potentials:Tensor,
+    inverse_reg:Tensor,
+) -> Tensor:
     "Mean plan of every clip"
-    return torch.stack([ClipPlan(*clip).band(0, rows.shape[-1]) for clip in split((rows, row_potentials, columns, column_potentials, inverse_reg))])
+    clips = split((rows, row_potentials, columns, column_potentials, inverse_reg))
+    return torch.stack([ClipPlan(*clip).band(0, rows.shape[-1]) for clip in clips])
+
+@scan_plan.register_fake
+def _(rows, row_potentials, columns, column_potentials, inverse_reg):
+    return rows.new_empty(rows.shape[0], rows.shape[2], columns.shape[2])
+
+# %% ../../nbs/3_coupling/05_sinkhorn_scan.ipynb #7d89167d
+def stack_clips(collected, inputs):
+    "Gradients of each clip, stacked, in the types of the inputs"
+    together = zip(zip(*collected), inputs)
+    return [torch.from_numpy(np.stack(parts)).to(tensor.dtype) for parts, tensor in together]
 
 @torch.library.custom_op("transporter_nb::scan_plan_adjoint", mutates_args=())
-def scan_plan_adjoint(plan_bar:Tensor, rows:Tensor, row_potentials:Tensor, columns:Tensor, column_potentials:Tensor, inverse_reg:Tensor) -> list[Tensor]:
+def scan_plan_adjoint(
+    plan_bar:Tensor, rows:Tensor, row_potentials:Tensor, columns:Tensor, column_potentials:Tensor,
+    inverse_reg:Tensor,
+) -> list[Tensor]:
     "Gradients of all five inputs"
-    inputs, collected = (rows, row_potentials, columns, column_potentials, inverse_reg), []
+    inputs = (rows, row_potentials, columns, column_potentials, inverse_reg)
+    collected = []
     for clip, bar in zip(split(inputs), plan_bar.to(rows.dtype)):
         sums = np.zeros((2, *clip[0].shape)), np.zeros((2, *clip[2].shape))
         plan = ClipPlan(*clip)
         plan.band_adjoint(bar.contiguous().numpy(), 0, *sums)
         collected.append(plan.gradients(*sums))
-    return [torch.from_numpy(np.stack(parts)).to(tensor.dtype) for parts, tensor in zip(zip(*collected), inputs)]
-
-# %% ../../nbs/3_coupling/05_sinkhorn_scan.ipynb #7d89167d
-@scan_plan.register_fake
-def _(rows, row_potentials, columns, column_potentials, inverse_reg):
-    return rows.new_empty(rows.shape[0], rows.shape[2], columns.shape[2])
+    return stack_clips(collected, inputs)
 
 @scan_plan_adjoint.register_fake
 def _(plan_bar, *inputs):
@@ -218,20 +293,30 @@ def mean_plan(
 # %% ../../nbs/3_coupling/05_sinkhorn_scan.ipynb #dcee171e
 @compiled
 @no_type_check
-def gather_line(rows, row_potentials, columns, column_potentials, inverse_reg, order, gap, of_rows, of_columns):
-    "One line in merged order: scaled gaps, and each side's potentials with MASKED at the other's points"
+def gather_line(
+    rows, row_potentials, columns, column_potentials, inverse_reg, order, gap, of_rows, of_columns,
+):
+    "One line in merged order: scaled gaps, and each side's potentials"
+    # a side's potentials are MASKED at the points of the other
     before = 0.
     for m in range(len(order)):
-        at, of_rows[m], of_columns[m] = order[m], MASKED, MASKED
-        if at < len(rows): here, of_rows[m] = np.float64(rows[at]), row_potentials[at]
-        else: here, of_columns[m] = np.float64(columns[at - len(rows)]), column_potentials[at - len(rows)]
+        at = order[m]
+        of_rows[m] = MASKED
+        of_columns[m] = MASKED
+        if at < len(rows):
+            here = np.float64(rows[at])
+            of_rows[m] = row_potentials[at]
+        else:
+            here = np.float64(columns[at - len(rows)])
+            of_columns[m] = column_potentials[at - len(rows)]
         gap[m] = (here - before) * inverse_reg if m > 0 else 0.
         before = here
 
 @compiled
 @no_type_check
 def envelope(gap, emitting, receiving, R, decay, emitted, received):
-    "Shares with which points enter a walk and leave it, and its decays: decay[0, m] from m - 1 to m, decay[1, m] from m to m - 1"
+    "Shares with which points enter a walk and leave it, and its decays"
+    # decay[0, m] leads from m - 1 to m, decay[1, m] from m to m - 1
     n = len(gap)
     R[0] = emitting[0]
     for m in range(1, n): R[m] = max(R[m - 1] - gap[m], emitting[m])
@@ -241,56 +326,106 @@ def envelope(gap, emitting, receiving, R, decay, emitted, received):
     for m in range(1, n): decay[0, m] = exp(-(gap[m] + R[m] - R[m - 1]))
     for m in range(1, n): decay[1, m] = exp(-(gap[m] + R[m - 1] - R[m]))
 
+# %% ../../nbs/3_coupling/05_sinkhorn_scan.ipynb #6f6706e1
 @compiled
 @no_type_check
 def walk(order, n_rows, decay, emitted, received, values, rightward, state, out):
     "One walk along a line; columns' values are added to out at rows"
-    n, pending = len(order), 0.
+    n = len(order)
+    pending = 0.
     state[:] = 0.
     for step in range(n):
         m = step if rightward else n - 1 - step
         if step > 0: pending *= decay[0, m] if rightward else decay[1, m + 1]
         at = order[m]
         if at >= n_rows:
-            share, value = emitted[m], values[at - n_rows]
+            share = emitted[m]
+            value = values[at - n_rows]
             for c in range(len(state)): state[c] = pending * state[c] + share * value[c]
             pending = 1.
         elif received[m] * pending > 0.:
-            share, o = received[m] * pending, out[at]
+            share = received[m] * pending
+            o = out[at]
             for c in range(len(state)): o[c] += share * state[c]
 
 # %% ../../nbs/3_coupling/05_sinkhorn_scan.ipynb #44ef1e91
-GROUP = 8 # lines summed in the values' own precision before they are added in float64: rows of half the size are fetched and stored
+GROUP = 8 # lines a sum in the values' own precision (chosen)
 
 @compiled
 @no_type_check
-def walk_lines(rows, row_potentials, columns, column_potentials, inverse_reg, order, values, start, stop, out):
+def walk_lines(
+    rows, row_potentials, columns, column_potentials, inverse_reg, order, values, start, stop, out,
+):
     "Both walks of lines start to stop; out [clip, row, channel] is added to"
-    n, n_rows, per_clip = order.shape[1], rows.shape[1], len(rows) // len(values)
-    work, decay, state = np.empty((6, n)), np.empty((2, n)), np.empty(values.shape[2])
-    gap, of_rows, of_columns, R, emitted, received = work[0], work[1], work[2], work[3], work[4], work[5]
+    n = order.shape[1]
+    n_rows = rows.shape[1]
+    per_clip = len(rows) // len(values)
+    work = np.empty((6, n))
+    decay = np.empty((2, n))
+    state = np.empty(values.shape[2])
+    gap = work[0]
+    of_rows = work[1]
+    of_columns = work[2]
+    R = work[3]
+    emitted = work[4]
+    received = work[5]
     part = np.zeros((n_rows, values.shape[2]), values.dtype)
     for k in range(start, stop):
         clip = k // per_clip
-        gather_line(rows[k], row_potentials[k], columns[k], column_potentials[k], inverse_reg[k], order[k - start], gap, of_rows, of_columns)
+        o = order[k - start]
+        gather_line(
+            rows[k], row_potentials[k], columns[k], column_potentials[k], inverse_reg[k],
+            o, gap, of_rows, of_columns,
+        )
         envelope(gap, of_columns, of_rows, R, decay, emitted, received)
-        for rightward in (True, False): walk(order[k - start], n_rows, decay, emitted, received, values[clip], rightward, state, part)
+        for rightward in (True, False):
+            walk(o, n_rows, decay, emitted, received, values[clip], rightward, state, part)
         if k + 1 == stop or (k + 1) // per_clip != clip or (k - start) % GROUP == GROUP - 1:
             for j in range(n_rows):
                 for c in range(values.shape[2]): out[clip, j, c] += part[j, c]
             part[:] = 0
 
 # %% ../../nbs/3_coupling/05_sinkhorn_scan.ipynb #b49b05d7
+@inlined
+@no_type_check
+def add_scaled(out, share, state):
+    "out += share state"
+    for c in range(len(state)): out[c] += share * state[c]
+
+@inlined
+@no_type_check
+def fade_and_add(state, faded, share, value):
+    "state = faded state + share value"
+    for c in range(len(state)): state[c] = faded * state[c] + share * value[c]
+
+@inlined
+@no_type_check
+def dot_of(u, state, zero):
+    "Inner product; zero gives the type of the sum"
+    dot = zero
+    for c in range(len(state)): dot += u[c] * state[c]
+    return dot
+
+# %% ../../nbs/3_coupling/05_sinkhorn_scan.ipynb #e6fcc3d0
 @compiled_sum
 @no_type_check
-def walk_adjoint(order, n_rows, columns_emit, gap, decay, emitted, received, values, against, rightward, state, kept, out, mass, pull):
-    "One walk; <against, carried> is added to mass at receivers, and signed and without ties to pull; carried is added to out unless out is empty"
-    n, pending, before, tied, number = len(order), 0., 0., False, state.dtype.type
+def walk_adjoint(
+    order, n_rows, columns_emit, gap, decay, emitted, received, values, against, rightward,
+    state, kept, out, mass, pull,
+):
+    "One walk; <against, carried> is added to mass at receivers, and signed to pull"
+    # pull leaves ties out; carried is added to out unless out is empty
+    n = len(order)
+    pending = 0.
+    before = 0.
+    tied = False
+    number = state.dtype.type
     state[:] = 0
     for step in range(n):
         m = step if rightward else n - 1 - step
         if step > 0: pending *= decay[0, m] if rightward else decay[1, m + 1]
-        tied_left, tied_right = m > 0 and gap[m] == 0., m + 1 < n and gap[m + 1] == 0.
+        tied_left = m > 0 and gap[m] == 0.
+        tied_right = m + 1 < n and gap[m + 1] == 0.
         if not (tied_left if rightward else tied_right): # the first of a group of equal points
             tied = tied_right if rightward else tied_left
             before = pending
@@ -298,122 +433,187 @@ def walk_adjoint(order, n_rows, columns_emit, gap, decay, emitted, received, val
         at = order[m]
         point = at if at < n_rows else at - n_rows
         if (at >= n_rows) == columns_emit:
-            share, faded, value = number(emitted[m]), number(pending), values[point]
-            for c in range(len(state)): state[c] = faded * state[c] + share * value[c]
+            fade_and_add(state, number(pending), number(emitted[m]), values[point])
             pending = 1.
         elif received[m] > 0.:
-            share, u, dot = received[m] * pending, against[point], number(0)
-            for c in range(len(state)): dot += u[c] * state[c]
+            share = received[m] * pending
+            dot = dot_of(against[point], state, number(0))
             mass[m] += share * dot
-            if tied:
-                dot = number(0)
-                for c in range(len(state)): dot += u[c] * kept[c]
+            if tied: dot = dot_of(against[point], kept, number(0))
             strict = received[m] * before * dot if tied else share * dot
             pull[m] += strict if rightward else -strict
-            if len(out):
-                o, share_of_state = out[point], number(share)
-                for c in range(len(state)): o[c] += share_of_state * state[c]
+            if len(out): add_scaled(out[point], number(share), state)
 
 # %% ../../nbs/3_coupling/05_sinkhorn_scan.ipynb #97a076fd
 @compiled
 @no_type_check
-def walk_lines_adjoint(rows, row_potentials, columns, column_potentials, inverse_reg, order, values, against, start, stop,
-                       rows_bar, row_potentials_bar, columns_bar, column_potentials_bar, reg_bar, values_bar):
-    "All four walks of lines start to stop; values_bar [clip, column, channel] is added to, the others are written"
-    n, n_rows, per_clip = order.shape[1], rows.shape[1], len(rows) // len(values)
-    work, decay, state, kept = np.empty((8, n)), np.zeros((2, n)), np.empty(values.shape[2], values.dtype), np.empty(values.shape[2], values.dtype)
-    gap, of_rows, of_columns, R, emitted, received, mass, pull = work[0], work[1], work[2], work[3], work[4], work[5], work[6], work[7]
+def rows_of_work(n):
+    "Eight arrays of n numbers"
+    work = np.empty((8, n))
+    return work[0], work[1], work[2], work[3], work[4], work[5], work[6], work[7]
+
+@compiled
+@no_type_check
+def line_gradients(
+    order, rows, columns, inverse_reg, per_clip, mass, pull,
+    rows_bar, row_potentials_bar, columns_bar, column_potentials_bar,
+):
+    "Write a line's mass and pull as gradients of scores and potentials; returns that of 1 / tau"
+    n_rows = len(rows)
+    by_reg = 0.
+    origin = np.float64(rows[0])
+    for m in range(len(order)):
+        at = order[m]
+        row = at < n_rows
+        here = np.float64(rows[at]) if row else np.float64(columns[at - n_rows])
+        by_reg -= (here - origin) * pull[m] / per_clip
+        if row:
+            row_potentials_bar[at] = mass[m] / per_clip
+            rows_bar[at] = -pull[m] * inverse_reg / per_clip
+        else:
+            column_potentials_bar[at - n_rows] = mass[m] / per_clip
+            columns_bar[at - n_rows] = -pull[m] * inverse_reg / per_clip
+    return by_reg
+
+# %% ../../nbs/3_coupling/05_sinkhorn_scan.ipynb #0b254a57
+@compiled
+@no_type_check
+def walk_lines_adjoint(
+    rows, row_potentials, columns, column_potentials, inverse_reg, order, values, against,
+    start, stop,
+    rows_bar, row_potentials_bar, columns_bar, column_potentials_bar, reg_bar, values_bar,
+):
+    "All four walks of lines start to stop; values_bar is added to, the others are written"
+    n_rows = rows.shape[1]
+    per_clip = len(rows) // len(values)
+    gap, of_rows, of_columns, R, emitted, received, mass, pull = rows_of_work(order.shape[1])
+    decay = np.zeros((2, order.shape[1]))
+    state = np.empty(values.shape[2], values.dtype)
+    kept = np.empty(values.shape[2], values.dtype)
     nothing = np.empty((0, 0), values_bar.dtype)
     for k in range(start, stop):
-        o, clip, by_reg = order[k - start], k // per_clip, 0.
+        o = order[k - start]
+        v = values[k // per_clip]
+        u = against[k // per_clip]
         mass[:] = 0.
         pull[:] = 0.
-        gather_line(rows[k], row_potentials[k], columns[k], column_potentials[k], inverse_reg[k], o, gap, of_rows, of_columns)
+        gather_line(
+            rows[k], row_potentials[k], columns[k], column_potentials[k], inverse_reg[k],
+            o, gap, of_rows, of_columns,
+        )
         envelope(gap, of_columns, of_rows, R, decay, emitted, received)
-        for rightward in (True, False): walk_adjoint(o, n_rows, True, gap, decay, emitted, received, values[clip], against[clip], rightward, state, kept, nothing, mass, pull)
+        for right in (True, False):
+            walk_adjoint(o, n_rows, True, gap, decay, emitted, received, v, u, right,
+                         state, kept, nothing, mass, pull)
         envelope(gap, of_rows, of_columns, R, decay, emitted, received)
-        for rightward in (True, False): walk_adjoint(o, n_rows, False, gap, decay, emitted, received, against[clip], values[clip], rightward, state, kept, values_bar[clip], mass, pull)
-        origin = np.float64(rows[k, 0])
-        for m in range(n):
-            at, row = o[m], o[m] < n_rows
-            here = np.float64(rows[k, at]) if row else np.float64(columns[k, at - n_rows])
-            by_reg -= (here - origin) * pull[m] / per_clip
-            if row: row_potentials_bar[k, at], rows_bar[k, at] = mass[m] / per_clip, -pull[m] * inverse_reg[k] / per_clip
-            else: column_potentials_bar[k, at - n_rows], columns_bar[k, at - n_rows] = mass[m] / per_clip, -pull[m] * inverse_reg[k] / per_clip
-        reg_bar[k] = by_reg
+        for right in (True, False):
+            walk_adjoint(o, n_rows, False, gap, decay, emitted, received, u, v, right,
+                         state, kept, values_bar[k // per_clip], mass, pull)
+        reg_bar[k] = line_gradients(
+            o, rows[k], columns[k], inverse_reg[k], per_clip, mass, pull,
+            rows_bar[k], row_potentials_bar[k], columns_bar[k], column_potentials_bar[k],
+        )
 
 # %% ../../nbs/3_coupling/05_sinkhorn_scan.ipynb #fc0a621b
-COST = {"forward": (.20, .012, 15., .65), "backward": (.80, .024, 25., 1.0)} # alpha, mu, beta, gamma in nanoseconds; measured, see the text
+# alpha, mu, beta, gamma in nanoseconds; measured, see the text
+COST = {"forward": (.20, .012, 15., .65), "backward": (.80, .024, 25., 1.0)}
 BAND_ENTRIES = 2**22 # of a band of the plan: 16 MB of float32
 
 def walks(n_rows, n_columns, n_lines, n_channels, direction):
     "Whether to walk, rather than to form the plan"
     alpha, mu, beta, gamma = COST[direction]
-    return n_rows * n_columns * (alpha * n_lines + mu * n_channels) > (n_rows + n_columns) * n_lines * (beta + gamma * n_channels)
+    plan = n_rows * n_columns * (alpha * n_lines + mu * n_channels)
+    walking = (n_rows + n_columns) * n_lines * (beta + gamma * n_channels)
+    return plan > walking
 
 def bands(n_rows, n_columns):
     "First row and number of rows of each band"
     step = max(ROW_TILE, BAND_ENTRIES // n_columns)
     return [(start, min(step, n_rows - start)) for start in range(0, n_rows, step)]
 
-@torch.library.custom_op("transporter_nb::scan_apply", mutates_args=())
-def scan_apply(rows:Tensor, row_potentials:Tensor, columns:Tensor, column_potentials:Tensor, inverse_reg:Tensor, values:Tensor) -> Tensor:
-    "Mean plan times values"
-    with torch.autocast("cpu", enabled=False): return apply_forward((rows, row_potentials, columns, column_potentials, inverse_reg), values)
-
+# %% ../../nbs/3_coupling/05_sinkhorn_scan.ipynb #089927ea
 def apply_forward(inputs, values):
     "By bands of the plan, or by walks"
-    rows, columns, inverse_reg = inputs[0], inputs[2], inputs[4]
+    rows, columns = inputs[0], inputs[2]
     out = values.new_empty(len(values), rows.shape[-1], values.shape[-1])
     if not walks(rows.shape[-1], columns.shape[-1], rows.shape[1], values.shape[-1], "forward"):
         for item, clip in enumerate(split(inputs)):
             plan = ClipPlan(*clip)
-            for start, n_rows in bands(rows.shape[-1], columns.shape[-1]): out[item, start:start + n_rows] = plan.band(start, n_rows).to(values.dtype) @ values[item].detach()
+            for start, n_rows in bands(rows.shape[-1], columns.shape[-1]):
+                band = plan.band(start, n_rows).to(values.dtype)
+                out[item, start:start + n_rows] = band @ values[item].detach()
         return out
-    y, r, x, c, reg, v = *(as_lines(tensor) for tensor in inputs[:4]), as_lines(inverse_reg).ravel(), values.detach().contiguous().numpy()
+    y, r, x, c = (as_lines(tensor) for tensor in inputs[:4])
+    reg = as_lines(inputs[4]).ravel()
+    v = values.detach().contiguous().numpy()
     def task(start, stop):
         part = np.zeros(out.shape)
-        walk_lines(y, r, x, c, reg, merged_order(y[start:stop], x[start:stop]), v, start, stop, part)
+        order = merged_order(y[start:stop], x[start:stop])
+        walk_lines(y, r, x, c, reg, order, v, start, stop, part)
         return part
     return out.copy_(torch.from_numpy(sum(share_lines(len(y), 1, task)) / rows.shape[1]))
+
+@torch.library.custom_op("transporter_nb::scan_apply", mutates_args=())
+def scan_apply(
+    rows:Tensor, row_potentials:Tensor, columns:Tensor, column_potentials:Tensor,
+    inverse_reg:Tensor, values:Tensor,
+) -> Tensor:
+    "Mean plan times values"
+    inputs = rows, row_potentials, columns, column_potentials, inverse_reg
+    with torch.autocast("cpu", enabled=False): return apply_forward(inputs, values)
+
+@scan_apply.register_fake
+def _(rows, row_potentials, columns, column_potentials, inverse_reg, values):
+    return values.new_empty(values.shape[0], rows.shape[2], values.shape[2])
 
 # %% ../../nbs/3_coupling/05_sinkhorn_scan.ipynb #faf702f1
 def apply_adjoint_by_bands(out_bar, inputs, values):
     "Gradients through bands of the plan"
-    values_bar, collected = torch.zeros_like(values), []
+    values_bar = torch.zeros_like(values)
+    collected = []
     for item, clip in enumerate(split(inputs)):
-        sums, plan = (np.zeros((2, *clip[0].shape)), np.zeros((2, *clip[2].shape))), ClipPlan(*clip)
+        sums = (np.zeros((2, *clip[0].shape)), np.zeros((2, *clip[2].shape)))
+        plan = ClipPlan(*clip)
         for start, n_rows in bands(clip[0].shape[1], clip[2].shape[1]):
             bar = out_bar[item, start:start + n_rows]
             values_bar[item] += plan.band(start, n_rows).to(values.dtype).T @ bar
             plan.band_adjoint((bar @ values[item].T).to(inputs[0].dtype).numpy(), start, *sums)
         collected.append(plan.gradients(*sums))
-    return [*(torch.from_numpy(np.stack(parts)).to(tensor.dtype) for parts, tensor in zip(zip(*collected), inputs)), values_bar]
+    return [*stack_clips(collected, inputs), values_bar]
 
+# %% ../../nbs/3_coupling/05_sinkhorn_scan.ipynb #573c654c
 def apply_adjoint_by_walks(out_bar, inputs, values):
     "Gradients through walks"
     y, r, x, c = (as_lines(tensor) for tensor in inputs[:4])
-    reg, v, u = as_lines(inputs[4]).ravel(), values.contiguous().numpy(), out_bar.contiguous().numpy()
+    reg = as_lines(inputs[4]).ravel()
+    v = values.contiguous().numpy()
+    u = out_bar.contiguous().numpy()
     out = [np.empty(array.shape) for array in (y, r, x, c, reg)]
     def task(start, stop):
         part = np.zeros(v.shape, v.dtype)
-        walk_lines_adjoint(y, r, x, c, reg, merged_order(y[start:stop], x[start:stop]), v, u, start, stop, *out, part)
+        order = merged_order(y[start:stop], x[start:stop])
+        walk_lines_adjoint(y, r, x, c, reg, order, v, u, start, stop, *out, part)
         return part
     values_bar = sum(share_lines(len(y), 1, task)) * (1 / inputs[0].shape[1])
-    return [*(torch.from_numpy(array).view(tensor.shape).to(tensor.dtype) for array, tensor in zip(out, inputs)), torch.from_numpy(values_bar).to(values.dtype)]
-
-@torch.library.custom_op("transporter_nb::scan_apply_adjoint", mutates_args=())
-def scan_apply_adjoint(out_bar:Tensor, rows:Tensor, row_potentials:Tensor, columns:Tensor, column_potentials:Tensor, inverse_reg:Tensor, values:Tensor) -> list[Tensor]:
-    "Gradients of all six inputs"
-    walk = walks(rows.shape[-1], columns.shape[-1], rows.shape[1], values.shape[-1], "backward")
-    inputs = [tensor.detach() for tensor in (rows, row_potentials, columns, column_potentials, inverse_reg)]
-    with torch.autocast("cpu", enabled=False):
-        return (apply_adjoint_by_walks if walk else apply_adjoint_by_bands)(out_bar.detach().to(values.dtype).contiguous(), inputs, values.detach())
+    bars = [
+        torch.from_numpy(array).view(tensor.shape).to(tensor.dtype)
+        for array, tensor in zip(out, inputs)
+    ]
+    return [*bars, torch.from_numpy(values_bar).to(values.dtype)]
 
 # %% ../../nbs/3_coupling/05_sinkhorn_scan.ipynb #d6728f9a
-@scan_apply.register_fake
-def _(rows, row_potentials, columns, column_potentials, inverse_reg, values):
-    return values.new_empty(values.shape[0], rows.shape[2], values.shape[2])
+@torch.library.custom_op("transporter_nb::scan_apply_adjoint", mutates_args=())
+def scan_apply_adjoint(
+    out_bar:Tensor, rows:Tensor, row_potentials:Tensor, columns:Tensor, column_potentials:Tensor,
+    inverse_reg:Tensor, values:Tensor,
+) -> list[Tensor]:
+    "Gradients of all six inputs"
+    walk = walks(rows.shape[-1], columns.shape[-1], rows.shape[1], values.shape[-1], "backward")
+    adjoint = apply_adjoint_by_walks if walk else apply_adjoint_by_bands
+    tensors = rows, row_potentials, columns, column_potentials, inverse_reg
+    inputs = [tensor.detach() for tensor in tensors]
+    with torch.autocast("cpu", enabled=False):
+        return adjoint(out_bar.detach().to(values.dtype).contiguous(), inputs, values.detach())
 
 @scan_apply_adjoint.register_fake
 def _(out_bar, *inputs):
@@ -433,9 +633,13 @@ def apply_plan(
     column_scores:Float[Tensor, "batch projections columns"], # Points that are carried
     column_potentials:Float64[Tensor, "batch projections columns"], # Their potentials
     inverse_reg:Float64[Tensor, "batch projections"], # 1 / tau > 0, per unit of score
-    values:Float[Tensor, "batch columns channels"], # What the columns carry
+    values:Float[Tensor, "batch columns channels"], # Carried by the columns
 ) -> Float[Tensor, "batch rows channels"]: # `mean_plan @ values`, in the dtype of the values
-    "Averaged plan times values, by whichever way is quicker; a plan of more than `BAND_ENTRIES` is never held"
-    inputs, (n_rows, n_columns) = (row_scores, row_potentials, column_scores, column_potentials, inverse_reg), (row_scores.shape[2], column_scores.shape[2])
-    small = n_rows * n_columns <= BAND_ENTRIES and not any(walks(n_rows, n_columns, row_scores.shape[1], values.shape[2], direction) for direction in COST)
+    "Averaged plan times values, by the quicker way; never holds a plan beyond `BAND_ENTRIES`"
+    inputs = (row_scores, row_potentials, column_scores, column_potentials, inverse_reg)
+    n_rows = row_scores.shape[2]
+    n_columns = column_scores.shape[2]
+    size = n_rows, n_columns, row_scores.shape[1], values.shape[2]
+    walking = any(walks(*size, direction) for direction in COST)
+    small = n_rows * n_columns <= BAND_ENTRIES and not walking
     return mean_plan(*inputs).to(values.dtype) @ values if small else scan_apply(*inputs, values)

@@ -22,13 +22,15 @@ def running_log_sum(
     log_mass:Float[Tensor, "points *ways batch projections"], # h, one for each point
     positions:Float[Tensor, "points *ways batch projections"], # x, in ascending order
     inverse_reg:Float[Tensor, "batch projections"], # 1 / tau > 0, per unit of position
-) -> Float[Tensor, "points *ways batch projections"]: # For each point: log of the sum of everything at or before it, damped by its distance
+) -> Float[Tensor, "points *ways batch projections"]: # Log of the sum of everything at or before
     "Logarithm of a running sum that is damped by exp(-gap / tau) from point to point"
     n = len(log_mass)
     if n == 1: return log_mass
-    pairs = torch.logaddexp(log_mass[:n - 1:2] - (positions[1::2] - positions[:n - 1:2]) * inverse_reg, log_mass[1::2])
+    gaps = (positions[1::2] - positions[:n - 1:2]) * inverse_reg
+    pairs = torch.logaddexp(log_mass[:n - 1:2] - gaps, log_mass[1::2])
     odd = running_log_sum(pairs, positions[1::2], inverse_reg)
-    even = torch.logaddexp(odd[:(n - 1) // 2] - (positions[2::2] - positions[1:n - 1:2]) * inverse_reg, log_mass[2::2])
+    gaps = (positions[2::2] - positions[1:n - 1:2]) * inverse_reg
+    even = torch.logaddexp(odd[:(n - 1) // 2] - gaps, log_mass[2::2])
     even = torch.cat([log_mass[:1], even])
     woven = torch.stack([even[:n // 2], odd], 1).flatten(0, 1)
     return woven if n % 2 == 0 else torch.cat([woven, even[-1:]])
@@ -37,9 +39,10 @@ def running_log_sum(
 def places_among(
     queries:Float[Tensor, "batch projections queries"], # y, in ascending order
     points:Float[Tensor, "batch projections points"], # x, in ascending order
-) -> list[Int[Tensor, "queries batch projections"]]: # How many points are left of each query: once without those equal to it, and once with them if there are any
-    "Ranks of one side among the other"
-    queries, points = queries.contiguous(), points.contiguous()
+) -> list[Int[Tensor, "queries batch projections"]]: # Points left of a query, without and with ties
+    "Ranks of one side among the other; the second, with ties, only where there are any"
+    queries = queries.contiguous()
+    points = points.contiguous()
     before = torch.searchsorted(points, queries)
     tied = points.gather(-1, before.clamp_max(points.shape[-1] - 1)) == queries
     ranks = [before, torch.searchsorted(points, queries, right=True)] if tied.any() else [before]
@@ -48,41 +51,53 @@ def places_among(
 # %% ../../nbs/3_coupling/06_sinkhorn_torch.ipynb #b16ea08c
 def log_sum_at(
     queries:Float[Tensor, "queries batch projections"], # y, in ascending order
-    places:list[Int[Tensor, "queries batch projections"]], # How many points are left of each query, from `places_among`
+    places:list[Int[Tensor, "queries batch projections"]], # Their ranks, from `places_among`
     log_mass:Float[Tensor, "points batch projections"], # h, one for each point
     points:Float[Tensor, "points batch projections"], # x, in ascending order
     inverse_reg:Float[Tensor, "batch projections"], # 1 / tau > 0
 ) -> Float[Tensor, "queries batch projections"]: # S(y)
     "Log-sum over all points, damped by their distance to each query"
+    mass_both_ways = torch.stack([log_mass, log_mass.flip(0)], 1)
     both_ways = torch.stack([points, -points.flip(0)], 1)
-    left, right = running_log_sum(torch.stack([log_mass, log_mass.flip(0)], 1), both_ways, inverse_reg).unbind(1)
+    left, right = running_log_sum(mass_both_ways, both_ways, inverse_reg).unbind(1)
     nothing = torch.full_like(log_mass[:1], MASKED)
-    left, right = torch.cat([nothing, left]), torch.cat([right.flip(0), nothing])
-    before, after = torch.cat([points[:1], points]), torch.cat([points, points[-1:]])
-    sums = [torch.logaddexp(left.gather(0, place) - (queries - before.gather(0, place)) * inverse_reg,
-                            right.gather(0, place) - (after.gather(0, place) - queries) * inverse_reg) for place in places]
+    left = torch.cat([nothing, left])
+    right = torch.cat([right.flip(0), nothing])
+    before = torch.cat([points[:1], points])
+    after = torch.cat([points, points[-1:]])
+    sums = []
+    for place in places:
+        gap_left = (queries - before.gather(0, place)) * inverse_reg
+        gap_right = (after.gather(0, place) - queries) * inverse_reg
+        from_left = left.gather(0, place) - gap_left
+        sums.append(torch.logaddexp(from_left, right.gather(0, place) - gap_right))
     return sum(sums) / len(sums)
 
 # %% ../../nbs/3_coupling/06_sinkhorn_torch.ipynb #bef1d05d
 def log_sum_near(
     queries:Float[Tensor, "queries batch projections"], # y, in ascending order
-    places:list[Int[Tensor, "queries batch projections"]], # How many points are left of each query, from `places_among`
-    log_mass:Float[Tensor, "points batch projections"], # h, one for each point
+    places:list[Int[Tensor, "queries batch projections"]], # Their ranks, from `places_among`
+    log_mass:Float[Tensor, "points batch projections"], # h, of moderate spread, see `is_near`
     points:Float[Tensor, "points batch projections"], # x, in ascending order
-    inverse_reg:Float[Tensor, "batch projections"], # 1 / tau > 0; range / tau and the spread of `log_mass` must be moderate, see `is_near`
+    inverse_reg:Float[Tensor, "batch projections"], # 1 / tau > 0; range / tau must be moderate
 ) -> Float[Tensor, "queries batch projections"]: # S(y)
     "`log_sum_at` by cumulative sums of exponentials"
-    level, middle = log_mass.detach().amax(0), (points.detach()[0] + points.detach()[-1]) / 2
-    points, queries = points - middle, queries - middle
-    nothing, gathered = torch.zeros_like(log_mass[:1]), []
+    level = log_mass.detach().amax(0)
+    middle = (points.detach()[0] + points.detach()[-1]) / 2
+    points = points - middle
+    queries = queries - middle
+    nothing = torch.zeros_like(log_mass[:1])
+    gathered = []
     for sign in (1, -1):
         exponent = (log_mass - level) + points * (sign * inverse_reg)
         top = exponent.detach().amax(0)
         mass = (exponent - top).exp()
-        running = torch.cat([nothing, mass.cumsum(0)] if sign > 0 else [mass.flip(0).cumsum(0).flip(0), nothing])
+        if sign > 0: running = torch.cat([nothing, mass.cumsum(0)])
+        else: running = torch.cat([mass.flip(0).cumsum(0).flip(0), nothing])
         scale = (top - queries * (sign * inverse_reg)).exp()
         gathered.append([running.gather(0, place) * scale for place in places])
-    sums = [(left + right).log() for left, right in zip(*gathered)] # at least exp(-range / tau): the point at the level is no farther
+    # at least exp(-range / tau): the point at the level is no farther
+    sums = [(left + right).log() for left, right in zip(*gathered)]
     return sum(sums) / len(sums) + level
 
 # %% ../../nbs/3_coupling/06_sinkhorn_torch.ipynb #5341433e
@@ -91,40 +106,52 @@ def is_near(
     inverse_reg:Float[Tensor, "batch projections"], # 1 / tau > 0
     *log_weights:Float[Tensor, "batch _"], # Of each side, some of them `MASKED`
 ) -> bool: # Whether `log_sum_near` can neither overflow nor lose a point
-    "Does twice range / tau and the spread of either side's weights fit into the exponents of the dtype?"
+    "Whether twice range / tau and the weights' spread fit into the exponents of the dtype"
     spread = 0.
     for side in log_weights:
         present = side > MASKED / 2
-        spread = max(spread, (torch.where(present, side, -torch.inf).amax(-1) - torch.where(present, side, torch.inf).amin(-1)).amax().item())
+        highest = torch.where(present, side, -torch.inf).amax(-1)
+        lowest = torch.where(present, side, torch.inf).amin(-1)
+        spread = max(spread, (highest - lowest).amax().item())
     reach = ((positions.amax(-1) - positions.amin(-1)) * inverse_reg).amax().item()
-    return 2 * reach + spread < 0.8 * log(torch.finfo(positions.dtype).max) # 568 in float64; the rest is room for sums
+    return 2 * reach + spread < 0.8 * log(torch.finfo(positions.dtype).max)
 
 # %% ../../nbs/3_coupling/06_sinkhorn_torch.ipynb #6d0e4743
 @torch.compiler.disable
 def potentials(
-    first_scores:Float[Tensor, "batch projections first"], # Points of the side that is normalised first in every round
-    last_scores:Float[Tensor, "batch projections last"], # Points of the side that is normalised last, and holds exactly
+    first_scores:Float[Tensor, "batch projections first"], # Points of the side normalised first
+    last_scores:Float[Tensor, "batch projections last"], # Points of the side with exact sums
     inverse_reg:Float[Tensor, "batch projections"], # 1 / tau > 0, per unit of score
     first_log_weights:Float[Tensor, "batch first"], # log u; `MASKED` leaves a point out
     last_log_weights:Float[Tensor, "batch last"], # log v; `MASKED` leaves a point out
     n_iterations:int, # Rounds, at least 1
-) -> tuple[Float[Tensor, "batch projections first"], Float[Tensor, "batch projections last"]]: # f and g
-    "Potentials after a fixed number of rounds of Sinkhorn's normalisation (paper §3.2), in linear time"
-    (x, first_order), (y, last_order) = (scores.double().sort(-1) for scores in (first_scores, last_scores))
-    first_places, last_places = places_among(x.detach(), y.detach()), places_among(y.detach(), x.detach())
-    u, v = (weights[:, None].expand_as(order).gather(-1, order) for weights, order in ((first_log_weights, first_order), (last_log_weights, last_order)))
-    near = is_near(torch.cat([x, y], -1).detach(), inverse_reg.detach(), first_log_weights.detach(), last_log_weights.detach())
+) -> tuple[
+    Float[Tensor, "batch projections first"], # f
+    Float[Tensor, "batch projections last"], # g
+]:
+    "Potentials after a fixed number of rounds of Sinkhorn (paper §3.2), in linear time"
+    x, first_order = first_scores.double().sort(-1)
+    y, last_order = last_scores.double().sort(-1)
+    first_places = places_among(x.detach(), y.detach())
+    last_places = places_among(y.detach(), x.detach())
+    u = first_log_weights[:, None].expand_as(x).gather(-1, first_order)
+    v = last_log_weights[:, None].expand_as(y).gather(-1, last_order)
+    weights = first_log_weights.detach(), last_log_weights.detach()
+    near = is_near(torch.cat([x, y], -1).detach(), inverse_reg.detach(), *weights)
     method = log_sum_near if near else log_sum_at
     x, y, u, v = (side.movedim(-1, 0).contiguous() for side in (x, y, u, v))
-    def log_sum(*arguments): return checkpoint(method, *arguments, inverse_reg, use_reentrant=False, preserve_rng_state=False)
+    def log_sum(*arguments):
+        settings = dict(use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(method, *arguments, inverse_reg, **settings)
     g = torch.zeros_like(y)
     for _ in range(n_iterations):
         f = u - log_sum(x, first_places, v + g, y)
         g = -log_sum(y, last_places, f, x)
-    return tuple(side.movedim(0, -1).gather(-1, order.argsort(-1)) for side, order in ((f, first_order), (g, last_order)))
+    f = f.movedim(0, -1).gather(-1, first_order.argsort(-1))
+    return f, g.movedim(0, -1).gather(-1, last_order.argsort(-1))
 
 # %% ../../nbs/3_coupling/06_sinkhorn_torch.ipynb #8dd6385e
-TILE = {"cpu": 2**16} # entries held at once: 0.5 MB, so that a few such arrays fit the cache of one core (fastest of 2^13 to 2^18, measured); elsewhere 2^24, since launches cost
+TILE = {"cpu": 2**16} # entries held at once, 0.5 MB (measured, see the text); elsewhere 2**24
 
 def tiles(
     batch:int, # Clips
@@ -137,7 +164,8 @@ def tiles(
     def cut(total, size): return [slice(start, start + size) for start in range(0, total, size)]
     height = min(rows, max(1, limit // columns))
     depth = min(projections, max(1, limit // (columns * height)))
-    return product(cut(batch, max(1, limit // (columns * height * depth))), cut(rows, height), cut(projections, depth))
+    clips = cut(batch, max(1, limit // (columns * height * depth)))
+    return product(clips, cut(rows, height), cut(projections, depth))
 
 # %% ../../nbs/3_coupling/06_sinkhorn_torch.ipynb #30619e7e
 def plan_tile(
@@ -147,41 +175,64 @@ def plan_tile(
     g:Float[Tensor, "batch projections columns"], # Their potentials
     inverse_reg:Float[Tensor, "batch projections"], # 1 / tau > 0
     dtype:torch.dtype, # Of the result
-) -> Float[Tensor, "batch projections rows columns"]: # Entries of the plan of each projection, 0 where they would underflow
+) -> Float[Tensor, "batch projections rows columns"]: # Entries of each plan, 0 for underflow
     "Dense plans of a few rows and projections"
-    exponent = (x.double()[..., :, None] - y.double()[..., None, :]).abs_().mul_(-inverse_reg[..., None, None]).add_(f[..., :, None]).add_(g[..., None, :])
+    exponent = (x.double()[..., :, None] - y.double()[..., None, :]).abs_()
+    exponent.mul_(-inverse_reg[..., None, None]).add_(f[..., :, None]).add_(g[..., None, :])
     tiny = torch.finfo(dtype).tiny
-    return torch.threshold_(exponent.clamp_min_(log(tiny) + 1).to(dtype).exp_(), 3 * tiny, 0.) # the clamped are at e * tiny, and go
+    # clamped entries are at e * tiny, and go
+    return torch.threshold_(exponent.clamp_min_(log(tiny) + 1).to(dtype).exp_(), 3 * tiny, 0.)
+
+# %% ../../nbs/3_coupling/06_sinkhorn_torch.ipynb #fed8a43b
+def _plan_adjoint(inputs, grad, needs_reg):
+    "Gradients by scores, potentials and 1 / tau"
+    if torch.is_grad_enabled(): # that is, with create_graph=True
+        raise RuntimeError(
+            "backend 'torch' has no second derivatives, got create_graph=True. "
+            "Use backend='reference'."
+        )
+    x, f, y, g, inverse_reg = inputs
+    grad = grad / x.shape[1]
+    dx, df, dy, dg, dreg = (torch.zeros_like(like) for like in (f, f, g, g, inverse_reg))
+    for clips, rows, lines in _tiles_of(x, y):
+        mass = _tile_of(inputs, clips, rows, lines, grad.dtype)
+        mass *= grad[clips, None, rows]
+        df[clips, lines, rows] += mass.sum(-1)
+        dg[clips, lines] += mass.sum(-2)
+        gap = x[clips, lines, rows, None].double() - y[clips, lines, None].double()
+        mass *= gap.sign() # before any scaling: only equal scores are a tie
+        dx[clips, lines, rows] -= mass.sum(-1)
+        dy[clips, lines] += mass.sum(-2)
+        if needs_reg: dreg[clips, lines] -= mass.mul_(gap).sum((-1, -2))
+    dx, dy = dx * inverse_reg[..., None], dy * inverse_reg[..., None]
+    return dx.to(x.dtype), df, dy.to(y.dtype), dg, dreg
 
 # %% ../../nbs/3_coupling/06_sinkhorn_torch.ipynb #7a08b43d
+def _tiles_of(x, y):
+    "Tiles of the plans of x by y"
+    return tiles(*x.shape, y.shape[-1], TILE.get(x.device.type, 2**24))
+
+def _tile_of(inputs, clips, rows, lines, dtype):
+    "One tile"
+    x, f, y, g, inverse_reg = inputs
+    here = x[clips, lines, rows], f[clips, lines, rows], y[clips, lines], g[clips, lines]
+    return plan_tile(*here, inverse_reg[clips, lines], dtype)
+
 class AveragedPlan(torch.autograd.Function):
     "Mean over projections of exp(f + g - |x - y| / tau), tile by tile in both directions"
     @staticmethod
-    def forward(ctx, x, f, y, g, inverse_reg):
-        ctx.save_for_backward(x, f, y, g, inverse_reg)
-        (batch, projections, rows), columns = x.shape, y.shape[-1]
-        plan, dtype = f.new_zeros(batch, rows, columns), torch.promote_types(x.dtype, torch.float32)
-        for clips, some, lines in tiles(batch, projections, rows, columns, TILE.get(x.device.type, 2**24)):
-            plan[clips, some] += plan_tile(x[clips, lines, some], f[clips, lines, some], y[clips, lines], g[clips, lines], inverse_reg[clips, lines], dtype).sum(1)
-        return plan.div_(projections)
+    def forward(ctx, *inputs):
+        ctx.save_for_backward(*inputs)
+        x, f, y = inputs[:3]
+        plan = f.new_zeros(x.shape[0], x.shape[2], y.shape[2])
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        for clips, rows, lines in _tiles_of(x, y):
+            plan[clips, rows] += _tile_of(inputs, clips, rows, lines, dtype).sum(1)
+        return plan.div_(x.shape[1])
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled(): # that is, with create_graph=True
-            raise RuntimeError("backend 'torch' has no second derivatives, got create_graph=True. Use backend='reference'.")
-        x, f, y, g, inverse_reg = ctx.saved_tensors
-        (batch, projections, rows), columns = x.shape, y.shape[-1]
-        grad = grad / projections
-        dx, df, dy, dg, dreg = (torch.zeros_like(like) for like in (f, f, g, g, inverse_reg))
-        for clips, some, lines in tiles(batch, projections, rows, columns, TILE.get(x.device.type, 2**24)):
-            mass = plan_tile(x[clips, lines, some], f[clips, lines, some], y[clips, lines], g[clips, lines], inverse_reg[clips, lines], grad.dtype)
-            mass *= grad[clips, None, some]
-            df[clips, lines, some] += mass.sum(-1); dg[clips, lines] += mass.sum(-2)
-            gap = x[clips, lines, some, None].double() - y[clips, lines, None].double()
-            mass *= gap.sign() # before any scaling: only equal scores are a tie
-            dx[clips, lines, some] -= mass.sum(-1); dy[clips, lines] += mass.sum(-2)
-            if ctx.needs_input_grad[4]: dreg[clips, lines] -= mass.mul_(gap).sum((-1, -2))
-        return (dx * inverse_reg[..., None]).to(x.dtype), df, (dy * inverse_reg[..., None]).to(y.dtype), dg, dreg
+        return _plan_adjoint(ctx.saved_tensors, grad, ctx.needs_input_grad[4])
 
 # %% ../../nbs/3_coupling/06_sinkhorn_torch.ipynb #08aa9178
 @torch.compiler.disable
@@ -193,7 +244,8 @@ def mean_plan(
     inverse_reg:Float[Tensor, "batch projections"], # 1 / tau > 0, per unit of score
 ) -> Float[Tensor, "batch rows columns"]: # Mean over projections, in the dtype of the scores
     "Plans of all projections, averaged"
-    return AveragedPlan.apply(row_scores, row_potentials, column_scores, column_potentials, inverse_reg).to(row_scores.dtype)
+    inputs = row_scores, row_potentials, column_scores, column_potentials, inverse_reg
+    return AveragedPlan.apply(*inputs).to(row_scores.dtype)
 
 # %% ../../nbs/3_coupling/06_sinkhorn_torch.ipynb #1bcff986
 BAND = 2**23 # entries of the averaged plan held at once: 64 MB of float64
@@ -205,13 +257,17 @@ def apply_plan(
     column_scores:Float[Tensor, "batch projections columns"], # Points that are carried
     column_potentials:Float[Tensor, "batch projections columns"], # Their potentials
     inverse_reg:Float[Tensor, "batch projections"], # 1 / tau > 0, per unit of score
-    values:Float[Tensor, "batch columns channels"], # What the columns carry
+    values:Float[Tensor, "batch columns channels"], # Carried by the columns
 ) -> Float[Tensor, "batch rows channels"]: # `mean_plan @ values`, in the dtype of the values
     "Averaged plan times values, a band of rows at a time"
-    carried, dtype = values.double(), torch.promote_types(row_scores.dtype, values.dtype)
-    rows, columns = row_scores.to(dtype), column_scores.to(dtype)
-    def band(some, f): return AveragedPlan.apply(some, f, columns, column_potentials, inverse_reg) @ carried
+    carried = values.double()
+    dtype = torch.promote_types(row_scores.dtype, values.dtype)
+    rows = row_scores.to(dtype)
+    columns = column_scores.to(dtype)
+    def band(some, f):
+        return AveragedPlan.apply(some, f, columns, column_potentials, inverse_reg) @ carried
     height = max(1, BAND // (values.shape[0] * values.shape[1]))
     bands = list(zip(rows.split(height, -1), row_potentials.split(height, -1)))
     if len(bands) == 1: return band(*bands[0]).to(values.dtype)
-    return torch.cat([checkpoint(band, *each, use_reentrant=False, preserve_rng_state=False) for each in bands], 1).to(values.dtype)
+    settings = dict(use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([checkpoint(band, *each, **settings) for each in bands], 1).to(values.dtype)

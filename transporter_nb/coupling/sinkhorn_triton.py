@@ -18,7 +18,10 @@ try:
     import triton
     import triton.language as tl
 except ImportError as error:
-    raise ImportError("The triton backend needs the package `triton`, which could not be imported. Install it (pip install triton), or choose backend='scan' or 'torch'.") from error
+    raise ImportError(
+        "The triton backend needs the package `triton`, which could not be imported. Install it "
+        "(pip install triton), or choose backend='scan' or 'torch'."
+    ) from error
 
 from .sinkhorn_reference import MASKED
 
@@ -52,127 +55,229 @@ def walk(scores, start, n_points, inverse_reg, REVERSE: tl.constexpr, BLOCK: tl.
     inside = step < n_points
     linked = inside & (step > 0)
     there = tl.load(scores + here, mask=linked, other=0.).to(tl.float64)
-    gap = tl.abs(there - tl.load(scores + behind, mask=linked, other=0.).to(tl.float64)) * inverse_reg
-    return here, behind, inside, linked, gap
+    origin = tl.load(scores + behind, mask=linked, other=0.).to(tl.float64)
+    return here, behind, inside, linked, tl.abs(there - origin) * inverse_reg
 
 @triton.jit
 @no_type_check
 def sent(weights, sides, before, turn, at, mask):
     "Log weight that each point sends out; -1e300 if it is not its turn"
-    log_weight = tl.load(weights + at, mask=mask, other=0.) - tl.load(before + at, mask=mask, other=0.)
+    log_weight = tl.load(weights + at, mask=mask, other=0.)
+    log_weight = log_weight - tl.load(before + at, mask=mask, other=0.)
     sends = (tl.load(sides + at, mask=mask, other=0).to(tl.int32) + turn) % 2 == 1
     return tl.where(mask & sends, log_weight, -1e300)
 
 @triton.jit
 @no_type_check
 def at_end(values, BLOCK: tl.constexpr):
-    "What a block hands to the next: its last element"
+    "Last element of a block, handed to the next"
     return tl.sum(tl.where(tl.arange(0, BLOCK) == BLOCK - 1, values, 0.), axis=0)
 
 # %% ../../nbs/3_coupling/07_sinkhorn_triton.ipynb #1dc4a4f9
 @triton.jit
 @no_type_check
-def listen(scores, sides, weights, before, turn, start, n_points, inverse_reg, reach, mass, tied,
-           REVERSE: tl.constexpr, TIES: tl.constexpr, BLOCK: tl.constexpr):
-    "What arrives from one direction at a block of points: scale R, mass F, mass without ties; and E, F, ties to carry on"
+def listen(
+    scores, sides, weights, before, turn, start, n_points, inverse_reg, reach, mass, tied,
+    REVERSE: tl.constexpr, TIES: tl.constexpr, BLOCK: tl.constexpr,
+):
+    "Arrivals from one direction at a block of points: scale R, mass F, mass without ties"
+    # E, F and ties are returned last, to be carried on
     here, behind, inside, linked, gap = walk(scores, start, n_points, inverse_reg, REVERSE, BLOCK)
     own = sent(weights, sides, before, turn, here, inside)
-    way, arriving = tl.associative_scan((gap, sent(weights, sides, before, turn, behind, linked) - gap), 0, join_reach)
+    offered = sent(weights, sides, before, turn, behind, linked) - gap
+    way, arriving = tl.associative_scan((gap, offered), 0, join_reach)
     arriving = tl.maximum(arriving, reach - way)
     fainter = tl.exp(-tl.abs(arriving - own))
-    keep, gained = tl.where(arriving > own, 1., fainter), tl.where(arriving > own, fainter, 1.)
+    keep = tl.where(arriving > own, 1., fainter)
+    gained = tl.where(arriving > own, fainter, 1.)
     if TIES:
         hold = tl.where(linked & (gap == 0.), keep, 0.)
-        keep, total, hold, equal = tl.associative_scan((keep, gained, hold, gained), 0, join_mass_and_ties)
+        keep, total, hold, equal = tl.associative_scan(
+            (keep, gained, hold, gained), 0, join_mass_and_ties
+        )
         equal = hold * tied + equal
     else:
         keep, total = tl.associative_scan((keep, gained), 0, join_mass)
         equal = tl.zeros_like(total)
     total = keep * mass + total
-    return here, inside, tl.maximum(arriving, own), total, total - equal, at_end(arriving, BLOCK), at_end(total, BLOCK), at_end(equal, BLOCK)
+    scale = tl.maximum(arriving, own)
+    ends = at_end(arriving, BLOCK), at_end(total, BLOCK), at_end(equal, BLOCK)
+    return here, inside, scale, total, total - equal, ends[0], ends[1], ends[2]
 
 # %% ../../nbs/3_coupling/07_sinkhorn_triton.ipynb #54379cd4
 @triton.jit
 @no_type_check
-def potentials_kernel(scores, sides, weights, inverse_regs, history, balance, aside, n_points, n_turns, n_kept,
-                      SAVE: tl.constexpr, BLOCK: tl.constexpr):
+def listen_rightward(
+    scores, sides, weights, before, aside, size, turn, n_points, inverse_reg,
+    SAVE: tl.constexpr, BLOCK: tl.constexpr,
+):
+    "First walk of a half-step: scale, mass and mass without ties are put aside"
+    reach = inverse_reg * 0. - 1e300
+    mass = inverse_reg * 0.
+    tied = inverse_reg * 0.
+    for start in range(0, n_points, BLOCK):
+        here, inside, scale, total, strict, reach, mass, tied = listen(
+            scores, sides, weights, before, turn, start, n_points, inverse_reg,
+            reach, mass, tied, False, SAVE, BLOCK,
+        )
+        tl.store(aside + here, scale, mask=inside)
+        tl.store(aside + size + here, total, mask=inside)
+        tl.store(aside + 2 * size + here, strict, mask=inside)
+
+# %% ../../nbs/3_coupling/07_sinkhorn_triton.ipynb #e9e5c6a3
+@triton.jit
+@no_type_check
+def listen_leftward(
+    scores, sides, weights, before, now, balance, aside, size, turn, n_points, inverse_reg,
+    SAVE: tl.constexpr, BLOCK: tl.constexpr,
+):
+    "Second walk of a half-step: y at every point and, for gradients, the listeners' balance"
+    reach = inverse_reg * 0. - 1e300
+    mass = inverse_reg * 0.
+    tied = inverse_reg * 0.
+    for start in range(0, n_points, BLOCK):
+        here, inside, scale, total, strict, reach, mass, tied = listen(
+            scores, sides, weights, before, turn, start, n_points, inverse_reg,
+            reach, mass, tied, True, SAVE, BLOCK,
+        )
+        left_scale = tl.load(aside + here, mask=inside, other=-1e300)
+        level = tl.maximum(scale, left_scale)
+        from_right = tl.exp(scale - level)
+        from_left = tl.exp(left_scale - level)
+        left_total = tl.load(aside + size + here, mask=inside, other=0.)
+        everything = total * from_right + left_total * from_left
+        tl.store(now + here, level + tl.log(everything), mask=inside)
+        if SAVE:
+            side = tl.load(sides + here, mask=inside, other=0).to(tl.int32)
+            listens = inside & ((side + turn) % 2 == 0)
+            left_strict = tl.load(aside + 2 * size + here, mask=inside, other=0.)
+            uneven = strict * from_right - left_strict * from_left
+            tl.store(balance + here, uneven / everything, mask=listens)
+
+# %% ../../nbs/3_coupling/07_sinkhorn_triton.ipynb #387df526
+@triton.jit
+@no_type_check
+def potentials_kernel(
+    scores, sides, weights, inverse_regs, history, balance, aside, n_points, n_turns, n_kept,
+    SAVE: tl.constexpr, BLOCK: tl.constexpr,
+):
     "All half-steps of one line; writes y at every point"
-    line, size = tl.program_id(0).to(tl.int64) * n_points, tl.num_programs(0).to(tl.int64) * n_points
-    scores, sides, weights, aside = scores + line, sides + line, weights + line, aside + line
+    line = tl.program_id(0).to(tl.int64) * n_points
+    size = tl.num_programs(0).to(tl.int64) * n_points
+    scores = scores + line
+    sides = sides + line
+    weights = weights + line
+    aside = aside + line
     inverse_reg = tl.load(inverse_regs + tl.program_id(0))
     for turn in range(n_turns):
-        before, now = history + (turn % n_kept) * size + line, history + ((turn + 1) % n_kept) * size + line
-        reach, mass, tied = inverse_reg * 0. - 1e300, inverse_reg * 0., inverse_reg * 0.
-        for start in range(0, n_points, BLOCK):
-            here, inside, scale, total, strict, reach, mass, tied = listen(
-                scores, sides, weights, before, turn, start, n_points, inverse_reg, reach, mass, tied, False, SAVE, BLOCK)
-            tl.store(aside + here, scale, mask=inside)
-            tl.store(aside + size + here, total, mask=inside)
-            tl.store(aside + 2 * size + here, strict, mask=inside)
+        before = history + (turn % n_kept) * size + line
+        now = history + ((turn + 1) % n_kept) * size + line
+        listen_rightward(
+            scores, sides, weights, before, aside, size, turn, n_points, inverse_reg, SAVE, BLOCK,
+        )
         tl.debug_barrier()
-        reach, mass, tied = inverse_reg * 0. - 1e300, inverse_reg * 0., inverse_reg * 0.
-        for start in range(0, n_points, BLOCK):
-            here, inside, scale, total, strict, reach, mass, tied = listen(
-                scores, sides, weights, before, turn, start, n_points, inverse_reg, reach, mass, tied, True, SAVE, BLOCK)
-            left_scale = tl.load(aside + here, mask=inside, other=-1e300)
-            level = tl.maximum(scale, left_scale)
-            from_right, from_left = tl.exp(scale - level), tl.exp(left_scale - level)
-            everything = total * from_right + tl.load(aside + size + here, mask=inside, other=0.) * from_left
-            tl.store(now + here, level + tl.log(everything), mask=inside)
-            if SAVE:
-                listens = inside & ((tl.load(sides + here, mask=inside, other=0).to(tl.int32) + turn) % 2 == 0)
-                uneven = strict * from_right - tl.load(aside + 2 * size + here, mask=inside, other=0.) * from_left
-                tl.store(balance + (turn // 2) * size + line + here, uneven / everything, mask=listens)
+        listen_leftward(
+            scores, sides, weights, before, now, balance + (turn // 2) * size + line, aside, size,
+            turn, n_points, inverse_reg, SAVE, BLOCK,
+        )
         tl.debug_barrier()
 
 # %% ../../nbs/3_coupling/07_sinkhorn_triton.ipynb #e59a0d82
 @triton.jit
 @no_type_check
-def answer(scores, sides, history, upstream, turn, start, n_points, inverse_reg, total, tied,
-           REVERSE: tl.constexpr, BLOCK: tl.constexpr):
+def answer(
+    scores, sides, history, upstream, turn, start, n_points, inverse_reg, total, tied,
+    REVERSE: tl.constexpr, BLOCK: tl.constexpr,
+):
     "Adjoint mass that comes back from one direction: all of it, without ties; and both to carry on"
     here, behind, inside, linked, gap = walk(scores, start, n_points, inverse_reg, REVERSE, BLOCK)
-    rise = tl.load(history + here, mask=linked, other=0.) - tl.load(history + behind, mask=linked, other=0.)
+    rise = tl.load(history + here, mask=linked, other=0.)
+    rise = rise - tl.load(history + behind, mask=linked, other=0.)
     keep = tl.exp(tl.where(linked, rise - gap, -1e300))
     listens = inside & ((tl.load(sides + here, mask=inside, other=0).to(tl.int32) + turn) % 2 == 0)
     own = tl.load(upstream + here, mask=listens, other=0.)
-    keep, come, hold, equal = tl.associative_scan((keep, own, tl.where(gap == 0., keep, 0.), own), 0, join_mass_and_ties)
-    come, equal = keep * total + come, hold * tied + equal
+    hold = tl.where(gap == 0., keep, 0.)
+    keep, come, hold, equal = tl.associative_scan((keep, own, hold, own), 0, join_mass_and_ties)
+    come = keep * total + come
+    equal = hold * tied + equal
     return here, inside, own, come, come - equal, at_end(come, BLOCK), at_end(equal, BLOCK)
+
+@triton.jit
+@no_type_check
+def answer_rightward(
+    scores, sides, now, upstream, aside, size, turn, n_points, inverse_reg, BLOCK: tl.constexpr,
+):
+    "First walk back: the mass, with and without ties, is put aside"
+    total = inverse_reg * 0.
+    tied = inverse_reg * 0.
+    for start in range(0, n_points, BLOCK):
+        here, inside, own, come, strict, total, tied = answer(
+            scores, sides, now, upstream, turn, start, n_points, inverse_reg,
+            total, tied, False, BLOCK,
+        )
+        tl.store(aside + here, come, mask=inside)
+        tl.store(aside + size + here, strict, mask=inside)
+
+# %% ../../nbs/3_coupling/07_sinkhorn_triton.ipynb #72a8c1eb
+@triton.jit
+@no_type_check
+def add_to(pointer, value, mask):
+    "Add to numbers in memory that are this program's alone"
+    tl.store(pointer, tl.load(pointer, mask=mask, other=0.) + value, mask=mask)
+
+@triton.jit
+@no_type_check
+def answer_leftward(
+    scores, sides, weights, before, now, balance, upstream, positions, pushes, aside, size, turn,
+    n_points, inverse_reg, BLOCK: tl.constexpr,
+):
+    "Second walk back: derivatives by position and weight, and y's of the half-step before"
+    total = inverse_reg * 0.
+    tied = inverse_reg * 0.
+    for start in range(0, n_points, BLOCK):
+        here, inside, own, come, strict, total, tied = answer(
+            scores, sides, now, upstream, turn, start, n_points, inverse_reg,
+            total, tied, True, BLOCK,
+        )
+        log_weight = sent(weights, sides, before, turn, here, inside)
+        share = tl.exp(log_weight - tl.load(now + here, mask=inside, other=0.))
+        push = share * (come + tl.load(aside + here, mask=inside, other=0.))
+        position = share * (strict - tl.load(aside + size + here, mask=inside, other=0.))
+        position += own * tl.load(balance + here, mask=inside, other=0.)
+        add_to(positions + here, position, inside)
+        add_to(pushes + here, push, inside)
+        sends = (tl.load(sides + here, mask=inside, other=0).to(tl.int32) + turn) % 2 == 1
+        left = tl.load(upstream + here, mask=inside, other=0.) - push
+        tl.store(upstream + here, tl.where(sends, left, 0.), mask=inside)
 
 # %% ../../nbs/3_coupling/07_sinkhorn_triton.ipynb #6ab103ec
 @triton.jit
 @no_type_check
-def potentials_backward_kernel(scores, sides, weights, inverse_regs, history, balance, upstream, positions, pushes, aside,
-                               n_points, n_turns, BLOCK: tl.constexpr):
-    "All half-steps of one line in reverse; adds up derivatives by scaled position and by log weight"
-    line, size = tl.program_id(0).to(tl.int64) * n_points, tl.num_programs(0).to(tl.int64) * n_points
-    scores, sides, weights, balance = scores + line, sides + line, weights + line, balance + line
-    upstream, positions, pushes, aside = upstream + line, positions + line, pushes + line, aside + line
+def potentials_backward_kernel(
+    scores, sides, weights, inverse_regs, history, balance, upstream, positions, pushes, aside,
+    n_points, n_turns, BLOCK: tl.constexpr,
+):
+    "All half-steps of one line in reverse; adds derivatives by scaled position and log weight"
+    line = tl.program_id(0).to(tl.int64) * n_points
+    size = tl.num_programs(0).to(tl.int64) * n_points
+    scores = scores + line
+    sides = sides + line
+    weights = weights + line
+    upstream = upstream + line
+    aside = aside + line
     inverse_reg = tl.load(inverse_regs + tl.program_id(0))
     for step in range(n_turns):
         turn = n_turns - 1 - step
-        before, now = history + turn * size + line, history + (turn + 1) * size + line
-        total, tied = inverse_reg * 0., inverse_reg * 0.
-        for start in range(0, n_points, BLOCK):
-            here, inside, own, come, strict, total, tied = answer(
-                scores, sides, now, upstream, turn, start, n_points, inverse_reg, total, tied, False, BLOCK)
-            tl.store(aside + here, come, mask=inside)
-            tl.store(aside + size + here, strict, mask=inside)
+        before = history + turn * size + line
+        now = history + (turn + 1) * size + line
+        answer_rightward(
+            scores, sides, now, upstream, aside, size, turn, n_points, inverse_reg, BLOCK,
+        )
         tl.debug_barrier()
-        total, tied = inverse_reg * 0., inverse_reg * 0.
-        for start in range(0, n_points, BLOCK):
-            here, inside, own, come, strict, total, tied = answer(
-                scores, sides, now, upstream, turn, start, n_points, inverse_reg, total, tied, True, BLOCK)
-            log_weight = sent(weights, sides, before, turn, here, inside)
-            share = tl.exp(log_weight - tl.load(now + here, mask=inside, other=0.))
-            push = share * (come + tl.load(aside + here, mask=inside, other=0.))
-            position = share * (strict - tl.load(aside + size + here, mask=inside, other=0.))
-            position += own * tl.load(balance + (turn // 2) * size + here, mask=inside, other=0.)
-            tl.store(positions + here, tl.load(positions + here, mask=inside, other=0.) + position, mask=inside)
-            tl.store(pushes + here, tl.load(pushes + here, mask=inside, other=0.) + push, mask=inside)
-            sends = (tl.load(sides + here, mask=inside, other=0).to(tl.int32) + turn) % 2 == 1
-            tl.store(upstream + here, tl.where(sends, tl.load(upstream + here, mask=inside, other=0.) - push, 0.), mask=inside)
+        answer_leftward(
+            scores, sides, weights, before, now, balance + (turn // 2) * size + line, upstream,
+            positions + line, pushes + line, aside, size, turn, n_points, inverse_reg, BLOCK,
+        )
         tl.debug_barrier()
 
 # %% ../../nbs/3_coupling/07_sinkhorn_triton.ipynb #c515764c
@@ -181,21 +286,32 @@ def merge(
     last_scores:Float[Tensor, "batch projections last"], # Points of the last side
     first_log_weights:Float64[Tensor, "batch first"], # log u
     last_log_weights:Float64[Tensor, "batch last"], # log v
-) -> tuple[Float[Tensor, "batch projections points"], Int64[Tensor, "batch projections points"],
-           Int8[Tensor, "batch projections points"], Float64[Tensor, "batch projections points"]]: # Sorted scores, their order, side (0 first, 1 last) and log weight
+) -> tuple[
+    Float[Tensor, "batch projections points"], # Sorted scores
+    Int64[Tensor, "batch projections points"], # Their order
+    Int8[Tensor, "batch projections points"], # Their side: 0 first, 1 last
+    Float64[Tensor, "batch projections points"], # Their log weights
+]:
     "Both sides of every line in one sorted row"
     scores, order = torch.cat([first_scores, last_scores], -1).sort(dim=-1, stable=True)
-    weights = torch.cat([first_log_weights, last_log_weights], -1)[:, None].expand(order.shape).gather(-1, order)
+    weights = _merged_weights(first_log_weights, last_log_weights, order)
     return scores, order, (order >= first_scores.shape[-1]).to(torch.int8), weights
+
+def _merged_weights(first_log_weights, last_log_weights, order):
+    "Log weights of both sides in the order of every line"
+    weights = torch.cat([first_log_weights, last_log_weights], -1)
+    return weights[:, None].expand(order.shape).gather(-1, order)
 
 def origin(
     scores:Float[Tensor, "batch projections points"], # Points
     log_weights:Float64[Tensor, "batch projections points"], # Their log weights or potentials
 ) -> Float64[Tensor, "batch projections 1"]: # A point from which positions are measured
     "First point of every line that is not left out"
-    return scores.gather(-1, (log_weights > MASKED / 2).to(torch.int8).argmax(-1, keepdim=True)).double()
+    first = (log_weights > MASKED / 2).to(torch.int8).argmax(-1, keepdim=True)
+    return scores.gather(-1, first).double()
 
-BLOCK_POINTS = 1024 # points of a line joined at once: compiled for an H100, 1024 by 8 warps stay in registers and 2048 do not
+# %% ../../nbs/3_coupling/07_sinkhorn_triton.ipynb #81596f00
+BLOCK_POINTS = 1024 # points of a line joined at once (measured, see the text)
 
 def block_size(
     n_points:int, # Points on a line
@@ -207,65 +323,86 @@ def block_size(
 # %% ../../nbs/3_coupling/07_sinkhorn_triton.ipynb #1b86acd4
 @torch.library.custom_op("transporter_nb::triton_potentials", mutates_args=())
 def triton_potentials(
-    first_scores: Tensor, last_scores: Tensor, inverse_reg: Tensor, first_log_weights: Tensor, last_log_weights: Tensor, n_iterations: int, save: bool,
+    first_scores: Tensor, last_scores: Tensor, inverse_reg: Tensor,
+    first_log_weights: Tensor, last_log_weights: Tensor, n_iterations: int, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     "f, g; the order of the points, y of every half-step and the balance of every listener"
-    scores, order, sides, weights = merge(first_scores, last_scores, first_log_weights, last_log_weights)
+    scores, order, sides, weights = merge(
+        first_scores, last_scores, first_log_weights, last_log_weights,
+    )
     n_turns, shape = 2 * n_iterations, order.shape
     history = weights.new_empty(n_turns + 1 if save else 2, *shape)
-    history[0] = 0 # before the first half-step nobody has heard anything
+    history[0] = 0 # before the first half-step nothing was sent
     balance = weights.new_empty(n_iterations if save else 0, *shape)
+    given = scores, sides, weights, inverse_reg.contiguous()
+    made = history, balance, weights.new_empty(3, *shape)
+    sizes = shape[-1], n_turns, len(history)
     with torch.cuda.device_of(scores):
-        potentials_kernel[(shape[0] * shape[1],)](
-            scores, sides, weights, inverse_reg.contiguous(), history, balance, weights.new_empty(3, *shape),
-            shape[-1], n_turns, len(history), SAVE=save, **block_size(shape[-1]))
-    merged = torch.where(sides == 0, weights - history[(n_turns - 1) % len(history)], -history[n_turns % len(history)])
-    f, g = torch.empty_like(merged).scatter_(-1, order, merged).split([first_scores.shape[-1], last_scores.shape[-1]], -1)
-    f, g = (part.clone(memory_format=torch.contiguous_format) for part in (f, g)) # contiguous() would hand out two views of one tensor where there is one line only
+        launch = potentials_kernel[(shape[0] * shape[1],)]
+        launch(*given, *made, *sizes, SAVE=save, **block_size(shape[-1]))
+    f_merged = weights - history[(n_turns - 1) % len(history)]
+    merged = torch.where(sides == 0, f_merged, -history[n_turns % len(history)])
+    parts = torch.empty_like(merged).scatter_(-1, order, merged)
+    parts = parts.split([first_scores.shape[-1], last_scores.shape[-1]], -1)
+    # contiguous() would hand out two views of one tensor where there is one line only
+    f, g = (part.clone(memory_format=torch.contiguous_format) for part in parts)
     return f, g, order, history, balance
 
+# %% ../../nbs/3_coupling/07_sinkhorn_triton.ipynb #e3f961dd
 @triton_potentials.register_fake
 @no_type_check
-def _(first_scores, last_scores, inverse_reg, first_log_weights, last_log_weights, n_iterations, save):
+def _(
+    first_scores, last_scores, inverse_reg, first_log_weights, last_log_weights, n_iterations, save,
+):
     shape = (*first_scores.shape[:2], first_scores.shape[2] + last_scores.shape[2])
     empty = inverse_reg.new_empty
-    return (empty(first_scores.shape), empty(last_scores.shape), empty(shape, dtype=torch.int64),
-            empty(2 * n_iterations + 1 if save else 2, *shape), empty(n_iterations if save else 0, *shape))
+    history = empty(2 * n_iterations + 1 if save else 2, *shape)
+    balance = empty(n_iterations if save else 0, *shape)
+    potentials = empty(first_scores.shape), empty(last_scores.shape)
+    return *potentials, empty(shape, dtype=torch.int64), history, balance
 
 # %% ../../nbs/3_coupling/07_sinkhorn_triton.ipynb #f505331b
 @torch.library.custom_op("transporter_nb::triton_potentials_backward", mutates_args=())
 def triton_potentials_backward(
-    f_grad: Tensor, g_grad: Tensor, first_scores: Tensor, last_scores: Tensor, inverse_reg: Tensor, first_log_weights: Tensor, last_log_weights: Tensor,
+    f_grad: Tensor, g_grad: Tensor, first_scores: Tensor, last_scores: Tensor, inverse_reg: Tensor,
+    first_log_weights: Tensor, last_log_weights: Tensor,
     order: Tensor, history: Tensor, balance: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     "Derivatives by the five inputs of `potentials`, each in the dtype of its input"
     sizes = [first_scores.shape[-1], last_scores.shape[-1]]
     scores = torch.cat([first_scores, last_scores], -1).gather(-1, order)
-    weights = torch.cat([first_log_weights, last_log_weights], -1)[:, None].expand(order.shape).gather(-1, order)
+    weights = _merged_weights(first_log_weights, last_log_weights, order)
     upstream = -torch.cat([f_grad, g_grad], -1).gather(-1, order)
-    positions, pushes, aside = torch.zeros_like(weights), torch.zeros_like(weights), weights.new_empty(2, *weights.shape)
+    positions = torch.zeros_like(weights)
+    pushes = torch.zeros_like(weights)
+    given = scores, (order >= sizes[0]).to(torch.int8), weights, inverse_reg.contiguous()
+    made = upstream, positions, pushes, weights.new_empty(2, *weights.shape)
     with torch.cuda.device_of(scores):
-        potentials_backward_kernel[(order.shape[0] * order.shape[1],)](
-            scores, (order >= sizes[0]).to(torch.int8), weights, inverse_reg.contiguous(), history, balance, upstream, positions, pushes, aside,
-            order.shape[-1], len(history) - 1, **block_size(order.shape[-1]))
+        launch = potentials_backward_kernel[(order.shape[0] * order.shape[1],)]
+        numbers = order.shape[-1], len(history) - 1
+        launch(*given, history, balance, *made, *numbers, **block_size(order.shape[-1]))
     inverse_reg_grad = ((scores.double() - origin(scores, weights)) * positions).sum(-1)
-    first, last = torch.empty_like(weights).scatter_(-1, order, positions * inverse_reg[..., None]).split(sizes, -1)
-    first_push, last_push = torch.empty_like(weights).scatter_(-1, order, pushes).sum(1).split(sizes, -1)
-    return (first.to(first_scores.dtype, copy=True), last.to(last_scores.dtype, copy=True), inverse_reg_grad,
-            first_push + f_grad.sum(1), last_push.clone()) # f = log u - y: log u is met once more at the very end
+    def unsorted(merged): return torch.empty_like(weights).scatter_(-1, order, merged)
+    first, last = unsorted(positions * inverse_reg[..., None]).split(sizes, -1)
+    first_push, last_push = unsorted(pushes).sum(1).split(sizes, -1)
+    scores_grad = first.to(first_scores.dtype, copy=True), last.to(last_scores.dtype, copy=True)
+    # f = log u - y: log u enters once more at the very end
+    return *scores_grad, inverse_reg_grad, first_push + f_grad.sum(1), last_push.clone()
 
 @triton_potentials_backward.register_fake
 @no_type_check
-def _(f_grad, g_grad, first_scores, last_scores, inverse_reg, first_log_weights, last_log_weights, order, history, balance):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format)
-                 for x in (first_scores, last_scores, inverse_reg, first_log_weights, last_log_weights))
+def _(f_grad, g_grad, *rest):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in rest[:5])
 
 # %% ../../nbs/3_coupling/07_sinkhorn_triton.ipynb #276accc6
-SECOND_DERIVATIVES = 'second derivatives (create_graph=True) are not there in backend "triton". Use backend="reference".'
+SECOND_DERIVATIVES = (
+    'second derivatives (create_graph=True) are not there in backend "triton". '
+    'Use backend="reference".'
+)
 
 @no_type_check
 def keep_for_potentials(ctx, inputs, output):
-    "What the backward pass needs"
+    "Save for the backward pass the inputs, the order, every y and the balance"
     ctx.save_for_backward(*inputs[:5], *output[2:])
     ctx.mark_non_differentiable(*output[2:])
 
@@ -278,13 +415,16 @@ def differentiate_potentials(ctx, f_grad, g_grad, *unused):
 triton_potentials.register_autograd(differentiate_potentials, setup_context=keep_for_potentials)
 
 def potentials(
-    first_scores:Float[Tensor, "batch projections first"], # Points of the side that is normalised first in every round
-    last_scores:Float[Tensor, "batch projections last"], # Points of the side that is normalised last, and holds exactly
+    first_scores:Float[Tensor, "batch projections first"], # Points of the side normalised first
+    last_scores:Float[Tensor, "batch projections last"], # Points of the side with exact sums
     inverse_reg:Float64[Tensor, "batch projections"], # 1 / tau > 0, per unit of score
     first_log_weights:Float64[Tensor, "batch first"], # log u; `MASKED` leaves a point out
     last_log_weights:Float64[Tensor, "batch last"], # log v; `MASKED` leaves a point out
     n_iterations:int, # Rounds, at least 1
-) -> tuple[Float64[Tensor, "batch projections first"], Float64[Tensor, "batch projections last"]]: # f and g
+) -> tuple[
+    Float64[Tensor, "batch projections first"], # f
+    Float64[Tensor, "batch projections last"], # g
+]:
     "Potentials after a fixed number of rounds of Sinkhorn's normalisation (paper §3.2)"
     inputs = first_scores, last_scores, inverse_reg, first_log_weights, last_log_weights
     save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
@@ -298,35 +438,75 @@ def point_logs(scores, potentials, anchor, inverse_reg, start, n_points, BLOCK: 
     "Potential plus and minus position of a block of points, and which of them are real"
     at = start + tl.arange(0, BLOCK)
     potential = tl.load(potentials + at, mask=at < n_points, other=-1e300)
-    position = (tl.load(scores + at, mask=at < n_points, other=0.).to(tl.float64) - anchor) * inverse_reg
+    score = tl.load(scores + at, mask=at < n_points, other=0.).to(tl.float64)
+    position = (score - anchor) * inverse_reg
     return at, potential > -5e299, potential + position, potential - position
 
 @triton.jit
 @no_type_check
-def factors_kernel(row_scores, row_potentials, column_scores, column_potentials, inverse_regs, anchors, row_factors, column_factors, fits,
-                   n_rows, n_columns, LIMIT: tl.constexpr, FLOAT: tl.constexpr, BLOCK: tl.constexpr):
-    "Exponentials of all points of a line about the middle of its rows, and whether they stay in range"
-    row, column = tl.program_id(0).to(tl.int64) * n_rows, tl.program_id(0).to(tl.int64) * n_columns
-    inverse_reg, anchor = tl.load(inverse_regs + tl.program_id(0)), tl.load(anchors + tl.program_id(0))
-    huge, largest = inverse_reg * 0. + 1e300, inverse_reg * 0.
-    least_up, most_up, least_down, most_down = huge, -huge, huge, -huge
-    for start in range(0, n_rows, BLOCK):
-        at, real, up, down = point_logs(row_scores + row, row_potentials + row, anchor, inverse_reg, start, n_rows, BLOCK)
-        least_up, least_down = tl.minimum(least_up, tl.min(tl.where(real, up, huge))), tl.minimum(least_down, tl.min(tl.where(real, down, huge)))
-        most_up, most_down = tl.maximum(most_up, tl.max(tl.where(real, up, -huge))), tl.maximum(most_down, tl.max(tl.where(real, down, -huge)))
-    middle_up, middle_down = (least_up + most_up) / 2, (least_down + most_down) / 2
-    for start in range(0, n_rows, BLOCK):
-        at, real, up, down = point_logs(row_scores + row, row_potentials + row, anchor, inverse_reg, start, n_rows, BLOCK)
-        up, down = up - middle_up, down - middle_down
-        largest = tl.maximum(largest, tl.max(tl.where(real, tl.maximum(tl.abs(up), tl.abs(down)), 0.)))
-        tl.store(row_factors + 2 * row + at, tl.exp(tl.minimum(up, LIMIT)).to(FLOAT), mask=at < n_rows)
-        tl.store(row_factors + 2 * row + n_rows + at, tl.exp(tl.minimum(down, LIMIT)).to(FLOAT), mask=at < n_rows)
-    for start in range(0, n_columns, BLOCK):
-        at, real, up, down = point_logs(column_scores + column, column_potentials + column, anchor, inverse_reg, start, n_columns, BLOCK)
-        up, down = up + middle_down, down + middle_up # a row's rise meets a column's fall
-        largest = tl.maximum(largest, tl.max(tl.where(real, tl.maximum(tl.abs(up), tl.abs(down)), 0.)))
-        tl.store(column_factors + 2 * column + at, tl.exp(tl.minimum(down, LIMIT)).to(FLOAT), mask=at < n_columns)
-        tl.store(column_factors + 2 * column + n_columns + at, tl.exp(tl.minimum(up, LIMIT)).to(FLOAT), mask=at < n_columns)
+def middles(scores, potentials, anchor, inverse_reg, n_points, BLOCK: tl.constexpr):
+    "Middle of the exponents of one side, with positions added and subtracted"
+    huge = inverse_reg * 0. + 1e300
+    least_up = huge
+    most_up = -huge
+    least_down = huge
+    most_down = -huge
+    for start in range(0, n_points, BLOCK):
+        at, real, up, down = point_logs(
+            scores, potentials, anchor, inverse_reg, start, n_points, BLOCK,
+        )
+        least_up = tl.minimum(least_up, tl.min(tl.where(real, up, huge)))
+        least_down = tl.minimum(least_down, tl.min(tl.where(real, down, huge)))
+        most_up = tl.maximum(most_up, tl.max(tl.where(real, up, -huge)))
+        most_down = tl.maximum(most_down, tl.max(tl.where(real, down, -huge)))
+    return (least_up + most_up) / 2, (least_down + most_down) / 2
+
+# %% ../../nbs/3_coupling/07_sinkhorn_triton.ipynb #52a84723
+@triton.jit
+@no_type_check
+def store_factors(
+    scores, potentials, ups, downs, anchor, inverse_reg, shift_up, shift_down, largest, n_points,
+    LIMIT: tl.constexpr, FLOAT: tl.constexpr, BLOCK: tl.constexpr,
+):
+    "Exponentials of the points of one side; returns the largest exponent so far"
+    for start in range(0, n_points, BLOCK):
+        at, real, up, down = point_logs(
+            scores, potentials, anchor, inverse_reg, start, n_points, BLOCK,
+        )
+        up = up + shift_up
+        down = down + shift_down
+        farther = tl.maximum(tl.abs(up), tl.abs(down))
+        largest = tl.maximum(largest, tl.max(tl.where(real, farther, 0.)))
+        tl.store(ups + at, tl.exp(tl.minimum(up, LIMIT)).to(FLOAT), mask=at < n_points)
+        tl.store(downs + at, tl.exp(tl.minimum(down, LIMIT)).to(FLOAT), mask=at < n_points)
+    return largest
+
+# %% ../../nbs/3_coupling/07_sinkhorn_triton.ipynb #a0b48926
+@triton.jit
+@no_type_check
+def factors_kernel(
+    row_scores, row_potentials, column_scores, column_potentials, inverse_regs, anchors,
+    row_factors, column_factors, fits, n_rows, n_columns,
+    LIMIT: tl.constexpr, FLOAT: tl.constexpr, BLOCK: tl.constexpr,
+):
+    "Exponentials of all points of a line about the middle of its rows; whether they fit"
+    row = tl.program_id(0).to(tl.int64) * n_rows
+    column = tl.program_id(0).to(tl.int64) * n_columns
+    inverse_reg = tl.load(inverse_regs + tl.program_id(0))
+    anchor = tl.load(anchors + tl.program_id(0))
+    middle_up, middle_down = middles(
+        row_scores + row, row_potentials + row, anchor, inverse_reg, n_rows, BLOCK,
+    )
+    rows = row_factors + 2 * row
+    columns = column_factors + 2 * column
+    largest = store_factors(
+        row_scores + row, row_potentials + row, rows, rows + n_rows, anchor, inverse_reg,
+        -middle_up, -middle_down, inverse_reg * 0., n_rows, LIMIT, FLOAT, BLOCK,
+    )
+    largest = store_factors(
+        column_scores + column, column_potentials + column, columns + n_columns, columns, anchor,
+        inverse_reg, middle_down, middle_up, largest, n_columns, LIMIT, FLOAT, BLOCK,
+    )
     tl.store(fits + tl.program_id(0), (largest < LIMIT).to(tl.int8))
 
 # %% ../../nbs/3_coupling/07_sinkhorn_triton.ipynb #53faf22d
@@ -349,34 +529,67 @@ def point_factors(
     column_scores:Float[Tensor, "batch projections columns"], # Points that are carried
     column_potentials:Float64[Tensor, "batch projections columns"], # Their potentials
     inverse_reg:Float64[Tensor, "batch projections"], # 1 / tau > 0, per unit of score
-) -> tuple[Float[Tensor, "batch projections 2 rows"], Float[Tensor, "batch projections 2 columns"],
-           Int8[Tensor, "batch projections"]]: # exp(r+x), exp(r-x); exp(c-y), exp(c+y); 1 where all are in range
+) -> tuple[
+    Float[Tensor, "batch projections 2 rows"], # exp(r+x), exp(r-x)
+    Float[Tensor, "batch projections 2 columns"], # exp(c-y), exp(c+y)
+    Int8[Tensor, "batch projections"], # 1 where all are in range
+]:
     "The exponentials of every point, and which lines may use them"
-    inputs = [x.contiguous() for x in (row_scores, row_potentials, column_scores, column_potentials, inverse_reg)]
-    (n_batch, n_projections, n_rows), n_columns, dtype = row_scores.shape, column_scores.shape[-1], tile_dtype(row_scores.dtype)
-    rows, columns = (row_scores.new_empty(n_batch, n_projections, 2, n, dtype=dtype) for n in (n_rows, n_columns))
+    given = row_scores, row_potentials, column_scores, column_potentials, inverse_reg
+    inputs = [x.contiguous() for x in given]
+    n_batch, n_projections, n_rows = row_scores.shape
+    sizes = n_rows, column_scores.shape[-1]
+    dtype = tile_dtype(row_scores.dtype)
+    shapes = [(n_batch, n_projections, 2, n) for n in sizes]
+    rows, columns = (row_scores.new_empty(shape, dtype=dtype) for shape in shapes)
     fits = row_scores.new_empty(n_batch, n_projections, dtype=torch.int8)
-    limit = .95 * log(torch.finfo(dtype).max) # 0.95: the smallest normal number is a little nearer to 1 than the largest
+    # 0.95: the smallest normal number is a little nearer to 1 than the largest
+    settings = dict(LIMIT=.95 * log(torch.finfo(dtype).max), FLOAT=tl_dtype(dtype))
+    made = origin(*inputs[:2]), rows, columns, fits
     with torch.cuda.device_of(row_scores):
-        factors_kernel[(n_batch * n_projections,)](
-            *inputs, origin(*inputs[:2]), rows, columns, fits, n_rows, n_columns, LIMIT=limit, FLOAT=tl_dtype(dtype), **block_size(max(n_rows, n_columns)))
+        launch = factors_kernel[(n_batch * n_projections,)]
+        launch(*inputs, *made, *sizes, **settings, **block_size(max(sizes)))
     return rows, columns, fits
+
+# %% ../../nbs/3_coupling/07_sinkhorn_triton.ipynb #bb19e06f
+TILE = 64, 64 # rows and columns of a tile (measured, see the text)
+
+def tile_launch(
+    row_scores:Float[Tensor, "batch projections rows"], # Points whose places are filled
+    column_scores:Float[Tensor, "batch projections columns"], # Points that are carried
+) -> tuple[tuple[int, int, int], dict]: # Grid, and keyword arguments of the launch
+    "Tiles that cover the plan"
+    n_batch, n_projections, n_rows = row_scores.shape
+    n_columns = column_scores.shape[-1]
+    sizes = zip(TILE, (n_rows, n_columns))
+    rows, columns = (min(size, max(16, triton.next_power_of_2(n))) for size, n in sizes)
+    grid = triton.cdiv(n_rows, rows), triton.cdiv(n_columns, columns), n_batch
+    return grid, {
+        "n_rows": n_rows, "n_columns": n_columns, "n_projections": n_projections,
+        "FLOAT": tl_dtype(tile_dtype(row_scores.dtype)), "ROWS": rows, "COLUMNS": columns,
+        "num_warps": 8,
+    }
 
 # %% ../../nbs/3_coupling/07_sinkhorn_triton.ipynb #ec1cfd80
 @triton.jit
 @no_type_check
-def tile_entries(line, i, j, row_scores, row_potentials, row_factors, column_scores, column_potentials, column_factors,
-                 inverse_regs, fits, n_rows, n_columns, FLOAT: tl.constexpr):
+def tile_entries(
+    line, i, j, row_scores, row_potentials, row_factors, column_scores, column_potentials,
+    column_factors, inverse_regs, fits, n_rows, n_columns, FLOAT: tl.constexpr,
+):
     "One projection's entries in a tile, and the scores of its rows and columns"
-    row, column = line * n_rows + i, line * n_columns + j
+    row = line * n_rows + i
+    column = line * n_columns + j
     x = tl.load(row_scores + row, mask=i < n_rows, other=0.).to(FLOAT)[:, None]
     y = tl.load(column_scores + column, mask=j < n_columns, other=0.).to(FLOAT)[None, :]
     if tl.load(fits + line) != 0:
-        row, column = row + line * n_rows, column + line * n_columns
+        row = row + line * n_rows
+        column = column + line * n_columns
         rising = tl.load(row_factors + row, mask=i < n_rows, other=0.)[:, None]
         falling = tl.load(row_factors + row + n_rows, mask=i < n_rows, other=0.)[:, None]
         from_left = tl.load(column_factors + column, mask=j < n_columns, other=0.)[None, :]
-        from_right = tl.load(column_factors + column + n_columns, mask=j < n_columns, other=0.)[None, :]
+        column = column + n_columns
+        from_right = tl.load(column_factors + column, mask=j < n_columns, other=0.)[None, :]
         entries = tl.where(x < y, rising, falling) * tl.where(x < y, from_left, from_right)
     else:
         exponent = tl.load(row_potentials + row, mask=i < n_rows, other=-1e300)[:, None]
@@ -388,34 +601,49 @@ def tile_entries(line, i, j, row_scores, row_potentials, row_factors, column_sco
 # %% ../../nbs/3_coupling/07_sinkhorn_triton.ipynb #483cb7ff
 @triton.jit
 @no_type_check
-def mean_plan_kernel(plan, row_scores, row_potentials, row_factors, column_scores, column_potentials, column_factors, inverse_regs, fits,
-                     n_rows, n_columns, n_projections, FLOAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def mean_plan_kernel(
+    plan, row_scores, row_potentials, row_factors, column_scores, column_potentials,
+    column_factors, inverse_regs, fits, n_rows, n_columns, n_projections,
+    FLOAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):
     "One tile of the averaged plan"
     batch = tl.program_id(2).to(tl.int64)
-    i, j = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), FLOAT)
     for projection in range(n_projections):
         line = batch * n_projections + projection
-        entries, x, y = tile_entries(line, i, j, row_scores, row_potentials, row_factors, column_scores, column_potentials, column_factors,
-                                     inverse_regs, fits, n_rows, n_columns, FLOAT)
+        entries, x, y = tile_entries(
+            line, i, j, row_scores, row_potentials, row_factors, column_scores, column_potentials,
+            column_factors, inverse_regs, fits, n_rows, n_columns, FLOAT,
+        )
         total += entries
     place = (batch * n_rows + i[:, None]) * n_columns + j[None, :]
-    tl.store(plan + place, (total / n_projections).to(plan.dtype.element_ty), mask=(i[:, None] < n_rows) & (j[None, :] < n_columns))
+    inside = (i[:, None] < n_rows) & (j[None, :] < n_columns)
+    tl.store(plan + place, (total / n_projections).to(plan.dtype.element_ty), mask=inside)
 
 # %% ../../nbs/3_coupling/07_sinkhorn_triton.ipynb #7b79b4a4
 @triton.jit
 @no_type_check
-def mean_plan_backward_kernel(upstream, row_sums, column_sums, row_scores, row_potentials, row_factors, column_scores, column_potentials,
-                              column_factors, inverse_regs, fits, n_rows, n_columns, n_projections, FLOAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def mean_plan_backward_kernel(
+    upstream, row_sums, column_sums, row_scores, row_potentials, row_factors, column_scores,
+    column_potentials, column_factors, inverse_regs, fits, n_rows, n_columns, n_projections,
+    FLOAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):
     "Sums of one tile over its columns and over its rows, for every projection"
-    batch, n_lines = tl.program_id(2).to(tl.int64), tl.num_programs(2).to(tl.int64) * n_projections
-    i, j = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    batch = tl.program_id(2).to(tl.int64)
+    n_lines = tl.num_programs(2).to(tl.int64) * n_projections
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     place = (batch * n_rows + i[:, None]) * n_columns + j[None, :]
-    weight = tl.load(upstream + place, mask=(i[:, None] < n_rows) & (j[None, :] < n_columns), other=0.).to(FLOAT)
+    inside = (i[:, None] < n_rows) & (j[None, :] < n_columns)
+    weight = tl.load(upstream + place, mask=inside, other=0.).to(FLOAT)
     for projection in range(n_projections):
         line = batch * n_projections + projection
-        entries, x, y = tile_entries(line, i, j, row_scores, row_potentials, row_factors, column_scores, column_potentials, column_factors,
-                                     inverse_regs, fits, n_rows, n_columns, FLOAT)
+        entries, x, y = tile_entries(
+            line, i, j, row_scores, row_potentials, row_factors, column_scores, column_potentials,
+            column_factors, inverse_regs, fits, n_rows, n_columns, FLOAT,
+        )
         flow = entries * weight
         signed = tl.where(x < y, flow, tl.where(x > y, -flow, 0.))
         row = row_sums + ((tl.program_id(1) * n_lines + line) * 2) * n_rows + i
@@ -425,30 +653,21 @@ def mean_plan_backward_kernel(upstream, row_sums, column_sums, row_scores, row_p
         tl.store(column, tl.sum(flow, axis=0), mask=j < n_columns)
         tl.store(column + n_columns, tl.sum(signed, axis=0), mask=j < n_columns)
 
-# %% ../../nbs/3_coupling/07_sinkhorn_triton.ipynb #bb19e06f
-TILE = 64, 64 # rows and columns of a tile: compiled for an H100, 8 warps keep it in registers in both precisions, and 64 x 128 not
-
-def tile_launch(
-    row_scores:Float[Tensor, "batch projections rows"], # Points whose places are filled
-    column_scores:Float[Tensor, "batch projections columns"], # Points that are carried
-) -> tuple[tuple[int, int, int], dict]: # Grid, and keyword arguments of the launch
-    "Tiles that cover the plan"
-    (n_batch, n_projections, n_rows), n_columns = row_scores.shape, column_scores.shape[-1]
-    rows, columns = (min(size, max(16, triton.next_power_of_2(n))) for size, n in zip(TILE, (n_rows, n_columns)))
-    return (triton.cdiv(n_rows, rows), triton.cdiv(n_columns, columns), n_batch), {
-        "n_rows": n_rows, "n_columns": n_columns, "n_projections": n_projections,
-        "FLOAT": tl_dtype(tile_dtype(row_scores.dtype)), "ROWS": rows, "COLUMNS": columns, "num_warps": 8}
-
 # %% ../../nbs/3_coupling/07_sinkhorn_triton.ipynb #c5e7e2d0
 @torch.library.custom_op("transporter_nb::triton_mean_plan", mutates_args=())
-def triton_mean_plan(row_scores: Tensor, row_potentials: Tensor, column_scores: Tensor, column_potentials: Tensor, inverse_reg: Tensor) -> Tensor:
+def triton_mean_plan(
+    row_scores: Tensor, row_potentials: Tensor, column_scores: Tensor, column_potentials: Tensor,
+    inverse_reg: Tensor,
+) -> Tensor:
     "Averaged plan"
-    inputs = [x.contiguous() for x in (row_scores, row_potentials, column_scores, column_potentials, inverse_reg)]
+    given = row_scores, row_potentials, column_scores, column_potentials, inverse_reg
+    inputs = [x.contiguous() for x in given]
     rows, columns, fits = point_factors(*inputs)
     grid, settings = tile_launch(inputs[0], inputs[2])
     plan = row_scores.new_empty(row_scores.shape[0], row_scores.shape[-1], column_scores.shape[-1])
+    sides = *inputs[:2], rows, *inputs[2:4], columns
     with torch.cuda.device_of(row_scores):
-        mean_plan_kernel[grid](plan, *inputs[:2], rows, *inputs[2:4], columns, inputs[4], fits, **settings)
+        mean_plan_kernel[grid](plan, *sides, inputs[4], fits, **settings)
     return plan
 
 @triton_mean_plan.register_fake
@@ -459,32 +678,39 @@ def _(row_scores, row_potentials, column_scores, column_potentials, inverse_reg)
 # %% ../../nbs/3_coupling/07_sinkhorn_triton.ipynb #08fc1437
 @torch.library.custom_op("transporter_nb::triton_mean_plan_backward", mutates_args=())
 def triton_mean_plan_backward(
-    plan_grad: Tensor, row_scores: Tensor, row_potentials: Tensor, column_scores: Tensor, column_potentials: Tensor, inverse_reg: Tensor,
+    plan_grad: Tensor, row_scores: Tensor, row_potentials: Tensor, column_scores: Tensor,
+    column_potentials: Tensor, inverse_reg: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     "Derivatives by the five inputs of `mean_plan`, each in the dtype of its input"
-    inputs = [x.contiguous() for x in (row_scores, row_potentials, column_scores, column_potentials, inverse_reg)]
+    given = row_scores, row_potentials, column_scores, column_potentials, inverse_reg
+    inputs = [x.contiguous() for x in given]
     rows, columns, fits = point_factors(*inputs)
     grid, settings = tile_launch(inputs[0], inputs[2])
-    row_sums, column_sums = rows.new_empty(grid[1], *rows.shape), columns.new_empty(grid[0], *columns.shape)
+    row_sums = rows.new_empty(grid[1], *rows.shape)
+    column_sums = columns.new_empty(grid[0], *columns.shape)
+    made = plan_grad.contiguous(), row_sums, column_sums
+    sides = *inputs[:2], rows, *inputs[2:4], columns
     with torch.cuda.device_of(row_scores):
-        mean_plan_backward_kernel[grid](
-            plan_grad.contiguous(), row_sums, column_sums, *inputs[:2], rows, *inputs[2:4], columns, inputs[4], fits, **settings)
-    row_push, row_position = row_sums.sum(0, dtype=torch.float64).div(row_scores.shape[1]).unbind(-2)
-    column_push, column_position = column_sums.sum(0, dtype=torch.float64).div(row_scores.shape[1]).unbind(-2)
+        mean_plan_backward_kernel[grid](*made, *sides, inputs[4], fits, **settings)
+    def mean(sums): return sums.sum(0, dtype=torch.float64).div(row_scores.shape[1]).unbind(-2)
+    row_push, row_position = mean(row_sums)
+    column_push, column_position = mean(column_sums)
     anchor = origin(row_scores, row_potentials)
-    inverse_reg_grad = ((row_scores.double() - anchor) * row_position).sum(-1) - ((column_scores.double() - anchor) * column_position).sum(-1)
-    row_grad, column_grad = row_position * inverse_reg[..., None], -column_position * inverse_reg[..., None]
-    return row_grad.to(row_scores.dtype), row_push.clone(), column_grad.to(column_scores.dtype), column_push.clone(), inverse_reg_grad
+    by_rows = ((row_scores.double() - anchor) * row_position).sum(-1)
+    by_columns = ((column_scores.double() - anchor) * column_position).sum(-1)
+    row_grad = (row_position * inverse_reg[..., None]).to(row_scores.dtype)
+    column_grad = (-column_position * inverse_reg[..., None]).to(column_scores.dtype)
+    return row_grad, row_push.clone(), column_grad, column_push.clone(), by_rows - by_columns
 
 @triton_mean_plan_backward.register_fake
 @no_type_check
-def _(plan_grad, row_scores, row_potentials, column_scores, column_potentials, inverse_reg):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (row_scores, row_potentials, column_scores, column_potentials, inverse_reg))
+def _(plan_grad, *rest):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in rest)
 
 # %% ../../nbs/3_coupling/07_sinkhorn_triton.ipynb #e65418bd
 @no_type_check
 def keep_for_mean_plan(ctx, inputs, output):
-    "What the backward pass needs: the plan is made again, not kept"
+    "Save for the backward pass the inputs; the plan is made again, not kept"
     ctx.save_for_backward(*inputs)
 
 @no_type_check
@@ -504,7 +730,8 @@ def mean_plan(
     inverse_reg:Float64[Tensor, "batch projections"], # 1 / tau > 0, per unit of score
 ) -> Float[Tensor, "batch rows columns"]: # Mean over projections, in the dtype of the scores
     "Plans of all projections, averaged"
-    return triton_mean_plan(row_scores, row_potentials, column_scores, column_potentials, inverse_reg)
+    given = row_scores, row_potentials, column_scores, column_potentials, inverse_reg
+    return triton_mean_plan(*given)
 
 def apply_plan(
     row_scores:Float[Tensor, "batch projections rows"], # Points whose places are filled
@@ -512,9 +739,11 @@ def apply_plan(
     column_scores:Float[Tensor, "batch projections columns"], # Points that are carried
     column_potentials:Float64[Tensor, "batch projections columns"], # Their potentials
     inverse_reg:Float64[Tensor, "batch projections"], # 1 / tau > 0, per unit of score
-    values:Float[Tensor, "batch columns channels"], # What the columns carry
+    values:Float[Tensor, "batch columns channels"], # Carried by the columns
 ) -> Float[Tensor, "batch rows channels"]: # `mean_plan @ values`, in the dtype of the values
     "Averaged plan times values"
     dtype = torch.promote_types(row_scores.dtype, values.dtype)
-    plan = mean_plan(row_scores.to(dtype), row_potentials, column_scores.to(dtype), column_potentials, inverse_reg)
+    rows = row_scores.to(dtype), row_potentials
+    columns = column_scores.to(dtype), column_potentials
+    plan = mean_plan(*rows, *columns, inverse_reg)
     return plan.to(values.dtype) @ values

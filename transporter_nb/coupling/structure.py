@@ -18,12 +18,13 @@ def gram_matrix(
     tokens:Float[Tensor, "batch tokens width"], # Tokens of a clip
 ) -> Float[Tensor, "batch tokens other_tokens"]: # Inner products of all pairs, divided by the width
     "How similar every token is to every other (paper §3.2, written H)"
-    return einsum(tokens, tokens, "batch tokens width, batch others width -> batch tokens others") / tokens.shape[-1]
+    pairs = "batch tokens width, batch others width -> batch tokens others"
+    return einsum(tokens, tokens, pairs) / tokens.shape[-1]
 
 # %% ../../nbs/3_coupling/02_structure.ipynb #11c83540
 def gram_loss(
     tokens:Float[Tensor, "batch tokens width"], # Predicted tokens
-    target:Float[Tensor, "batch tokens width"], # The VLM's own tokens of the clean video; gets no gradient
+    target:Float[Tensor, "batch tokens width"], # The VLM's tokens of the clean video; no gradient
 ) -> Float[Tensor, ""]: # Mean squared difference per pair of tokens
     "Compare the relations between tokens (paper eqs 3 and 6)"
     return F.mse_loss(gram_matrix(tokens), gram_matrix(target.detach()))
@@ -36,22 +37,30 @@ class TransformerBlock(nn.Module):
         heads:int=4, # Attention heads
     ):
         super().__init__()
-        if width % heads: raise ValueError(f"width must be divisible by heads, got {width} and {heads}.")
-        self.heads, self.attention_norm, self.feed_norm = heads, nn.LayerNorm(width), nn.LayerNorm(width)
-        self.to_qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.feed = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        if width % heads:
+            raise ValueError(f"width must be divisible by heads, got {width} and {heads}.")
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.feed_norm = nn.LayerNorm(width)
+        self.to_qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        hidden = 4 * width
+        self.feed = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
     def forward(self,
         tokens:Float[Tensor, "batch tokens width"], # Any number of tokens
     ) -> Float[Tensor, "batch tokens width"]: # After one exchange between them
         "Attend, then transform"
-        query, key, value = self.to_qkv(self.attention_norm(tokens)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        tokens = tokens + self.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        qkv = self.to_qkv(self.attention_norm(tokens)).unflatten(-1, (3, self.heads, -1))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        tokens = tokens + self.out(attended.transpose(1, 2).flatten(2))
         return tokens + self.feed(self.feed_norm(tokens))
 
 # %% ../../nbs/3_coupling/02_structure.ipynb #5374c1ce
 class TokenStructure(nn.Module):
-    "Refine re-encoded tokens with a Transformer; the identity before training (paper §3.2, Phi_Omega2); the input `t` is our addition"
+    "Refine re-encoded tokens with a Transformer (paper §3.2, Phi_Omega2)"
+    # the identity before training; the input `t` is our addition
     def __init__(self,
         vlm_tokens:int, # Tokens of the VLM for one clip
         vlm_dim:int, # Width of a token
@@ -60,25 +69,33 @@ class TokenStructure(nn.Module):
         heads:int=4, # Attention heads
     ):
         super().__init__()
-        self.embed, self.positions = nn.Linear(vlm_dim, width), nn.Parameter(0.02 * torch.randn(vlm_tokens, width)) # 0.02: the usual start of learned positions
+        self.embed = nn.Linear(vlm_dim, width)
+        # 0.02: the usual start of learned positions
+        self.positions = nn.Parameter(0.02 * torch.randn(vlm_tokens, width))
         self.embed_time = nn.Sequential(nn.Linear(1, width), nn.GELU(), nn.Linear(width, width))
         self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(depth))
-        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, vlm_dim)
-        nn.init.zeros_(self.out.weight); nn.init.zeros_(self.out.bias)
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, vlm_dim)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
 
 # %% ../../nbs/3_coupling/02_structure.ipynb #b631a5a8
 @patch
 def forward(
     self:TokenStructure,
     reencoded:Float[Tensor, "batch vlm_tokens vlm_dim"], # The VLM's tokens of the decoded latents
-    t:float|Float[Tensor, "*clips"]|None=None, # Flow time in [0, 1] of the latents, one or one per clip; None is 1, finished latents
+    t:float|Float[Tensor, "*clips"]|None=None, # Flow time in [0, 1], one or one per clip; None is 1
 ) -> Float[Tensor, "batch vlm_tokens vlm_dim"]: # With the relations of the clean video's
     "Refine re-encoded tokens"
     expected = len(self.positions), self.embed.in_features
     if reencoded.shape[1:] != expected:
-        raise ValueError(f"built for {expected[0]} tokens of width {expected[1]}, got {tuple(reencoded.shape[1:])}. Rebuild with vlm_tokens and vlm_dim of this VLM.")
+        raise ValueError(
+            f"built for {expected[0]} tokens of width {expected[1]}, got "
+            f"{tuple(reencoded.shape[1:])}. Rebuild with vlm_tokens and vlm_dim of this VLM."
+        )
     reencoded = reencoded.to(self.positions.dtype)
-    times = torch.as_tensor(1. if t is None else t, dtype=reencoded.dtype, device=reencoded.device).expand(len(reencoded))
+    time = torch.as_tensor(1. if t is None else t, dtype=reencoded.dtype, device=reencoded.device)
+    times = time.expand(len(reencoded))
     tokens = self.embed(reencoded) + self.positions + self.embed_time(times[:, None])[:, None]
     for block in self.blocks: tokens = block(tokens)
     return reencoded + self.out(self.norm(tokens))

@@ -31,25 +31,35 @@ from ..core.pages import html_block, html_table
 # %% ../../nbs/3_coupling/11_training.ipynb #7eae1f27
 def coupling_losses(
     output:CouplingOutput, # What the network made of a batch
-    target_embeddings:Float[Tensor, "batch vlm_tokens vlm_dim"], # The VLM's own tokens of the clean videos; get no gradient
+    target_embeddings:Float[Tensor, "batch vlm_tokens vlm_dim"], # Of the clean videos; no gradient
     centre:Float[Tensor, "vlm_dim"]|float=0., # `network.centre`, subtracted from both sides
     scale:Float[Tensor, ""]|float=1., # `network.scale`, both sides are divided by it
-) -> dict[str, Float[Tensor, ""]]: # `projection` (2), `structure` (3), `transport_tokens` and `transport_gram` (6)
+) -> dict[str, Float[Tensor, ""]]: # Terms of eqs (2), (3) and two of (6)
     "Losses of both branches and of the transported tokens (paper eqs 2, 3 and 6)"
-    target, projected, structured, transported = ((tokens - centre) / scale for tokens in (target_embeddings.detach(), *output[:3]))
-    return dict(projection=F.mse_loss(projected, target), structure=gram_loss(structured, target),
-                transport_tokens=F.mse_loss(transported, target), transport_gram=gram_loss(transported, target))
+    def in_units(tokens): return (tokens - centre) / scale
+    target = in_units(target_embeddings.detach())
+    projected, structured, transported = (in_units(tokens) for tokens in output[:3])
+    return dict(
+        projection=F.mse_loss(projected, target),
+        structure=gram_loss(structured, target),
+        transport_tokens=F.mse_loss(transported, target),
+        transport_gram=gram_loss(transported, target),
+    )
 
 # %% ../../nbs/3_coupling/11_training.ipynb #4f8dd9e7
 class CouplingBatch(NamedTuple):
-    "What one step learns from"
-    latents: Float[Tensor, "batch channels latent_frames latent_height latent_width"] # At flow time `t`
-    condition_embeds: Float[Tensor, "batch prompt_tokens text_dim"] # Text-encoder states of the clip's caption
+    "Data of one step"
+    # At flow time `t`
+    latents: Float[Tensor, "batch channels latent_frames latent_height latent_width"]
+    # Text-encoder states of the clip's caption
+    condition_embeds: Float[Tensor, "batch prompt_tokens text_dim"]
     condition_mask: Bool[Tensor, "batch prompt_tokens"] # True on the caption's own tokens
     reencoded: Float[Tensor, "batch vlm_tokens vlm_dim"] # The VLM's tokens of the decoded `latents`
-    target_embeddings: Float[Tensor, "batch vlm_tokens vlm_dim"] # The VLM's tokens of the clean video
+    # The VLM's tokens of the clean video
+    target_embeddings: Float[Tensor, "batch vlm_tokens vlm_dim"]
     t: Float[Tensor, "batch"] # Flow time in [0, 1] of `latents`, 0 is noise
-    rows: Int[Tensor, "batch"]|None = None # Which clips of the data these are, for an `extra_loss` that needs more than tensors here
+    # Rows of these clips in the data, for an `extra_loss` that needs more than tensors
+    rows: Int[Tensor, "batch"]|None = None
 
     def to(self,
         device:str|torch.device, # Where to
@@ -60,29 +70,34 @@ class CouplingBatch(NamedTuple):
 # %% ../../nbs/3_coupling/11_training.ipynb #fd16003e
 @dataclass(frozen=True)
 class CouplingTraining:
-    "How a coupling network is trained"
+    "Settings of the training of a coupling network"
     steps:int=100_000 # Optimiser steps in all (paper §4); the cosine ends here
     learning_rate:float=1e-3 # Highest rate of both branches (paper §4)
-    transport_learning_rate:float=1e-2 # Highest rate of directions, sharpness and places; chosen, see the text
+    transport_learning_rate:float=1e-2 # Highest of directions, sharpness, places; chosen, see text
     accumulation:int=8 # Batches per step (paper §4)
-    muon_rate:float=0. # Highest rate of both branches' matrices, by Muon; 0 trains everything by AdamW
+    muon_rate:float=0. # Highest rate of the branches' matrices, by Muon; 0: everything by AdamW
     weight_decay:float=0.01 # On the branches only; AdamW's default
     warmup_steps:int=500 # Steps of linear warm-up; chosen
     gradient_clip:float=1. # Largest norm of the gradient; chosen
-    ema_decay:float=0.999 # Of the running average of the weights, shorter at the start; 0 keeps the last weights
+    ema_decay:float=0.999 # Of the weights' running average, less at the start; 0: last weights
     text_dropout:float=0.3 # Share of clips without text, in [0, 1]; chosen
     autocast:bool=False # bfloat16 in the branches; pays on a GPU, not on a CPU
     log_every:int=10 # Steps between points of the curve
     save_every:int=500 # Steps between saves
 
     def __post_init__(self):
-        if min(self.steps, self.accumulation, self.log_every, self.save_every) < 1 or not 0 <= self.text_dropout <= 1 or not 0 <= self.ema_decay < 1:
-            raise ValueError(f"steps, accumulation, log_every and save_every must be at least 1, text_dropout in [0, 1] and ema_decay in [0, 1), got {self}.")
+        counts = min(self.steps, self.accumulation, self.log_every, self.save_every)
+        if counts < 1 or not 0 <= self.text_dropout <= 1 or not 0 <= self.ema_decay < 1:
+            raise ValueError(
+                "steps, accumulation, log_every and save_every must be at least 1, text_dropout "
+                f"in [0, 1] and ema_decay in [0, 1), got {self}."
+            )
 
     @classmethod
     def mini(cls, **changes) -> "CouplingTraining": # `changes`: fields to set
         "A CPU's worth of training"
-        return cls(**(dict(steps=3000, accumulation=1, warmup_steps=50, learning_rate=2e-3, muon_rate=0.01, weight_decay=0.) | changes))
+        ours = dict(steps=3000, accumulation=1, warmup_steps=50, learning_rate=2e-3)
+        return cls(**(ours | dict(muon_rate=0.01, weight_decay=0.) | changes))
 
     @classmethod
     def paper(cls, **changes) -> "CouplingTraining": # `changes`: fields to set
@@ -96,7 +111,8 @@ def rate_at(
     step:int, # From 0 to `steps - 1`
 ) -> float: # Share of the highest rate, in [0, 1]
     "Linear warm-up, then a cosine to zero"
-    return min(1., (step + 1) / max(self.warmup_steps, 1)) * 0.5 * (1 + cos(pi * step / self.steps))
+    warm_up = min(1., (step + 1) / max(self.warmup_steps, 1))
+    return warm_up * 0.5 * (1 + cos(pi * step / self.steps))
 
 # %% ../../nbs/3_coupling/11_training.ipynb #e12b7c46
 def coupling_optimizer(
@@ -104,32 +120,41 @@ def coupling_optimizer(
     training:CouplingTraining, # Its settings
 ) -> MuonAdamW: # A group of its own for directions, sharpness and places
     "AdamW for the transport at its own rate, and for the branches, whose matrices may go to Muon"
-    branches = [(name, weight) for part in (network.projection, network.structure) for name, weight in part.named_parameters()]
-    matching = [*network.transport.parameters(), *([] if network.places is None else [network.places])]
-    optimizer = MuonAdamW(branches, training.learning_rate, training.muon_rate, weight_decay=training.weight_decay, betas=(0.9, 0.999))
-    optimizer.add_param_group(dict(params=matching, kind="adamw", peak=training.transport_learning_rate, weight_decay=0.))
+    branches = [*network.projection.named_parameters(), *network.structure.named_parameters()]
+    matching = list(network.transport.parameters())
+    if network.places is not None: matching.append(network.places)
+    optimizer = MuonAdamW(
+        branches, training.learning_rate, training.muon_rate,
+        weight_decay=training.weight_decay, betas=(0.9, 0.999),
+    )
+    group = dict(params=matching, kind="adamw", peak=training.transport_learning_rate)
+    optimizer.add_param_group(group | dict(weight_decay=0.))
     return optimizer
 
 # %% ../../nbs/3_coupling/11_training.ipynb #25423c61
 def accumulate_gradients(
-    network:CouplingNetwork, # The network in training; gradients are added to its parameters
-    draw_batch:Callable[[torch.Generator], CouplingBatch], # Makes a batch; all its chance from the generator
+    network:CouplingNetwork, # In training; gradients are added to its parameters
+    draw_batch:Callable[[torch.Generator], CouplingBatch], # All its chance from the generator
     training:CouplingTraining, # Settings
     generator:torch.Generator, # Draws the data and the text dropout
-    extra_loss:Callable[[CouplingOutput, CouplingBatch], Tensor]|None=None, # A further scalar to minimise
+    extra_loss:Callable[[CouplingOutput, CouplingBatch], Tensor]|None=None, # A further scalar
 ) -> dict[str, float]: # Mean of every loss term, their sum as `loss`, and the plan's entropy
     "Losses and gradients of one step"
-    device, record = network.scale.device, {}
+    device = network.scale.device
+    record = {}
     for _ in range(training.accumulation):
         batch = draw_batch(generator).to(device)
         keep_text = torch.rand(len(batch.latents), generator=generator) >= training.text_dropout
         with torch.autocast(device.type, torch.bfloat16, enabled=training.autocast):
-            output = network(batch.latents, batch.condition_embeds, batch.condition_mask & keep_text.to(device)[:, None], batch.reencoded, batch.t)
+            mask = batch.condition_mask & keep_text.to(device)[:, None]
+            output = network(batch.latents, batch.condition_embeds, mask, batch.reencoded, batch.t)
         output = CouplingOutput(*(field.float() for field in output)) # losses in float32
         losses = coupling_losses(output, batch.target_embeddings, network.centre, network.scale)
         if extra_loss is not None: losses["extra"] = extra_loss(output, batch)
-        total = sum(losses.values()); (total / training.accumulation).backward()
-        for name, value in (losses | dict(loss=total, plan_entropy=plan_entropy(output.plan).mean())).items():
+        total = sum(losses.values())
+        (total / training.accumulation).backward()
+        losses |= dict(loss=total, plan_entropy=plan_entropy(output.plan).mean())
+        for name, value in losses.items():
             record[name] = record.get(name, 0.) + value.item() / training.accumulation
     return record
 
@@ -138,18 +163,26 @@ class TrainingResult(NamedTuple):
     "A training, finished or not"
     step: int # Steps done
     finished: bool # Whether that is all of them
-    curve: list[dict[str, float]] # One row every `log_every` steps: `step`, every loss, `plan_entropy`
-    averaged: dict[str, Tensor] # Running average of the weights, for `network.save_pretrained(path, averaged)`
+    # One row every `log_every` steps: `step`, every loss, `plan_entropy`
+    curve: list[dict[str, float]]
+    # Running average of the weights, for `network.save_pretrained(path, averaged)`
+    averaged: dict[str, Tensor]
 
     def report(self) -> list[list[str]]: # Header first
-        "What each loss was at the first and at the last point of the curve"
+        "Every loss at the first and at the last point of the curve"
         if not self.curve: return [["loss"], ["no point of the curve yet"]]
-        first, last = self.curve[0], self.curve[-1]
-        return [["", f"step {first['step']}", f"step {last['step']}"], *([name, f"{first[name]:.3f}", f"{last[name]:.3f}"] for name in last if name != "step")]
+        first = self.curve[0]
+        last = self.curve[-1]
+        names = [name for name in last if name != "step"]
+        rows = [[name, f"{first[name]:.3f}", f"{last[name]:.3f}"] for name in names]
+        return [["", f"step {first['step']}", f"step {last['step']}"], *rows]
 
     def __repr__(self) -> str: # For a terminal
-        lines = [f"TrainingResult: {self.step} steps, {'finished' if self.finished else 'not finished'}"]
-        return "\n".join([*lines, *("  " + "  ".join(text.ljust(16) for text in row).rstrip() for row in self.report())])
+        state = "finished" if self.finished else "not finished"
+        lines = [f"TrainingResult: {self.step} steps, {state}"]
+        for row in self.report():
+            lines.append("  " + "  ".join(text.ljust(16) for text in row).rstrip())
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str: # Shown by Jupyter
         return html_block(f"<b>{escape(repr(self).splitlines()[0])}</b>", html_table(self.report()))
@@ -157,7 +190,7 @@ class TrainingResult(NamedTuple):
 # %% ../../nbs/3_coupling/11_training.ipynb #ec6d0599
 def resume_coupling(
     path:str|Path|None, # Training state; None or a missing file starts from nothing
-    settings:str, # Hash of what the file must have been made with
+    settings:str, # Hash of the settings that made the file
     network:CouplingNetwork, # Filled in place, like everything below
     optimizer:MuonAdamW, # Built as for the saved training
     averaged:dict[str, Tensor], # Running average of the weights
@@ -167,46 +200,57 @@ def resume_coupling(
     if path is None or not Path(path).exists(): return 0, []
     state = load_training(path)
     if state.extra["settings"] != settings:
-        raise ValueError(f"{Path(path).name} was made with other settings (hash {state.extra['settings']}, now {settings}). Use the same ones, or another file.")
+        raise ValueError(
+            f"{Path(path).name} was made with other settings (hash {state.extra['settings']}, now "
+            f"{settings}). Use the same ones, or another file."
+        )
     return state.restore(network, optimizer, averaged, dict(data=generator)), state.extra["curve"]
 
 # %% ../../nbs/3_coupling/11_training.ipynb #5caf375f
 def train_coupling(
     network:CouplingNetwork, # Calibrated; trained in place
-    draw_batch:Callable[[torch.Generator], CouplingBatch], # Makes a batch; all its chance from the generator
+    draw_batch:Callable[[torch.Generator], CouplingBatch], # All its chance from the generator
     training:CouplingTraining, # Settings
     seed:int=0, # Of data and text dropout; the weights' start is the caller's
-    resume_path:str|Path|None=None, # Where the state is kept, ends in `.safetensors`; None keeps nothing
+    resume_path:str|Path|None=None, # Of the state, ends in `.safetensors`; None keeps nothing
     minutes:float=inf, # Budget of this call, at least one step; call again to go on
-    extra_loss:Callable[[CouplingOutput, CouplingBatch], Tensor]|None=None, # A further scalar to minimise
+    extra_loss:Callable[[CouplingOutput, CouplingBatch], Tensor]|None=None, # A further scalar
     on_log:Callable[[dict[str, float]], None]|None=None, # Called with every new row of the curve
-) -> TrainingResult: # What was reached
+) -> TrainingResult: # Weights, average and curve so far
     "Train a coupling network on eqs (2), (3) and (6); resumes to the same numbers (paper §3.2)"
     settings = config_hash(dict(network=network.config, training=training, seed=seed))
-    optimizer, generator, deadline = coupling_optimizer(network, training), seeded_generator(seed), time.monotonic() + 60 * minutes
+    optimizer = coupling_optimizer(network, training)
+    generator = seeded_generator(seed)
+    deadline = time.monotonic() + 60 * minutes
     averaged = {name: value.detach().clone() for name, value in network.state_dict().items()}
     step, curve = resume_coupling(resume_path, settings, network, optimizer, averaged, generator)
     while step < training.steps:
         optimizer.set_share(training.rate_at(step))
         optimizer.zero_grad()
         record = accumulate_gradients(network, draw_batch, training, generator, extra_loss)
-        if not isfinite(record["loss"]): raise ValueError(f"the loss must be finite, got {record} at step {step}. Check the batch for NaN, or lower the learning rates; the last save is intact.")
+        if not isfinite(record["loss"]):
+            raise ValueError(
+                f"the loss must be finite, got {record} at step {step}. Check the batch for NaN, "
+                "or lower the learning rates; the last save is intact."
+            )
         torch.nn.utils.clip_grad_norm_(network.parameters(), training.gradient_clip)
-        optimizer.step(); update_average(averaged, network, step, training.ema_decay)
+        optimizer.step()
+        update_average(averaged, network, step, training.ema_decay)
         step += 1
         if step % training.log_every == 0 or step == training.steps:
             curve.append(dict(step=step, **record))
             if on_log is not None: on_log(curve[-1])
         stop = step == training.steps or time.monotonic() >= deadline
         if resume_path is not None and (stop or step % training.save_every == 0):
-            save_training(resume_path, step, network, optimizer, averaged, dict(data=generator), dict(settings=settings, curve=curve))
+            draws, extra = dict(data=generator), dict(settings=settings, curve=curve)
+            save_training(resume_path, step, network, optimizer, averaged, draws, extra)
         if stop: break
     return TrainingResult(step, step >= training.steps, curve, averaged)
 
 # %% ../../nbs/3_coupling/11_training.ipynb #e462a301
 @torch.enable_grad()
 def fit_transport(
-    transport:nn.Module, # `ProjectedTransport`, trained in place; one without parameters is left as it is
+    transport:nn.Module, # `ProjectedTransport`, trained in place; nothing happens without weights
     projected:Float[Tensor, "states vlm_tokens vlm_dim"], # Guesses of the first branch
     structured:Float[Tensor, "states vlm_tokens vlm_dim"], # Guesses of the second branch
     target:Float[Tensor, "states vlm_tokens vlm_dim"], # The VLM's own tokens of the clean videos
@@ -216,15 +260,25 @@ def fit_transport(
     seed:int=0, # Of the batches
 ) -> list[float]: # Equation (6) at every step; empty if there is nothing to learn
     "Learn the directions of a transport between finished branches (paper eq. 6)"
-    if not len(projected) == len(structured) == len(target) >= 1: raise ValueError(f"projected, structured and target need one row a state, got {len(projected)}, {len(structured)} and {len(target)}.")
-    weights, draws, losses = list(transport.parameters()), seeded_generator(seed), []
+    if not len(projected) == len(structured) == len(target) >= 1:
+        raise ValueError(
+            f"projected, structured and target need one row a state, got {len(projected)}, "
+            f"{len(structured)} and {len(target)}."
+        )
+    weights = list(transport.parameters())
+    draws = seeded_generator(seed)
+    losses = []
     if not weights: return losses
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     for _ in range(steps):
         rows = torch.randint(len(target), (batch_size,), generator=draws)
-        guess, wanted = transport(projected[rows].detach(), structured[rows].detach())[0], target[rows].detach()
-        loss = F.mse_loss(guess, wanted) + gram_loss(guess, wanted)
-        optimizer.zero_grad(); loss.backward(); optimizer.step(); schedule.step()
+        guess = transport(projected[rows].detach(), structured[rows].detach())[0]
+        goal = target[rows].detach()
+        loss = F.mse_loss(guess, goal) + gram_loss(guess, goal)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
         losses.append(loss.item())
     return losses

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Backend', 'KNOWN', 'Average', 'sinkhorn_log_plan', 'standardise_scores', 'mean_distance', 'line_entropy_reg',
-           'plan_entropy', 'usable', 'choose_backend', 'load_backend', 'check_scores', 'log_weights', 'TransportResult',
-           'projected_transport', 'real_score', 'line_inverse_reg', 'ProjectedTransport']
+           'plan_entropy', 'load_backend', 'usable', 'choose_backend', 'check_scores', 'log_weights', 'real_score',
+           'line_inverse_reg', 'TransportResult', 'projected_transport', 'ProjectedTransport']
 
 # %% ../../nbs/3_coupling/08_transport.ipynb #2e5e5dfe
 from importlib import import_module
@@ -26,54 +26,65 @@ from .sinkhorn_reference import MASKED
 
 # %% ../../nbs/3_coupling/08_transport.ipynb #3b6e7ebb
 def sinkhorn_log_plan(
-    log_kernel:Float[Tensor, "*batch structured_tokens projected_tokens"], # -cost / entropy_reg: the larger, the better the match
-    n_iterations:int=3, # Rounds, at least 1; few rounds leave the columns uneven, many make the plan doubly stochastic
-    mask:Bool[Tensor, "*batch structured_tokens projected_tokens"]|None=None, # False where either token is padding; None has no padding
-) -> Float[Tensor, "*batch structured_tokens projected_tokens"]: # Logarithm of the plan; `exp` of each row sums to 1
+    log_kernel:Float[Tensor, "*batch structured_tokens projected_tokens"], # -cost / entropy_reg
+    n_iterations:int=3, # Rounds, at least 1; few leave columns uneven, many are doubly stochastic
+    mask:Bool[Tensor, "*batch structured_tokens projected_tokens"]|None=None, # False on padding
+) -> Float[Tensor, "*batch structured_tokens projected_tokens"]: # Log plan; rows' `exp` sums to 1
     "Normalise columns, then rows, a fixed number of times, in logarithms (paper §3.2)"
     if n_iterations < 1:
         raise ValueError(f"n_iterations must be at least 1, got {n_iterations}.")
-    keep = (lambda logs: logs) if mask is None else (lambda logs: logs.masked_fill(~mask, -1e30)) # -1e30: exp of it is 0, and it may be subtracted from itself
+    # -1e30: exp of it is 0, and it may be subtracted from itself
+    def keep(logs): return logs if mask is None else logs.masked_fill(~mask, -1e30)
     for _ in range(n_iterations):
-        log_kernel = keep(keep(log_kernel).log_softmax(-2)).log_softmax(-1) # every projected token hands itself out, then every place fills up
+        # every projected token hands itself out, then every place fills up
+        log_kernel = keep(keep(log_kernel).log_softmax(-2)).log_softmax(-1)
     return keep(log_kernel)
 
 # %% ../../nbs/3_coupling/08_transport.ipynb #cba69984
 def standardise_scores(
     scores:Float[Tensor, "batch projections tokens"], # Inner products of tokens with directions
-    mask:Bool[Tensor, "batch tokens"]|None=None, # False on padding, whose scores become 0; None has no padding
+    mask:Bool[Tensor, "batch tokens"]|None=None, # False on padding, whose scores become 0
 ) -> Float[Tensor, "batch projections tokens"]: # Mean 0 and variance 1 over tokens
     "Remove shift and scale of each projection, per clip"
     if mask is None: mask = torch.ones_like(scores[:, 0], dtype=torch.bool)
-    mask, share = mask[:, None], (mask.to(scores.dtype) / mask.sum(-1, keepdim=True))[:, None]
+    share = (mask.to(scores.dtype) / mask.sum(-1, keepdim=True))[:, None]
+    mask = mask[:, None]
     centred = torch.where(mask, scores, 0)
     centred = torch.where(mask, centred - (centred * share).sum(-1, keepdim=True), 0)
-    return centred * ((centred.square() * share).sum(-1, keepdim=True) + 1e-12).rsqrt() # 1e-12: far below any real spread, keeps the gradient of equal tokens finite
+    # 1e-12: far below any real spread, keeps the gradient of equal tokens finite
+    variance = (centred.square() * share).sum(-1, keepdim=True)
+    return centred * (variance + 1e-12).rsqrt()
 
 # %% ../../nbs/3_coupling/08_transport.ipynb #f46e5cb0
 def mean_distance(
     projected_scores:Float[Tensor, "batch projections projected_tokens"], # a
     structured_scores:Float[Tensor, "batch projections structured_tokens"], # b
-    projected_mask:Bool[Tensor, "batch projected_tokens"]|None=None, # False on padding; None has none
-    structured_mask:Bool[Tensor, "batch structured_tokens"]|None=None, # False on padding; None has none
+    projected_mask:Bool[Tensor, "batch projected_tokens"]|None=None, # False on padding
+    structured_mask:Bool[Tensor, "batch structured_tokens"]|None=None, # False on padding
 ) -> Float[Tensor, "batch projections"]: # Mean of |a - b| over all pairs
     "Mean distance between two sets of points on each line, in time N log N"
+    shares = [] # of one token in its side
+    for side, mask in ((projected_scores, projected_mask), (structured_scores, structured_mask)):
+        if mask is None: mask = torch.ones_like(side[:, 0], dtype=torch.bool)
+        shares.append(mask.to(side.dtype) / mask.sum(-1, keepdim=True))
     scores = torch.cat([projected_scores, structured_scores], -1)
-    masks = [torch.ones_like(side[:, 0], dtype=torch.bool) if mask is None else mask for side, mask in ((projected_scores, projected_mask), (structured_scores, structured_mask))]
     order = scores.detach().argsort(-1)
     gaps = scores.gather(-1, order).diff(dim=-1)
-    shares = [mask.to(scores.dtype) / mask.sum(-1, keepdim=True) for mask in masks] # of one token in its side
-    sides = torch.cat([shares[0], torch.zeros_like(shares[1])], -1), torch.cat([torch.zeros_like(shares[0]), shares[1]], -1)
-    a, b = (side[:, None].expand_as(scores).gather(-1, order).cumsum(-1)[..., :-1] for side in sides) # share of each side left of a gap
+    def share_left(side): # of every gap
+        return side[:, None].expand_as(scores).gather(-1, order).cumsum(-1)[..., :-1]
+    a = share_left(torch.cat([shares[0], torch.zeros_like(shares[1])], -1))
+    b = share_left(torch.cat([torch.zeros_like(shares[0]), shares[1]], -1))
     return (gaps * (a * (1 - b) + b * (1 - a)).clamp_min(0)).sum(-1)
 
+# %% ../../nbs/3_coupling/08_transport.ipynb #1af708e8
 def line_entropy_reg(
     mean_distances:Float[Tensor, "batch projections"], # `mean_distance`
     log_sharpness:Float[Tensor, "projections"], # s_k; 0 leaves `entropy_reg` as it is
-    entropy_reg:float, # tau > 0 in units of the mean cost of the projection; toward 0 a matching, toward infinity uniform
+    entropy_reg:float, # tau > 0 in mean costs; toward 0 a matching, toward infinity uniform
 ) -> Float[Tensor, "batch projections"]: # tau of each line in units of score
     "Regularisation of every line, in units of its mean cost (paper §3.2)"
-    return entropy_reg * (mean_distances + 1e-6) / log_sharpness.exp() # 1e-6: distances are of order 1 unless all tokens are equal
+    # 1e-6: distances are of order 1 unless all tokens are equal
+    return entropy_reg * (mean_distances + 1e-6) / log_sharpness.exp()
 
 # %% ../../nbs/3_coupling/08_transport.ipynb #b65749d7
 def plan_entropy(
@@ -85,18 +96,34 @@ def plan_entropy(
 # %% ../../nbs/3_coupling/08_transport.ipynb #bd0cfa4c
 Backend = Literal["auto", "reference", "torch", "scan", "triton"]
 
+def load_backend(
+    name:str, # Returned by `choose_backend`
+) -> ModuleType: # With `potentials`, `mean_plan` and `apply_plan`
+    "Import a backend; its package is needed only now"
+    try: return import_module(f"transporter_nb.coupling.sinkhorn_{name}")
+    except ImportError as error:
+        raise ImportError(
+            f'backend "{name}" needs {error.name or "a package that does not work here"}: {error}. '
+            f'Install it (pip install {error.name or "numba"}), or use backend="torch".'
+        ) from error
+
 KNOWN: dict[str, bool] = {} # which backends were found usable, or not
 
 def usable(
     name:str, # One of the backends
 ) -> bool: # Whether its package is there and works
-    "Whether a backend can be imported; says why not, once, if its package is there and does not work"
+    "Whether a backend can be imported"
+    # a package that is there and does not work is reported, once
     if name in KNOWN: return KNOWN[name]
     try: load_backend(name)
     except ImportError as error:
-        if not isinstance(error.__cause__, ModuleNotFoundError): warn(f'backend "{name}" is passed over: {error}', stacklevel=2)
+        if not isinstance(error.__cause__, ModuleNotFoundError):
+            warn(f'backend "{name}" is passed over: {error}', stacklevel=2)
         KNOWN[name] = False
     return KNOWN.setdefault(name, True)
+
+# %% ../../nbs/3_coupling/08_transport.ipynb #94a45ba4
+_AUTO = {"cpu": ("scan", "torch"), "meta": ("scan", "reference"), "cuda": ("triton", "torch")}
 
 def choose_backend(
     backend:str="auto", # `"auto"`, or the name of one
@@ -104,21 +131,60 @@ def choose_backend(
 ) -> str: # `"reference"`, `"torch"`, `"scan"` or `"triton"`
     "The backend that will compute"
     device = torch.device(device)
-    if backend not in get_args(Backend): raise ValueError(f"backend must be one of {list(get_args(Backend))}, got {backend!r}.")
-    if device.type == "mps": raise ValueError("rho-OT computes in float64, which mps has not, got tensors on mps. Move them: scores.cpu().")
-    if backend == "auto": return next(name for name in {"cpu": ("scan", "torch"), "meta": ("scan", "reference"), "cuda": ("triton", "torch")}.get(device.type, ("torch",)) if usable(name))
-    if backend == "scan" and device.type not in ("cpu", "meta"): raise ValueError(f'backend "scan" computes on the CPU, got tensors on {device}. Use backend="auto".')
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {list(get_args(Backend))}, got {backend!r}.")
+    if device.type == "mps":
+        raise ValueError(
+            "rho-OT computes in float64, which mps has not, got tensors on mps. "
+            "Move them: scores.cpu()."
+        )
+    if backend == "auto":
+        return next(name for name in _AUTO.get(device.type, ("torch",)) if usable(name))
+    if backend == "scan" and device.type not in ("cpu", "meta"):
+        raise ValueError(
+            f'backend "scan" computes on the CPU, got tensors on {device}. Use backend="auto".'
+        )
     if backend == "triton" and device.type != "cuda" and not environ.get("TRITON_INTERPRET") == "1":
-        raise ValueError(f'backend "triton" computes on CUDA (or, with TRITON_INTERPRET=1 in the environment, slowly anywhere), got tensors on {device}. Use backend="auto".')
+        raise ValueError(
+            'backend "triton" computes on CUDA (or, with TRITON_INTERPRET=1 in the environment, '
+            f'slowly anywhere), got tensors on {device}. Use backend="auto".'
+        )
     return backend
 
-def load_backend(
-    name:str, # What `choose_backend` returned
-) -> ModuleType: # With `potentials`, `mean_plan` and `apply_plan`
-    "Import a backend; its package is needed only now"
-    try: return import_module(f"transporter_nb.coupling.sinkhorn_{name}")
-    except ImportError as error:
-        raise ImportError(f'backend "{name}" needs {error.name or "a package that does not work here"}: {error}. Install it (pip install {error.name or "numba"}), or use backend="torch".') from error
+# %% ../../nbs/3_coupling/08_transport.ipynb #219a4be8
+def _check_shapes(values, source_scores, target_scores):
+    "Refuse scores and values whose shapes do not fit together"
+    shapes = tuple(tuple(tensor.shape) for tensor in (source_scores, target_scores, values))
+    ranks = all(len(shape) == 3 for shape in shapes) and 0 not in (*shapes[0], *shapes[1])
+    if not ranks or shapes[0][:2] != shapes[1][:2] or shapes[2][:2] != shapes[0][::2]:
+        raise ValueError(
+            "scores must be (batch, projections, tokens) with at least one of each, "
+            "the same batch and projections on both sides, "
+            "and values (batch, source_tokens, channels), got source scores {}, "
+            "target scores {}, values {}.".format(*shapes)
+        )
+
+def _check_mask(side, scores, mask):
+    "Refuse a mask that does not fit its scores"
+    if mask is None: return
+    shape = scores[:, 0].shape
+    if mask.dtype != torch.bool or mask.shape != shape or not mask.any(-1).all():
+        raise ValueError(
+            f"{side}_mask must be bool of shape {tuple(shape)}, True on real "
+            f"tokens, with at least one in every row, got {mask.dtype} of shape "
+            f"{tuple(mask.shape)} with {mask.sum(-1).tolist()[:8]} True."
+        )
+
+def _check_finite(name, tensor, mask):
+    "Refuse NaN and infinity outside padding"
+    if tensor.isfinite().all(): return
+    bad = ~tensor.isfinite() if mask is None else ~tensor.isfinite() & mask[..., None]
+    if bad.any():
+        raise ValueError(
+            f"{name} must be finite, got {int(bad.sum())} NaN or infinite numbers, first at "
+            f"(clip, token) {tuple(bad.any(-1).nonzero()[0].tolist())}. "
+            "Mask padding, or look upstream."
+        )
 
 # %% ../../nbs/3_coupling/08_transport.ipynb #ef84d164
 def check_scores(
@@ -129,25 +195,31 @@ def check_scores(
     target_mask:Tensor|None=None, # Should be (batch, target_tokens), bool
 ) -> None: # Returns if all is well
     "Refuse scores and values that do not fit together, or are no numbers"
-    if source_scores.dim() != 3 or target_scores.dim() != 3 or values.dim() != 3 or 0 in (*source_scores.shape, *target_scores.shape) \
-       or source_scores.shape[:2] != target_scores.shape[:2] or values.shape[:2] != source_scores[:, 0].shape:
-        raise ValueError(f"scores must be (batch, projections, tokens) with at least one of each, the same batch and projections on both sides, and values (batch, source_tokens, channels), "
-                         f"got source scores {tuple(source_scores.shape)}, target scores {tuple(target_scores.shape)}, values {tuple(values.shape)}.")
-    dtypes, devices = [tensor.dtype for tensor in (source_scores, target_scores, values)], [str(tensor.device) for tensor in (source_scores, target_scores, values)]
+    _check_shapes(values, source_scores, target_scores)
+    tensors = source_scores, target_scores, values
+    dtypes = [tensor.dtype for tensor in tensors]
     if len(set(dtypes)) > 1 or dtypes[0] not in (torch.float32, torch.float64):
-        raise ValueError(f"scores and values must all be float32 or all float64, got {', '.join(map(str, dtypes))}. Cast them: scores.float().")
-    if len(set(devices)) > 1: raise ValueError(f"scores and values must be on one device, got {', '.join(devices)}. Move them: values.to(scores.device).")
+        got = ', '.join(map(str, dtypes))
+        raise ValueError(
+            f"scores and values must all be float32 or all float64, got {got}. "
+            "Cast them: scores.float()."
+        )
+    devices = [str(tensor.device) for tensor in tensors]
+    if len(set(devices)) > 1:
+        raise ValueError(
+            f"scores and values must be on one device, got {', '.join(devices)}. "
+            "Move them: values.to(scores.device)."
+        )
     if source_scores.is_meta: return # shapes without numbers
-    for side, scores, mask in (("source", source_scores, source_mask), ("target", target_scores, target_mask)):
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != scores[:, 0].shape or not mask.any(-1).all()):
-            raise ValueError(f"{side}_mask must be bool of shape {tuple(scores[:, 0].shape)}, True on real tokens, with at least one in every row, got {mask.dtype} of shape {tuple(mask.shape)} with {mask.sum(-1).tolist()[:8]} True.")
-    for name, tensor, mask in (("source scores", source_scores.mT, source_mask), ("target scores", target_scores.mT, target_mask), ("values", values, source_mask)):
-        if tensor.isfinite().all(): continue
-        bad = ~tensor.isfinite() if mask is None else ~tensor.isfinite() & mask[..., None]
-        if bad.any(): raise ValueError(f"{name} must be finite, got {int(bad.sum())} NaN or infinite numbers, first at (clip, token) {tuple(bad.any(-1).nonzero()[0].tolist())}. Mask padding, or look upstream.")
+    _check_mask("source", source_scores, source_mask)
+    _check_mask("target", target_scores, target_mask)
+    _check_finite("source scores", source_scores.mT, source_mask)
+    _check_finite("target scores", target_scores.mT, target_mask)
+    _check_finite("values", values, source_mask)
 
+# %% ../../nbs/3_coupling/08_transport.ipynb #6135673a
 def log_weights(
-    weights:Float[Tensor, "batch tokens"]|None, # Marginal of a side, at least 0; None is 1 for every token
+    weights:Float[Tensor, "batch tokens"]|None, # Marginal of a side, at least 0; None is 1 for all
     mask:Bool[Tensor, "batch tokens"]|None, # False on padding; None has none
     scores:Float[Tensor, "batch projections tokens"], # The side's scores
     name:str, # For the error: `"source"` or `"target"`
@@ -155,55 +227,23 @@ def log_weights(
     "Logarithm of a side's marginal"
     if weights is None and mask is None: return torch.zeros_like(scores[:, 0], dtype=torch.float64)
     if weights is None: weights = torch.ones_like(scores[:, 0])
-    if weights.shape != scores[:, 0].shape or weights.device != scores.device: raise ValueError(f"{name}_weights must be {tuple(scores[:, 0].shape)} on {scores.device}, got {tuple(weights.shape)} on {weights.device}.")
+    if weights.shape != scores[:, 0].shape or weights.device != scores.device:
+        raise ValueError(
+            f"{name}_weights must be {tuple(scores[:, 0].shape)} on {scores.device}, got "
+            f"{tuple(weights.shape)} on {weights.device}."
+        )
     if mask is not None: weights = torch.where(mask, weights, 0)
-    if not weights.is_meta and not (weights.isfinite().all() and (weights >= 0).all() and (weights > 0).any(-1).all()):
-        raise ValueError(f"{name}_weights must be finite and at least 0, with one above 0 for every clip, got {weights.min().item():g} to {weights.max().item():g}. Weights are marginals, not logarithms.")
+    def fitting():
+        in_range = weights.isfinite().all() and (weights >= 0).all()
+        return in_range and (weights > 0).any(-1).all()
+    if not weights.is_meta and not fitting():
+        raise ValueError(
+            f"{name}_weights must be finite and at least 0, with one above 0 for every clip, got "
+            f"{weights.min().item():g} to {weights.max().item():g}. "
+            "Weights are marginals, not logarithms."
+        )
     weights = weights.double() / weights.double().amax(-1, keepdim=True) # a common factor cancels
     return torch.where(weights > 0, torch.where(weights > 0, weights, 1).log(), MASKED)
-
-# %% ../../nbs/3_coupling/08_transport.ipynb #099e4f17
-class TransportResult(NamedTuple):
-    "Carried tokens, and what carried them"
-    transported: Float[Tensor, "batch target_tokens channels"] # Mean plan times values; zero at padding
-    plan: Float[Tensor, "batch target_tokens source_tokens"]|None # Mean over projections, only if it was asked for
-    source_potentials: Float64[Tensor, "batch projections source_tokens"] # f: log plan of a projection is f + g - |a - b| / tau
-    target_potentials: Float64[Tensor, "batch projections target_tokens"] # g; `MASKED` at padding, both of them
-
-def projected_transport(
-    values:Float[Tensor, "batch source_tokens channels"], # What the sources carry
-    source_scores:Float[Tensor, "batch projections source_tokens"], # Where the sources stand on each line
-    target_scores:Float[Tensor, "batch projections target_tokens"], # Where the targets stand
-    entropy_reg:float|int|Float[Tensor, "#batch projections"]=0.1, # tau > 0 in units of score, one for all or one a line; toward 0 a matching, toward infinity uniform
-    n_iterations:int=3, # Rounds, at least 1, each normalising both sides
-    source_weights:Float[Tensor, "batch source_tokens"]|None=None, # Marginal, at least 0; None is uniform
-    target_weights:Float[Tensor, "batch target_tokens"]|None=None, # Marginal, at least 0; None is uniform
-    source_mask:Bool[Tensor, "batch source_tokens"]|None=None, # False on padding
-    target_mask:Bool[Tensor, "batch target_tokens"]|None=None, # False on padding
-    normalise_last:str="targets", # `"targets"`: rows of the plan sum to 1; `"sources"`: columns do
-    with_plan:bool=False, # Whether to form the N x N plan
-    backend:str="auto", # See the table above
-) -> TransportResult: # Differentiable in everything that is a number
-    "Carry values from sources to targets by the mean of the partial entropic plans of many lines (paper §3.2)"
-    check_scores(values, source_scores, target_scores, source_mask, target_mask)
-    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in (values, source_scores, target_scores)) and backend != "reference":
-        raise ValueError(f'forward-mode derivatives exist in backend "reference" only, got {backend!r}. Use that, or reverse mode.')
-    if not isinstance(n_iterations, int) or n_iterations < 1: raise ValueError(f"n_iterations must be at least 1, got {n_iterations}. 3 rounds are usual.")
-    if normalise_last not in ("targets", "sources"): raise ValueError(f'normalise_last must be "targets" or "sources", got {normalise_last!r}.')
-    logs = log_weights(source_weights, source_mask, source_scores, "source"), log_weights(target_weights, target_mask, target_scores, "target")
-    everywhere = all(given is None for given in (source_weights, target_weights, source_mask, target_mask))
-    real = [None if everywhere else (log > MASKED / 2)[:, None] for log in logs]
-    keep = lambda tensor, side, other: tensor if everywhere else torch.where(real[side], tensor, other)
-    a, b = (keep(scores, side, 0. if everywhere else real_score(scores, real[side])) for side, scores in enumerate((source_scores, target_scores)))
-    values, inverse_reg = keep(values.mT, 0, 0).mT, line_inverse_reg(entropy_reg, torch.cat([a, b], -1))
-    with torch.autocast("cpu" if values.is_meta else values.device.type, enabled=False):
-        module = load_backend(choose_backend(backend, values.device))
-        if normalise_last == "targets": f, g = module.potentials(a, b, inverse_reg, *logs, n_iterations)
-        else: g, f = module.potentials(b, a, inverse_reg, logs[1], logs[0], n_iterations)
-        f, g = keep(f, 0, MASKED), keep(g, 1, MASKED)
-        plan = module.mean_plan(b, g, a, f, inverse_reg) if with_plan else None
-        transported = plan @ values if with_plan else module.apply_plan(b, g, a, f, inverse_reg, values)
-    return TransportResult(transported, plan, f, g)
 
 # %% ../../nbs/3_coupling/08_transport.ipynb #44982485
 def real_score(
@@ -211,7 +251,8 @@ def real_score(
     real:Bool[Tensor, "batch 1 tokens"], # True on tokens that count
 ) -> Float[Tensor, "batch projections 1"]: # One of theirs on each line, without gradient
     "A score where a real token stands"
-    return scores.detach().gather(-1, real.to(torch.int8).argmax(-1, keepdim=True).expand(*scores.shape[:2], 1))
+    first = real.to(torch.int8).argmax(-1, keepdim=True).expand(*scores.shape[:2], 1)
+    return scores.detach().gather(-1, first)
 
 def line_inverse_reg(
     entropy_reg:float|int|Float[Tensor, "#batch projections"], # tau > 0
@@ -219,34 +260,126 @@ def line_inverse_reg(
 ) -> Float64[Tensor, "batch projections"]: # 1 / tau of every line
     "One over tau, checked, for every line"
     tau = torch.as_tensor(entropy_reg, dtype=torch.float64, device=scores.device)
-    if tau.dim() and (tau.dim() != 2 or tau.shape[0] not in (1, scores.shape[0]) or tau.shape[1] != scores.shape[1]):
-        raise ValueError(f"entropy_reg must be a number or one a line, of shape {tuple(scores.shape[:2])}, got shape {tuple(tau.shape)}. Pass a float, or tau.expand(batch, projections).")
+    shape = tuple(scores.shape[:2])
+    if tau.dim() and tuple(tau.shape) not in (shape, (1, shape[1])):
+        raise ValueError(
+            f"entropy_reg must be a number or one a line, of shape {shape}, got "
+            f"shape {tuple(tau.shape)}. Pass a float, or tau.expand(batch, projections)."
+        )
     if not tau.is_meta and not (tau.isfinite() & (tau > 0)).all():
-        raise ValueError(f"entropy_reg must be positive and finite, got {tau.tolist() if tau.numel() < 5 else f'{tau.min():g} to {tau.max():g}'}. A matching is the limit toward 0: try 0.001.")
+        got = tau.tolist() if tau.numel() < 5 else f"{tau.min():g} to {tau.max():g}"
+        raise ValueError(
+            f"entropy_reg must be positive and finite, got {got}. "
+            "A matching is the limit toward 0: try 0.001."
+        )
     reach = (scores.detach().amax(-1) - scores.detach().amin(-1)).double() / tau
     if not tau.is_meta and not (reach < 1e12).all(): # beyond, float64 holds no fraction of tau
-        raise ValueError(f"scores may span at most 1e12 entropy_reg, got {reach.max():.3g}. Raise entropy_reg, or rescale the scores.")
+        raise ValueError(
+            f"scores may span at most 1e12 entropy_reg, got {reach.max():.3g}. Raise entropy_reg, "
+            "or rescale the scores."
+        )
     return tau.reciprocal().expand(scores.shape[:2])
+
+# %% ../../nbs/3_coupling/08_transport.ipynb #099e4f17
+class TransportResult(NamedTuple):
+    "Carried tokens, and what carried them"
+    # Mean plan times values; zero at padding
+    transported: Float[Tensor, "batch target_tokens channels"]
+    # Mean over projections, only if it was asked for
+    plan: Float[Tensor, "batch target_tokens source_tokens"]|None
+    # f: log plan of a projection is f + g - |a - b| / tau
+    source_potentials: Float64[Tensor, "batch projections source_tokens"]
+    # g; `MASKED` at padding, both of them
+    target_potentials: Float64[Tensor, "batch projections target_tokens"]
+
+def _check_settings(tensors, n_iterations, normalise_last, backend):
+    "Refuse settings of `projected_transport` that are out of range"
+    forward_mode = any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    if forward_mode and backend != "reference":
+        raise ValueError(
+            f'forward-mode derivatives exist in backend "reference" only, got {backend!r}. '
+            'Use that, or reverse mode.'
+        )
+    if not isinstance(n_iterations, int) or n_iterations < 1:
+        raise ValueError(
+            f"n_iterations must be at least 1, got {n_iterations}. 3 rounds are usual."
+        )
+    if normalise_last not in ("targets", "sources"):
+        raise ValueError(f'normalise_last must be "targets" or "sources", got {normalise_last!r}.')
+
+# %% ../../nbs/3_coupling/08_transport.ipynb #34ad3496
+def projected_transport(
+    values:Float[Tensor, "batch source_tokens channels"], # Carried by the sources
+    source_scores:Float[Tensor, "batch projections source_tokens"], # Places of the sources on lines
+    target_scores:Float[Tensor, "batch projections target_tokens"], # Places of the targets
+    entropy_reg:float|int|Float[Tensor, "#batch projections"]=0.1, # tau > 0 in units of score
+    n_iterations:int=3, # Rounds, at least 1, each normalising both sides
+    source_weights:Float[Tensor, "batch source_tokens"]|None=None, # Marginal; None is uniform
+    target_weights:Float[Tensor, "batch target_tokens"]|None=None, # Marginal; None is uniform
+    source_mask:Bool[Tensor, "batch source_tokens"]|None=None, # False on padding
+    target_mask:Bool[Tensor, "batch target_tokens"]|None=None, # False on padding
+    normalise_last:str="targets", # `"targets"`: rows of the plan sum to 1; `"sources"`: columns do
+    with_plan:bool=False, # Whether to form the N x N plan
+    backend:str="auto", # See the table above
+) -> TransportResult: # Differentiable in everything that is a number
+    "Carry values from sources to targets by the mean partial plan of many lines (paper §3.2)"
+    check_scores(values, source_scores, target_scores, source_mask, target_mask)
+    _check_settings(
+        (values, source_scores, target_scores), n_iterations, normalise_last, backend,
+    )
+    u = log_weights(source_weights, source_mask, source_scores, "source")
+    v = log_weights(target_weights, target_mask, target_scores, "target")
+    given = source_weights, target_weights, source_mask, target_mask
+    leave_out = not all(tensor is None for tensor in given)
+    def keep(tensor, log, other):
+        return torch.where((log > MASKED / 2)[:, None], tensor, other) if leave_out else tensor
+    def beside(scores, log):
+        real = (log > MASKED / 2)[:, None]
+        return torch.where(real, scores, real_score(scores, real)) if leave_out else scores
+    a, b, values = beside(source_scores, u), beside(target_scores, v), keep(values.mT, u, 0).mT
+    inverse_reg = line_inverse_reg(entropy_reg, torch.cat([a, b], -1))
+    with torch.autocast("cpu" if values.is_meta else values.device.type, enabled=False):
+        module = load_backend(choose_backend(backend, values.device))
+        if normalise_last == "targets":
+            f, g = module.potentials(a, b, inverse_reg, u, v, n_iterations)
+        else: g, f = module.potentials(b, a, inverse_reg, v, u, n_iterations)
+        f, g = keep(f, u, MASKED), keep(g, v, MASKED)
+        plan = module.mean_plan(b, g, a, f, inverse_reg) if with_plan else None
+        if with_plan: return TransportResult(plan @ values, plan, f, g)
+        return TransportResult(module.apply_plan(b, g, a, f, inverse_reg, values), None, f, g)
 
 # %% ../../nbs/3_coupling/08_transport.ipynb #c986fec4
 Average = Literal["plans", "costs"]
 
 class ProjectedTransport(nn.Module):
-    "rho-OT: transport tokens along learned one-dimensional projections (paper §3.2, eqs 4 and 5); sharpness and `average='costs'` are our additions"
+    "rho-OT: transport tokens along learned one-dimensional projections (paper §3.2, eqs 4, 5)"
+    # sharpness and `average='costs'` are our additions
     def __init__(self,
         vlm_dim:int, # Width of a token, at least 1
         n_projections:int=100, # P, pairs of directions; the paper has 100
-        entropy_reg:float=0.05, # tau > 0 in units of the mean cost of a projection; not published, 0.05 to 0.1 inferred
+        entropy_reg:float=0.05, # tau > 0 in mean costs; not published, 0.05 to 0.1 inferred
         n_iterations:int=3, # Rounds of normalisation, at least 1; not published, 3 inferred
-        average:str="plans", # `"plans"`: P plans, then their mean (paper); `"costs"`: the mean cost, then one plan
-        backend:str="auto", # What computes `average="plans"`; no part of what is learned or saved
+        average:str="plans", # `"plans"`: mean of P plans (paper); `"costs"`: plan of mean cost
+        backend:str="auto", # Computes `average="plans"`; neither learned nor saved
     ):
         super().__init__()
-        if not entropy_reg > 0: raise ValueError(f"entropy_reg must be positive, got {entropy_reg}. A matching is the limit toward 0: try 0.001.")
-        if average not in get_args(Average): raise ValueError(f"average must be one of {list(get_args(Average))}, got {average!r}.")
-        if min(n_projections, n_iterations) < 1: raise ValueError(f"n_projections and n_iterations must be at least 1, got {n_projections} and {n_iterations}.")
+        if not entropy_reg > 0:
+            raise ValueError(
+                f"entropy_reg must be positive, got {entropy_reg}. "
+                "A matching is the limit toward 0: try 0.001."
+            )
+        if average not in get_args(Average):
+            raise ValueError(f"average must be one of {list(get_args(Average))}, got {average!r}.")
+        if min(n_projections, n_iterations) < 1:
+            raise ValueError(
+                f"n_projections and n_iterations must be at least 1, got {n_projections} and "
+                f"{n_iterations}."
+            )
         choose_backend(backend)
-        self.entropy_reg, self.n_iterations, self.average, self.backend = entropy_reg, n_iterations, average, backend
+        self.entropy_reg = entropy_reg
+        self.n_iterations = n_iterations
+        self.average = average
+        self.backend = backend
         self.projected_directions = nn.Parameter(torch.randn(n_projections, vlm_dim))
         self.structured_directions = nn.Parameter(self.projected_directions.detach().clone())
         self.log_sharpness = nn.Parameter(torch.zeros(n_projections))
@@ -259,11 +392,17 @@ def scores(
     structured:Float[Tensor, "batch structured_tokens vlm_dim"], # Tokens whose places are filled
     projected_mask:Bool[Tensor, "batch projected_tokens"]|None=None, # False on padding
     structured_mask:Bool[Tensor, "batch structured_tokens"]|None=None, # False on padding
-) -> tuple[Float[Tensor, "batch projections projected_tokens"], Float[Tensor, "batch projections structured_tokens"]]: # a and b, standardised
+) -> tuple[
+    Float[Tensor, "batch projections projected_tokens"], # a, standardised
+    Float[Tensor, "batch projections structured_tokens"], # b, standardised
+]:
     "Project both token sets on their directions (eqs 4 and 5)"
-    pairs = (projected, self.projected_directions, projected_mask), (structured, self.structured_directions, structured_mask)
     wide = torch.promote_types(self.projected_directions.dtype, torch.float32)
-    return tuple(standardise_scores(F.normalize(directions.to(wide), dim=-1) @ tokens.to(wide).mT, mask) for tokens, directions, mask in pairs)
+    def project(tokens, directions, mask):
+        directions = F.normalize(directions.to(wide), dim=-1)
+        return standardise_scores(directions @ tokens.to(wide).mT, mask)
+    a = project(projected, self.projected_directions, projected_mask)
+    return a, project(structured, self.structured_directions, structured_mask)
 
 # %% ../../nbs/3_coupling/08_transport.ipynb #26494a72
 @patch
@@ -272,29 +411,62 @@ def check_tokens(
     name:str, # `"projected"` or `"structured"`
     tokens:Tensor, # Should be (batch, tokens, vlm_dim), finite where they are no padding
     mask:Tensor|None, # Should be bool, (batch, tokens)
-) -> Float[Tensor, "batch tokens vlm_dim"]: # The tokens, zero at padding: not even its NaN reaches a gradient
+) -> Float[Tensor, "batch tokens vlm_dim"]: # The tokens, zero at padding, so that no NaN gets on
     "Refuse tokens and masks that do not fit"
-    if tokens.dim() != 3 or tokens.shape[-1] != self.projected_directions.shape[1] or tokens.shape[1] == 0:
-        raise ValueError(f"{name} must be (batch, tokens, {self.projected_directions.shape[1]}) with at least one token, got {tuple(tokens.shape)}.")
+    width = self.projected_directions.shape[1]
+    if tokens.dim() != 3 or tokens.shape[-1] != width or tokens.shape[1] == 0:
+        raise ValueError(
+            f"{name} must be (batch, tokens, {width}) with at least "
+            f"one token, got {tuple(tokens.shape)}."
+        )
     if mask is not None:
-        if mask.dtype != torch.bool or mask.shape != tokens.shape[:2] or not (mask.is_meta or mask.any(-1).all()):
-            raise ValueError(f"{name}_mask must be bool of shape {tuple(tokens.shape[:2])} with at least one True in every row, got {mask.dtype} of shape {tuple(mask.shape)}.")
+        fitting = mask.dtype == torch.bool and mask.shape == tokens.shape[:2]
+        if not fitting or not (mask.is_meta or mask.any(-1).all()):
+            raise ValueError(
+                f"{name}_mask must be bool of shape {tuple(tokens.shape[:2])} with at least one "
+                f"True in every row, got {mask.dtype} of shape {tuple(mask.shape)}."
+            )
         tokens = torch.where(mask[..., None], tokens, 0)
     if not tokens.is_meta and not tokens.isfinite().all():
-        raise ValueError(f"{name} must be finite, got NaN or infinity, first at (clip, token) {tuple((~tokens.isfinite()).any(-1).nonzero()[0].tolist())}. Mask padding, or look upstream.")
+        first = tuple((~tokens.isfinite()).any(-1).nonzero()[0].tolist())
+        raise ValueError(
+            f"{name} must be finite, got NaN or infinity, first at (clip, token) "
+            f"{first}. Mask padding, or look upstream."
+        )
     return tokens
 
+# %% ../../nbs/3_coupling/08_transport.ipynb #ea2bdae3
 @patch
 def mean_cost_plan(
     self:ProjectedTransport,
     projected_scores:Float[Tensor, "batch projections projected_tokens"], # a
     structured_scores:Float[Tensor, "batch projections structured_tokens"], # b
     line_reg:Float[Tensor, "batch projections"], # tau of each line
-    mask:Bool[Tensor, "batch structured_tokens projected_tokens"]|None=None, # False where either token is padding
+    mask:Bool[Tensor, "batch structured_tokens projected_tokens"]|None=None, # False on padding
 ) -> Float[Tensor, "batch structured_tokens projected_tokens"]: # One plan; each row sums to 1
     "`average='costs'`: Sinkhorn's rounds on the mean over projections of cost over tau"
-    a, b = (((scores / line_reg[..., None]).mT / scores.shape[1]).contiguous() for scores in (projected_scores, structured_scores))
-    return sinkhorn_log_plan(-torch.cdist(b, a, p=1), self.n_iterations, mask).exp() # the sum over coordinates of |b - a|
+    def in_units(scores): return ((scores / line_reg[..., None]).mT / scores.shape[1]).contiguous()
+    # the sum over coordinates of |b - a|
+    cost = torch.cdist(in_units(structured_scores), in_units(projected_scores), p=1)
+    return sinkhorn_log_plan(-cost, self.n_iterations, mask).exp()
+
+# %% ../../nbs/3_coupling/08_transport.ipynb #fbabe0c2
+def _check_pair(projected, structured, positions):
+    "Refuse token sets and positions that do not belong together"
+    places = positions is None or len(positions) == projected.shape[1] == structured.shape[1]
+    if len(projected) != len(structured) or not places:
+        raise ValueError(
+            "projected and structured must be of one batch, and with positions of as many tokens, "
+            f"got {tuple(projected.shape)}, {tuple(structured.shape)}, positions "
+            f"{None if positions is None else tuple(positions.shape)}."
+        )
+
+def _pair_mask(a, b, projected_mask, structured_mask):
+    "True where both tokens are real; None if there is no padding"
+    if projected_mask is None and structured_mask is None: return None
+    if projected_mask is None: projected_mask = torch.ones_like(a[:, 0], dtype=torch.bool)
+    if structured_mask is None: structured_mask = torch.ones_like(b[:, 0], dtype=torch.bool)
+    return structured_mask[..., None] & projected_mask[:, None]
 
 # %% ../../nbs/3_coupling/08_transport.ipynb #013d6203
 @patch
@@ -302,24 +474,33 @@ def forward(
     self:ProjectedTransport,
     projected:Float[Tensor, "batch projected_tokens vlm_dim"], # Tokens to be carried
     structured:Float[Tensor, "batch structured_tokens vlm_dim"], # Tokens whose places are filled
-    positions:Float[Tensor, "places vlm_dim"]|None=None, # Added to both sides where they are compared, never carried; needs equal numbers of tokens
-    projected_mask:Bool[Tensor, "batch projected_tokens"]|None=None, # False on padding, which is not carried
-    structured_mask:Bool[Tensor, "batch structured_tokens"]|None=None, # False on padding, whose places stay zero
+    positions:Float[Tensor, "places vlm_dim"]|None=None, # Added to both where compared, not carried
+    projected_mask:Bool[Tensor, "batch projected_tokens"]|None=None, # False on padding
+    structured_mask:Bool[Tensor, "batch structured_tokens"]|None=None, # False on padding
     with_plan:bool=True, # False: the plan is not formed where it need not be, and None
-) -> tuple[Float[Tensor, "batch structured_tokens vlm_dim"], Float[Tensor, "batch structured_tokens projected_tokens"]|None]: # Transported tokens and the plan
+) -> tuple[
+    Float[Tensor, "batch structured_tokens vlm_dim"], # Transported tokens
+    Float[Tensor, "batch structured_tokens projected_tokens"]|None, # The plan
+]:
     "Carry projected tokens to the places of structured ones (paper §3.2)"
-    projected, structured = (self.check_tokens(*side) for side in (("projected", projected, projected_mask), ("structured", structured, structured_mask)))
-    if projected.shape[0] != structured.shape[0] or (positions is not None and not positions.shape[0] == projected.shape[1] == structured.shape[1]):
-        raise ValueError(f"projected and structured must be of one batch, and with positions of as many tokens, got {tuple(projected.shape)}, {tuple(structured.shape)}, positions {None if positions is None else tuple(positions.shape)}.")
-    places, masks = 0. if positions is None else positions, (projected_mask, structured_mask)
+    projected = self.check_tokens("projected", projected, projected_mask)
+    structured = self.check_tokens("structured", structured, structured_mask)
+    _check_pair(projected, structured, positions)
+    places = 0. if positions is None else positions
+    masks = (projected_mask, structured_mask)
     with torch.autocast("cpu" if projected.is_meta else projected.device.type, enabled=False):
         a, b = self.scores(projected + places, structured + places, *masks)
-        line_reg, values = line_entropy_reg(mean_distance(a, b, *masks), self.log_sharpness.to(a.dtype), self.entropy_reg), projected.to(a.dtype)
+        sharpness = self.log_sharpness.to(a.dtype)
+        line_reg = line_entropy_reg(mean_distance(a, b, *masks), sharpness, self.entropy_reg)
+        values = projected.to(a.dtype)
         if self.average == "plans":
-            transported, plan, *_ = projected_transport(values, a, b, line_reg, self.n_iterations, None, None, *masks, with_plan=with_plan, backend=self.backend)
+            transported, plan, *_ = projected_transport(
+                values, a, b, line_reg, self.n_iterations, None, None, *masks,
+                with_plan=with_plan, backend=self.backend,
+            )
         else:
-            line_inverse_reg(line_reg, torch.cat([a, b], -1)) # refuses what Sinkhorn's rounds would turn into NaN
-            full = [torch.ones_like(side[:, 0], dtype=torch.bool) if mask is None else mask for side, mask in zip((a, b), masks)]
-            plan = self.mean_cost_plan(a, b, line_reg, None if masks == (None, None) else full[1][..., None] & full[0][:, None])
+            # refuses scores that Sinkhorn's rounds would turn into NaN
+            line_inverse_reg(line_reg, torch.cat([a, b], -1))
+            plan = self.mean_cost_plan(a, b, line_reg, _pair_mask(a, b, *masks))
             transported = plan @ values
     return transported.to(projected.dtype), plan if with_plan else None
