@@ -19,68 +19,107 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 # %% ../../nbs/5_explain/10_accounts.ipynb #d6217358
-FUSED, FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 class MetaRun:
-    "Lets code run on the meta device that would stop there for the lack of a kernel or of numbers; also inside a backward pass, where torch's own modes are off"
+    "Lets code run on meta that would stop there; also in a backward pass, where torch has no modes"
     def __enter__(self) -> "MetaRun":
         self.originals = torch.tensor, torch.autocast, F.scaled_dot_product_attention
-        torch.tensor, torch.autocast, F.scaled_dot_product_attention = self.tensor, self.autocast, self.attention
+        self.put(self.tensor, self.autocast, self.attention)
         return self
 
-    def __exit__(self, *error) -> None: torch.tensor, torch.autocast, F.scaled_dot_product_attention = self.originals
+    def __exit__(self, *error) -> None: self.put(*self.originals)
+
+    def put(self, tensor:Callable, autocast:Callable, attention:Callable) -> None:
+        "Replace three functions of torch"
+        torch.tensor = tensor
+        torch.autocast = autocast
+        F.scaled_dot_product_attention = attention
 
     def tensor(self, data:Any, **named) -> Tensor: # Keeps its numbers
-        return self.originals[0](data, **({**named, "device": "cpu"} if str(named.get("device")) == "meta" else named))
+        if str(named.get("device")) == "meta": named["device"] = "cpu"
+        return self.originals[0](data, **named)
 
-    def autocast(self, device:str, *given, **named) -> Any: # Knows no meta device
+    def autocast(self, device:str, *given, **named) -> Any: # Does not exist on the meta device
         return nullcontext() if device == "meta" else self.originals[1](device, *given, **named)
 
-    def attention(self, query:Tensor, key:Tensor, value:Tensor, attn_mask:Tensor|None=None, dropout_p:float=0., is_causal:bool=False, scale:float|None=None, enable_gqa:bool=False) -> Tensor:
-        if query.device.type != "meta" or not torch.backends.cuda.flash_sdp_enabled(): # off inside sdpa_kernel(MATH)
-            return self.originals[2](query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        if key.shape[-3] != query.shape[-3]: key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    def attention(self, query:Tensor, key:Tensor, value:Tensor, attn_mask:Tensor|None=None,
+                  dropout_p:float=0., is_causal:bool=False, scale:float|None=None,
+                  enable_gqa:bool=False) -> Tensor: # Fused on the meta device
+        plain = not torch.backends.cuda.flash_sdp_enabled() # off inside sdpa_kernel(MATH)
+        if query.device.type != "meta" or plain:
+            return self.originals[2](query, key, value, attn_mask, dropout_p, is_causal,
+                                     scale=scale, enable_gqa=enable_gqa)
+        if key.shape[-3] != query.shape[-3]: # heads of keys and values serve several queries
+            key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3)
+                          for x in (key, value))
         return FUSED(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
-# %% ../../nbs/5_explain/10_accounts.ipynb #c245b1e7
-def attention_flops(query:Sequence[int], key:Sequence[int], value:Sequence[int]) -> int: # Shapes: batch, heads, tokens, width
+# %% ../../nbs/5_explain/10_accounts.ipynb #d56f9d7e
+def attention_flops(
+    query:Sequence[int], # Shape: batch, heads, tokens, width
+    key:Sequence[int], # Likewise
+    value:Sequence[int], # Likewise
+) -> int: # Floating-point operations
     "Two products, each 2 * queries * keys * width"
-    return 2 * query[0] * query[1] * query[2] * key[2] * (query[3] + value[3])
+    batch, heads, queries, width = query
+    return 2 * batch * heads * queries * key[2] * (width + value[3])
 
+def _workspace(name, args, out, target):
+    "Bytes that a convolution takes for itself"
+    if name is not torch.ops.aten.convolution or args[1].shape[2:].numel() == 1: return 0
+    given, weight = args[:2]
+    # where torch prefers its own to oneDNN (Convolution.cpp)
+    small = len(given) == 1 and given.shape[:4].numel() <= 20480
+    if target == "cpu" and small:
+        return out.shape[2:].numel() * weight[0].numel() * given.element_size()
+    return sum(x.numel() * x.element_size() for x in (given, weight))
+
+def _flops(name, func, args, kwargs, out):
+    "Floating-point operations of one call"
+    if name is FUSED: return attention_flops(*(x.shape for x in args[:3]))
+    if name is FUSED_BACKWARD: # five products for two
+        return attention_flops(*(x.shape for x in args[1:4])) * 5 // 2
+    return flop_registry[name](*args, **kwargs, out_val=out) if name in flop_registry else 0
+
+# %% ../../nbs/5_explain/10_accounts.ipynb #c245b1e7
 class Account(TorchDispatchMode):
-    "Bytes of tensors alive and floating-point operations of whatever runs inside"
-    def __init__(self, known:Iterable[Tensor]=(), target:str="cuda"): # Tensors that existed before, not counted; device whose kernels are meant
+    "Bytes of tensors alive and floating-point operations of the code that runs inside"
+    def __init__(self,
+        known:Iterable[Tensor]=(), # Tensors that existed before, not counted
+        target:str="cuda", # Device whose kernels are meant
+    ):
         super().__init__()
         self.target = target
-        self.known, self.sizes = {tensor.untyped_storage()._cdata for tensor in known}, {}
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+        self.sizes = {} # of the storages alive
         self.live = self.peak = self.flops = 0
 
-    def hold(self, tensor:Tensor) -> None:
-        storage = tensor.untyped_storage(); key = storage._cdata
+    def hold(self, tensor:Tensor) -> None: # Until its storage is freed
+        storage = tensor.untyped_storage()
+        key = storage._cdata
         if key in self.known or key in self.sizes: return
-        self.sizes[key] = storage.nbytes(); self.live += self.sizes[key]
+        self.sizes[key] = storage.nbytes()
+        self.live += self.sizes[key]
         weakref.finalize(storage, self.drop, key)
 
     def drop(self, key:int) -> None: self.live -= self.sizes.pop(key, 0)
 
-    def __torch_dispatch__(self, func:Callable, types:Sequence, args:tuple=(), kwargs:dict|None=None) -> Any:
-        kwargs, given = kwargs or {}, [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        kinds, name = {x.device.type for x in given if x.ndim}, func.overloadpacket
-        if name in (torch.ops.aten.all, torch.ops.aten.any) and given[0].device.type == "meta" and len(args) == 1: return torch.tensor(name is torch.ops.aten.all)
-        if len(kinds) > 1 and name not in (torch.ops.aten.index, torch.ops.aten.copy_, torch.ops.aten._to_copy):
-            args, kwargs = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, kwargs)) # numbers that meet tensors without numbers
+    def __torch_dispatch__(self, func:Callable, types:Sequence, args:tuple=(),
+                           kwargs:dict|None=None) -> Any: # As the operation
+        kwargs, aten, name = kwargs or {}, torch.ops.aten, func.overloadpacket
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if name in (aten.all, aten.any) and given[0].device.type == "meta" and len(args) == 1:
+            return torch.tensor(name is aten.all)
+        kinds = {x.device.type for x in given if x.ndim}
+        if len(kinds) > 1 and name not in (aten.index, aten.copy_, aten._to_copy):
+            # numbers that meet tensors without numbers
+            def to_meta(x): return x.to("meta") if isinstance(x, Tensor) else x
+            args, kwargs = tree_map(to_meta, (args, kwargs))
         out = func(*args, **kwargs)
-        for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
+        for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor): self.hold(tensor)
-        self.peak = max(self.peak, self.live + self.workspace(name, args, out))
-        if name is FUSED: self.flops += attention_flops(*(x.shape for x in args[:3]))
-        elif name is FUSED_BACKWARD: self.flops += attention_flops(*(x.shape for x in args[1:4])) * 5 // 2 # five products for two
-        elif name in flop_registry: self.flops += flop_registry[name](*args, **kwargs, out_val=out)
+        self.peak = max(self.peak, self.live + _workspace(name, args, out, self.target))
+        self.flops += _flops(name, func, args, kwargs, out)
         return out
-
-    def workspace(self, name:Callable, args:tuple, out:Any) -> int: # Bytes a kernel takes for itself
-        if name is not torch.ops.aten.convolution or args[1].shape[2:].numel() == 1: return 0
-        given, weight = args[:2]
-        if self.target == "cpu" and len(given) == 1 and given.shape[:4].numel() <= 20480: # where torch prefers its own to oneDNN (Convolution.cpp)
-            return out.shape[2:].numel() * weight[0].numel() * given.element_size()
-        return sum(x.numel() * x.element_size() for x in (given, weight))

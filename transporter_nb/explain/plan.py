@@ -26,31 +26,50 @@ from ..world.contrasts import PAPER_CONTRASTS
 
 # %% ../../nbs/5_explain/12_plan.ipynb #deac4bbf
 class Device(NamedTuple):
-    "What a device can hold and do"
+    "Memory and speed of a device"
     name: str
     memory: float # GiB
     bf16: float # TFLOP/s, dense
     tf32: float # TFLOP/s, dense; float32 on a CPU
     source: str
 
+_HALF = "data sheet, half of the sparse figure"
 DEVICES = {device.name: device for device in (
-    Device("B200", 180, 2250, 1125, "NVIDIA DGX B200 data sheet, half of the sparse figure"), Device("H200", 141, 989, 494, "NVIDIA H200 SXM data sheet, half of the sparse figure"),
-    Device("H100", 80, 989, 494, "NVIDIA H100 SXM data sheet, half of the sparse figure"), Device("A100", 80, 312, 156, "NVIDIA A100 80GB data sheet"), Device("A100-40GB", 40, 312, 156, "NVIDIA A100 data sheet"),
-    Device("L40S", 48, 362, 183, "NVIDIA L40S data sheet"), Device("RTX 6000 Ada", 48, 364, 182, "NVIDIA RTX 6000 Ada data sheet, half of the sparse figure"),
-    Device("RTX 4090", 24, 165, 83, "NVIDIA Ada architecture paper"), Device("RTX 3090", 24, 71, 36, "NVIDIA GA102 architecture paper"))}
-REACHED = {"text": .4, "velocity": .45, "decode": .25, "encode": .25, "look": .4, "answer": .4, "coupling": .3, "concept": .4, "coupling_step": .3} # assumed shares of the peak
+    Device("B200", 180, 2250, 1125, f"NVIDIA DGX B200 {_HALF}"),
+    Device("H200", 141, 989, 494, f"NVIDIA H200 SXM {_HALF}"),
+    Device("H100", 80, 989, 494, f"NVIDIA H100 SXM {_HALF}"),
+    Device("A100", 80, 312, 156, "NVIDIA A100 80GB data sheet"),
+    Device("A100-40GB", 40, 312, 156, "NVIDIA A100 data sheet"),
+    Device("L40S", 48, 362, 183, "NVIDIA L40S data sheet"),
+    Device("RTX 6000 Ada", 48, 364, 182, f"NVIDIA RTX 6000 Ada {_HALF}"),
+    Device("RTX 4090", 24, 165, 83, "NVIDIA Ada architecture paper"),
+    Device("RTX 3090", 24, 71, 36, "NVIDIA GA102 architecture paper"),
+)}
+REACHED = { # assumed shares of the peak
+    "text": .4, "velocity": .45, "decode": .25, "encode": .25, "look": .4, "answer": .4,
+    "coupling": .3, "concept": .4, "coupling_step": .3,
+}
 LINK = 25e9 # bytes a second between main memory and GPU (assumed: PCIe 4 x16)
+
+# %% ../../nbs/5_explain/12_plan.ipynb #3acdd8f1
+def _cpu_speed():
+    "TFLOP/s of one product of 1024 x 1024; the first makes what is made once"
+    square = torch.ones(1024, 1024)
+    square @ square
+    started = time.perf_counter()
+    square @ square
+    return 2 * 1024**3 / (time.perf_counter() - started) / 1e12
 
 def device_named(
     name:str, # One of `DEVICES`, or "cpu" for this machine
 ) -> Device: # Its numbers
     "A device by name; a CPU's speed is measured now, on one product of 1024 x 1024"
     if name in DEVICES: return DEVICES[name]
-    if name != "cpu": raise ValueError(f"device must be 'cpu' or one of {list(DEVICES)}, got {name!r}.")
-    square = torch.ones(1024, 1024)
-    square @ square; started = time.perf_counter(); square @ square
-    speed = 2 * 1024**3 / (time.perf_counter() - started) / 1e12
-    return Device("cpu", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, speed, speed, "measured now, one product of 1024 x 1024 in float32")
+    if name != "cpu":
+        raise ValueError(f"device must be 'cpu' or one of {list(DEVICES)}, got {name!r}.")
+    speed, memory = _cpu_speed(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return Device("cpu", memory, speed, speed,
+                  "measured now, one product of 1024 x 1024 in float32")
 
 # %% ../../nbs/5_explain/12_plan.ipynb #34547dac
 class Work(NamedTuple):
@@ -58,30 +77,54 @@ class Work(NamedTuple):
     clips: int # Generated; evaluations of single velocities are counted as parts of a clip
     concepts: int # Learned for it
 
-FIGURES = {"fig1": Work(5, 2), "fig3": Work(33, 1), "fig4": Work(38, 1), "fig6": Work(30, 3), "fig7": Work(25, 2), "fig8": Work(76, 1), "gallery": Work(72, 18),
-           "explain_clip": Work(13, 1)} # counted while the notebooks ran at the mini scale, for one VLM: evaluations of the velocity by those of one clip
+# counted while the notebooks ran at the mini scale, for one VLM, by evaluations of the velocity
+FIGURES = {
+    "fig1": Work(5, 2), "fig3": Work(33, 1), "fig4": Work(38, 1), "fig6": Work(30, 3),
+    "fig7": Work(25, 2), "fig8": Work(76, 1), "gallery": Work(72, 18), "explain_clip": Work(13, 1),
+}
 CAPTION_WORDS = 24 # `caption` stops there
 COUPLING_CLIPS = 100_000 # of the training set (chosen)
-NOT_COUNTED = {"fig8": "the gradients through autoencoder and VLM of panel (c): leave the panel out where the peak is close, it needs a backward pass of both"}
+NOT_COUNTED = {
+    "fig8": "the gradients through autoencoder and VLM of panel (c): leave the panel out where the "
+            "peak is close, it needs a backward pass of both"}
 
+def _clip_calls(n, steps):
+    "Stages of n clips; an answer a way, and a caption a way"
+    answers = n * (2 + 2 * CAPTION_WORDS)
+    return {"text": n + 2, "velocity": n * steps, "decode": n, "look": n, "coupling": n,
+            "answer": answers}
+
+def _concept_calls(n, steps, config):
+    "Stages of n concepts: 2 walks x 3 rows; a guided step is 2 rows"
+    clips = 2 * config.n_seeds
+    one = {"text": 2, "velocity": 3 * config.n_seeds * steps, "decode": clips, "look": clips,
+           "coupling": clips, "answer": clips, "concept": config.steps}
+    return {stage: calls * n for stage, calls in one.items()}
+
+# %% ../../nbs/5_explain/12_plan.ipynb #755ad59f
 def stage_calls(
     figure:str, # One of `FIGURES`
     scale:str, # "mini" or "paper"
 ) -> dict[str, dict[str, int]]: # For clips, concepts and training: how often each stage runs
     "How often each stage runs"
-    if figure not in FIGURES: raise ValueError(f"figure must be one of {list(FIGURES)}, got {figure!r}.")
-    work, steps = Work(4 * len(PAPER_CONTRASTS), len(PAPER_CONTRASTS)) if (figure, scale) == ("gallery", "paper") else FIGURES[figure], blank_generator(scale, [], "meta", LoadOptions()).default_steps
-    concept, training = getattr(ConceptConfig, scale)(), getattr(CouplingTraining, scale)()
-    clips = {"text": work.clips + 2, "velocity": work.clips * steps, "decode": work.clips, "look": work.clips, "coupling": work.clips, "answer": work.clips * (2 + 2 * CAPTION_WORDS)}
-    seeds = concept.n_seeds
-    learning = {"text": 2, "velocity": 3 * seeds * steps, "decode": 2 * seeds, "look": 2 * seeds, "coupling": 2 * seeds, "answer": 2 * seeds, "concept": concept.steps} # 2 walks x 3 rows; a guided step is 2 rows
-    data = {"encode": COUPLING_CLIPS, "decode": COUPLING_CLIPS, "look": 2 * COUPLING_CLIPS} if scale == "paper" else {}
-    return {"clips": clips, "concepts": {stage: n * work.concepts for stage, n in learning.items()}, "training of the coupling": {**data, "coupling_step": training.steps * training.accumulation}}
+    if figure not in FIGURES:
+        raise ValueError(f"figure must be one of {list(FIGURES)}, got {figure!r}.")
+    work, n = FIGURES[figure], len(PAPER_CONTRASTS)
+    if (figure, scale) == ("gallery", "paper"): work = Work(4 * n, n) # its list is longer
+    steps = blank_generator(scale, [], "meta", LoadOptions()).default_steps
+    training = getattr(CouplingTraining, scale)()
+    data = {"encode": COUPLING_CLIPS, "decode": COUPLING_CLIPS, "look": 2 * COUPLING_CLIPS}
+    return {
+        "clips": _clip_calls(work.clips, steps),
+        "concepts": _concept_calls(work.concepts, steps, getattr(ConceptConfig, scale)()),
+        "training of the coupling": {
+            **(data if scale == "paper" else {}),
+            "coupling_step": training.steps * training.accumulation}}
 
 # %% ../../nbs/5_explain/12_plan.ipynb #4832aea9
 @dataclass(frozen=True)
 class Plan:
-    "What a figure needs; prints as text, and as a table in a notebook"
+    "The needs of a figure; prints as text, and as a table in a notebook"
     figure: str
     vlm: str
     scale: str
@@ -93,38 +136,58 @@ class Plan:
     calls: dict # Kind of work -> stage -> how often
 
     @property
-    def resident(self) -> int: # Bytes of all weights at once: both experts, text encoder, autoencoder, VLM, coupling
-        "All weights of a figure"
+    def resident(self) -> int: # Bytes of both experts, text encoder, autoencoder, VLM, coupling
+        "All weights of a figure, at once"
         kinds = {"autoencoder": self.options.vae_dtype, "coupling": "float32"}
-        return sum(n * (4 if kinds.get(name, self.options.dtype) == "float32" else 2) for name, n in self.parameters.items())
+        sizes = {name: 4 if kinds.get(name, self.options.dtype) == "float32" else 2
+                 for name in self.parameters}
+        return sum(n * sizes[name] for name, n in self.parameters.items())
 
-    def peak(self, stage:str, offload:bool=False, saving:bool=False) -> int: # Bytes
-        "Peak memory of a stage: with every weight on the device or only its own, with tiling or checkpointing where it has them"
+# %% ../../nbs/5_explain/12_plan.ipynb #0a4d5e03
+@patch
+def peak(self:Plan,
+    stage:str, # One of `STAGES`
+    offload:bool=False, # Only the weights of the stage are on the device
+    saving:bool=False, # With tiling or checkpointing, where the stage has them
+) -> int: # Bytes
+    "Peak memory of a stage"
+    plain, saver = self.stages[stage]
+    cost = saver if saving and saver is not None else plain
+    if offload or stage == "coupling_step": return cost.peak # the coupling is trained alone
+    return cost.peak + max(self.resident - cost.weights, 0)
+
+@patch
+def need(self:Plan, offload:bool=False, saving:bool=False) -> int: # Bytes
+    "Peak memory of the figure and its concepts, the training of the coupling left out"
+    stages = [stage for stage in self.stages if stage != "coupling_step"]
+    return max(self.peak(stage, offload, saving) for stage in stages)
+
+@patch
+def fits(self:Plan, offload:bool=False, saving:bool=False) -> bool: # In 94 % of memory (assumed)
+    "Whether an option is enough for the figure"
+    return self.need(offload, saving) <= .94 * self.device.memory * 2**30
+
+@patch
+def hours(self:Plan,
+    kind:str, # "clips", "concepts" or "training of the coupling"
+    stages:Sequence[str]|None=None, # None: all
+) -> float: # Weights in place
+    "Hours of a kind of work: arithmetic over the share of the peak that is assumed to be reached"
+    total, single = 0., ("decode", "encode", "coupling", "coupling_step")
+    for stage in stages or self.stages:
+        slow = stage in single or self.options.dtype == "float32"
+        speed = (self.device.tf32 if slow else self.device.bf16) * 1e12 * REACHED[stage]
         plain, saver = self.stages[stage]
-        cost = saver if saving and saver is not None else plain
-        elsewhere = 0 if offload or stage == "coupling_step" else max(self.resident - cost.weights, 0) # the coupling is trained alone
-        return cost.peak + elsewhere
-
-    def need(self, offload:bool=False, saving:bool=False) -> int: # Bytes
-        "Peak memory of the figure, its concepts included and the training of the coupling left out"
-        return max(self.peak(stage, offload, saving) for stage in self.stages if stage != "coupling_step")
-
-    def fits(self, offload:bool=False, saving:bool=False) -> bool: # Of what the device has, 94 % can be used (assumed)
-        "Whether an option is enough for the figure"
-        return self.need(offload, saving) <= .94 * self.device.memory * 2**30
-
-    def hours(self, kind:str, stages:Sequence[str]|None=None) -> float: # Weights in place
-        "Hours of a kind of work: arithmetic over the share of the peak that is assumed to be reached"
-        total = 0.
-        for stage in stages or self.stages:
-            slow = stage in ("decode", "encode", "coupling", "coupling_step") or self.options.dtype == "float32"
-            plain, saver = self.stages[stage]
-            cost = saver if stage == "concept" and not self.fits(offload=True) else plain # where it must, it computes its forward pass twice
-            total += self.calls[kind].get(stage, 0) * cost.flops / ((self.device.tf32 if slow else self.device.bf16) * 1e12 * REACHED[stage])
-        return total / 3600
+        # where a concept does not fit otherwise, it computes its forward pass twice
+        cost = saver if stage == "concept" and not self.fits(offload=True) else plain
+        total += self.calls[kind].get(stage, 0) * cost.flops / speed
+    return total / 3600
 
 # %% ../../nbs/5_explain/12_plan.ipynb #83d4efdd
-OPTIONS = {"all on device": (False, False), "all, saving": (False, True), "offload parts": (True, False), "offload, saving": (True, True)}
+OPTIONS = { # name -> offload, saving
+    "all on device": (False, False), "all, saving": (False, True),
+    "offload parts": (True, False), "offload, saving": (True, True),
+}
 
 def spoken(
     hours:float, # Any number of them
@@ -141,54 +204,112 @@ def in_gib(
 @patch
 def stage_table(self:Plan) -> list[list[str]]: # Header first
     "One row a stage"
-    header = ["stage", "what", "parameters", "TFLOP a call", *(f"GiB: {name}" for name in OPTIONS), *(f"calls, hours: {kind}" for kind in self.calls)]
-    rows = [[stage, STAGES[stage], f"{plain.parameters / 1e9:.3g} B", f"{plain.flops / 1e12:.3g}", *(in_gib(self.peak(stage, *choice)) for choice in OPTIONS.values()),
-             *(f"{n:,}, {spoken(self.hours(kind, [stage]))}" if (n := calls.get(stage)) else "" for kind, calls in self.calls.items())] for stage, (plain, _) in self.stages.items()]
-    return [header, *rows]
+    memory = [f"GiB: {name}" for name in OPTIONS]
+    work = [f"calls, hours: {kind}" for kind in self.calls]
+    table = [["stage", "what", "parameters", "TFLOP a call", *memory, *work]]
+    for stage, (plain, _) in self.stages.items():
+        row = [stage, STAGES[stage], f"{plain.parameters / 1e9:.3g} B", f"{plain.flops / 1e12:.3g}"]
+        row += [in_gib(self.peak(stage, *choice)) for choice in OPTIONS.values()]
+        for kind, calls in self.calls.items():
+            n = calls.get(stage)
+            row.append(f"{n:,}, {spoken(self.hours(kind, [stage]))}" if n else "")
+        table.append(row)
+    return table
+
+# %% ../../nbs/5_explain/12_plan.ipynb #c757e516
+@patch
+def _downloads(self:Plan) -> str:
+    "Repositories, their sizes, and the time of their download"
+    if not self.download: return "nothing, the miniature is shipped"
+    sizes = ", ".join(f"{repo} {size / 1e9:.1f} GB" for repo, size in self.download.items())
+    return f"{sizes} ({duration(sum(self.download.values()) / LINE)} at 100 Mbit/s)"
+
+@patch
+def _assumed(self:Plan) -> str:
+    "Assumptions behind the hours, and the meaning of saving"
+    device = self.device
+    reached = ", ".join(f"{stage} {share:.0%}" for stage, share in REACHED.items())
+    return (
+        f"assumed: {device.name} does {device.bf16:.3g} TFLOP/s in bfloat16 and {device.tf32:.3g} "
+        f"in TF32 or float32 ({device.source}), of which the stages reach {reached}; "
+        "saving means VAE tiling and gradient checkpointing (which computes a step's forward pass "
+        "twice; counted in the hours where the step does not fit without); parts that come and go "
+        f"add {duration(self.resident / LINK)} a round at {LINK / 1e9:.0f} GB/s; "
+        "computed on the meta device, not measured")
 
 @patch
 def notes(self:Plan) -> list[str]: # One sentence each
-    "Totals, and what they rest on"
+    "Totals, and their assumptions"
     fitting = [name for name, choice in OPTIONS.items() if self.fits(*choice)]
-    download = "nothing, the miniature is shipped" if not self.download else ", ".join(f"{repo} {size / 1e9:.1f} GB" for repo, size in self.download.items()) + f" ({duration(sum(self.download.values()) / LINE)} at 100 Mbit/s)"
-    return [f"parameters: {', '.join(f'{name} {n / 1e9:.3g} B' for name, n in self.parameters.items())}; all weights in {self.options.dtype} (autoencoder {self.options.vae_dtype}, coupling float32): {in_gib(self.resident)} GiB",
-            f"to download: {download}",
-            f"needed for the figure: {', '.join(f'{name} {in_gib(self.need(*choice))} GiB' for name, choice in OPTIONS.items())}; {self.device.name} has {self.device.memory:.0f} GiB, so what fits: {', '.join(fitting) or 'nothing'}",
-            *(f"{kind}: {spoken(self.hours(kind))}" for kind in self.calls), *([f"not counted: {NOT_COUNTED[self.figure]}"] if self.figure in NOT_COUNTED else []),
-            f"assumed: {self.device.name} does {self.device.bf16:.3g} TFLOP/s in bfloat16 and {self.device.tf32:.3g} in TF32 or float32 ({self.device.source}), of which the stages reach {', '.join(f'{stage} {share:.0%}' for stage, share in REACHED.items())}; "
-            f"saving means VAE tiling and gradient checkpointing (which computes a step's forward pass twice; counted in the hours where the step does not fit without); parts that come and go add {duration(self.resident / LINK)} a round at {LINK / 1e9:.0f} GB/s; computed on the meta device, not measured"]
+    sizes = ", ".join(f"{name} {n / 1e9:.3g} B" for name, n in self.parameters.items())
+    needs = ", ".join(f"{name} {in_gib(self.need(*choice))} GiB"
+                      for name, choice in OPTIONS.items())
+    dtypes = f"autoencoder {self.options.vae_dtype}, coupling float32"
+    found = [
+        f"parameters: {sizes}; all weights in {self.options.dtype} ({dtypes}): "
+        f"{in_gib(self.resident)} GiB",
+        f"to download: {self._downloads()}",
+        f"needed for the figure: {needs}; {self.device.name} has {self.device.memory:.0f} GiB, "
+        f"so what fits: {', '.join(fitting) or 'nothing'}"]
+    found += [f"{kind}: {spoken(self.hours(kind))}" for kind in self.calls]
+    if self.figure in NOT_COUNTED: found.append(f"not counted: {NOT_COUNTED[self.figure]}")
+    return [*found, self._assumed()]
 
 # %% ../../nbs/5_explain/12_plan.ipynb #6bad30a8
 @patch
+def _title(self:Plan) -> str:
+    return f"Plan of {self.figure} with {self.vlm}, scale {self.scale}, on {self.device.name}"
+
+@patch
 def __repr__(self:Plan) -> str: # For a terminal
     rows = self.stage_table()
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows]
-    return "\n".join([f"Plan of {self.figure} with {self.vlm}, scale {self.scale}, on {self.device.name}", *lines, *self.notes()])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return "\n".join([self._title(), *lines, *self.notes()])
 
 @patch
 def _repr_html_(self:Plan) -> str: # For a notebook
-    def line(texts, tag): return "<tr>" + "".join(f"<{tag}>{text}</{tag}>" for text in texts) + "</tr>"
+    def line(texts, tag): return "<tr>" + "".join(f"<{tag}>{t}</{tag}>" for t in texts) + "</tr>"
     head, *rows = self.stage_table()
-    return f"<b>Plan of {self.figure} with {self.vlm}, scale {self.scale}, on {self.device.name}</b><table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table><ul>{''.join(f'<li>{note}</li>' for note in self.notes())}</ul>"
+    body = "".join(line(row, "td") for row in rows)
+    notes = "".join(f"<li>{note}</li>" for note in self.notes())
+    return f"<b>{self._title()}</b><table>{line(head, 'th')}{body}</table><ul>{notes}</ul>"
 
 # %% ../../nbs/5_explain/12_plan.ipynb #4fdce8d4
+def _both_costs(stage, vlm, scale, options, target):
+    "Cost of a stage, and with tiling or checkpointing where it has them"
+    savers = {"decode": "vae_tiling", "encode": "vae_tiling", "concept": "checkpointing"}
+    plain = stage_cost(stage, vlm, scale, options, target)
+    if stage not in savers: return plain, None
+    return plain, stage_cost(stage, vlm, scale, replace(options, **{savers[stage]: True}), target)
+
+def _network_sizes(stages, vlm, n_experts):
+    "Network -> parameters"
+    sizes = {stage: plain.parameters for stage, (plain, _) in stages.items()}
+    experts = "experts" if n_experts > 1 else "transformer"
+    return {"text encoder": sizes["text"], experts: n_experts * sizes["velocity"],
+            "autoencoder": sizes["decode"], vlm: sizes["look"], "coupling": sizes["coupling"]}
+
 def plan(
     figure:str="fig7", # One of `FIGURES`
     vlm:str="gemma3", # One of `vlm_names()`
     scale:str="paper", # "paper" or "mini"
     device:str="H100", # One of `DEVICES`, or "cpu"
-    dtype:str|None=None, # "bfloat16" or "float32"; None is bfloat16 at paper scale and float32 at mini scale
+    dtype:str|None=None, # "bfloat16" or "float32"; None: the first at paper scale, else the second
 ) -> Plan: # Prints itself
-    "What a figure needs, before anything is loaded"
+    "The needs of a figure, before anything is loaded"
     scale, machine, calls = check_scale(scale), device_named(device), stage_calls(figure, scale)
-    options, target = LoadOptions(dtype=dtype or ("float32" if scale == "mini" else "bfloat16")), "cpu" if device == "cpu" else "cuda"
+    options = LoadOptions(dtype=dtype or ("float32" if scale == "mini" else "bfloat16"))
     find_adapter("vlm", vlm, VLMS)
-    if scale == "paper" and vlm not in SOURCES: raise ValueError(f"at scale 'paper' the sizes of {', '.join(name for name in VLMS if name in SOURCES)} are known, got {vlm!r}: its adapter has no `paper_config` yet. Choose one of them, or scale='mini'.")
-    saving = {"decode": replace(options, vae_tiling=True), "encode": replace(options, vae_tiling=True), "concept": replace(options, checkpointing=True)}
-    stages = {stage: (stage_cost(stage, vlm, scale, options, target), stage_cost(stage, vlm, scale, saving[stage], target) if stage in saving else None) for stage in STAGES}
-    experts = 1 if blank_generator(scale, [], "meta", options).default_guidance.__class__ is float else 2
-    parameters = {"text encoder": stages["text"][0].parameters, "experts" if experts > 1 else "transformer": experts * stages["velocity"][0].parameters, "autoencoder": stages["decode"][0].parameters,
-                  vlm: stages["look"][0].parameters, "coupling": stages["coupling"][0].parameters}
-    download = {SOURCES[name].repo: SOURCES[name].size for name in ("wan", vlm) if name in SOURCES} if scale == "paper" else {}
+    if scale == "paper" and vlm not in SOURCES:
+        known = ", ".join(name for name in VLMS if name in SOURCES)
+        raise ValueError(
+            f"at scale 'paper' the sizes of {known} are known, got {vlm!r}: its adapter has no "
+            "`paper_config` yet. Choose one of them, or scale='mini'.")
+    target = "cpu" if device == "cpu" else "cuda"
+    stages = {stage: _both_costs(stage, vlm, scale, options, target) for stage in STAGES}
+    one = type(blank_generator(scale, [], "meta", options).default_guidance) is float
+    parameters = _network_sizes(stages, vlm, 1 if one else 2) # a guidance for each expert
+    named = ("wan", vlm) if scale == "paper" else ()
+    download = {SOURCES[name].repo: SOURCES[name].size for name in named if name in SOURCES}
     return Plan(figure, vlm, scale, machine, options, parameters, download, stages, calls)

@@ -22,56 +22,82 @@ from .transporter import Transporter
 # %% ../../nbs/5_explain/15_recipe.ipynb #ac9c337c
 def lessons(
     l2v:Transporter, # Loaded by name
-    directions:Sequence[Direction], # What steers
-) -> dict[str, list[str]]: # Contrast to the captions that its concept was learned from; without those that come with the package
-    "What must be learned again before a fresh Transporter can make the same clips"
-    path = checkpoint_path(f"concepts_{l2v.names.get('vlm')}", l2v.names.get("scale", "mini"))
+    directions:Sequence[Direction], # That steer
+) -> dict[str, list[str]]: # Contrast to the captions of its concept; without shipped concepts
+    "Concepts that must be learned again before a fresh Transporter can make the same clips"
+    scale = l2v.names.get("scale", "mini")
+    path = checkpoint_path(f"concepts_{l2v.names.get('vlm')}", scale)
     shipped = ConceptBank.from_pretrained(path) if path.exists() else {}
-    return {d.pair.name: d.meta["captions"] for d in directions if isinstance(d, Concept) and not (d.pair.name in shipped and torch.equal(d.vectors, shipped[d.pair.name].vectors))}
+    found = {}
+    for d in directions:
+        if not isinstance(d, Concept): continue
+        name = d.pair.name
+        if name in shipped and torch.equal(d.vectors, shipped[name].vectors): continue
+        found[name] = d.meta["captions"]
+    return found
 
 # %% ../../nbs/5_explain/15_recipe.ipynb #5d3f1262
 def python_cell(
-    request:Request, # What was asked
+    request:Request, # The question
     rows:Sequence[Sequence[Real]], # At which strengths, one number a change
     names:dict[str, str], # How the Transporter was loaded: `vlm`, `generator`, `scale`
-    learned:dict[str, list[str]]|None=None, # From `lessons`; None: nothing
+    learned:dict[str, list[str]]|None=None, # From `lessons`; None: no concept
 ) -> str: # Lines of Python that end in the explanation
-    "What to paste into a notebook"
-    loaded = ", ".join(f"{key}={value!r}" for key, value in names.items() if (key, value) not in (("generator", "wan"), ("scale", "mini")))
-    plain = Request(request.caption, request.changes)
-    extra = "".join(f", {key}={getattr(request, key)!r}" for key in ("seed", "start_step", "frame_window", "vlm_weight") if key == "seed" or getattr(request, key) != getattr(plain, key))
-    taught = "".join(f"l2v.bank.learn(l2v.generator, l2v.vlm, l2v.coupling, {pair!r}, {captions!r})\n" for pair, captions in (learned or {}).items() if captions != [request.caption])
-    return (f"from transporter_nb.explain.transporter import Transporter\n\nl2v = Transporter.load({loaded})\ncaption = {request.caption!r}\n{taught}"
-            f"e = l2v.explain(caption, change={list(request.changes)!r}, strengths={[list(row) for row in rows]!r}{extra})\ne")
+    "The cell to paste into a notebook"
+    usual = [("generator", "wan"), ("scale", "mini")]
+    loaded = ", ".join(f"{key}={value!r}" for key, value in names.items()
+                       if (key, value) not in usual)
+    plain, extra, lines = Request(request.caption, request.changes), "", []
+    for key in ("seed", "start_step", "frame_window", "vlm_weight"):
+        value = getattr(request, key)
+        if key == "seed" or value != getattr(plain, key): extra += f", {key}={value!r}"
+    for pair, captions in (learned or {}).items():
+        if captions == [request.caption]: continue
+        models = "l2v.generator, l2v.vlm, l2v.coupling"
+        lines.append(f"l2v.bank.learn({models}, {pair!r}, {captions!r})")
+    changes, strengths = list(request.changes), [list(row) for row in rows]
+    return "\n".join([
+        "from transporter_nb.explain.transporter import Transporter", "",
+        f"l2v = Transporter.load({loaded})", f"caption = {request.caption!r}", *lines,
+        f"e = l2v.explain(caption, change={changes!r}, strengths={strengths!r}{extra})", "e"])
 
+# %% ../../nbs/5_explain/15_recipe.ipynb #40b867b1
 def papermill_line(
-    request:Request, # What was asked
+    request:Request, # The question
     row:Sequence[Real], # At which strengths
     names:dict[str, str], # How the Transporter was loaded
-    learned:dict[str, list[str]]|None=None, # From `lessons`; None: nothing
+    learned:dict[str, list[str]]|None=None, # From `lessons`; None: no concept
     notebook:str="nbs/explain.ipynb", # From where the command is typed
 ) -> str: # One line for a shell
-    "What to type"
+    "The command to type"
     sources = {caption for captions in (learned or {}).values() for caption in captions}
-    if len(sources) > 1: raise ValueError(f"a line names one caption to learn from, and these concepts were learned from {len(sources)}. Use the Python cell.")
+    if len(sources) > 1:
+        raise ValueError("a line names one caption to learn from, and these concepts were learned "
+                         f"from {len(sources)}. Use the Python cell.")
     window = "" if request.frame_window is None else ":".join(map(str, request.frame_window))
-    given = {**{key: names[key] for key in ("vlm", "scale") if key in names}, "caption": request.caption, "change": "; ".join(request.changes),
-             "strengths": "; ".join(f"{value:g}" for value in row), "seed": request.seed, "start_step": request.start_step, "frame_window": window, "vlm_weight": f"{request.vlm_weight:g}",
-             **({"learn_from": sources.pop()} if sources - {request.caption} else {})}
-    return f"papermill {notebook} out.ipynb " + " ".join(f"-p {key} {shlex.quote(str(value))}" for key, value in given.items())
+    given = {key: names[key] for key in ("vlm", "scale") if key in names}
+    given |= {"caption": request.caption, "change": "; ".join(request.changes)}
+    given |= {"strengths": "; ".join(f"{value:g}" for value in row), "seed": request.seed}
+    given |= {"start_step": request.start_step, "frame_window": window}
+    given["vlm_weight"] = f"{request.vlm_weight:g}"
+    if sources - {request.caption}: given["learn_from"] = sources.pop()
+    dials = [f"-p {key} {shlex.quote(str(value))}" for key, value in given.items()]
+    return f"papermill {notebook} out.ipynb " + " ".join(dials)
 
 # %% ../../nbs/5_explain/15_recipe.ipynb #cf7f86d6
 def read_list(
-    text:Any, # `"0.5; 1"`, `"red -> blue"`, or one number; what papermill hands over
+    text:Any, # `"0.5; 1"`, `"red -> blue"`, or one number; as papermill hands it over
 ) -> list[str]: # The parts, without blanks around them
-    "Take apart what `;` joins"
+    "Take apart a list joined by `;`"
     return [part.strip() for part in str(text).split(";") if part.strip()]
 
 def read_window(
-    text:Any, # `"2:9"`; nothing for all frames
+    text:Any, # `"2:9"`; empty for all frames
 ) -> tuple[int, int]|None: # First frame and one past the last
     "A frame window as papermill hands it over"
     if text in (None, ""): return None
     parts = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", str(text))
-    if not parts: raise ValueError(f"a frame window is written first:end, such as 2:9, got {text!r}. Leave it empty for all frames.")
+    if not parts:
+        raise ValueError("a frame window is written first:end, such as 2:9, "
+                         f"got {text!r}. Leave it empty for all frames.")
     return int(parts[1]), int(parts[2])

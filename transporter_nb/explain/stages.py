@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'LINES', 'Prepared', 'blank_generator', 'condition_of', 'generator_stage', 'vlm_stage', 'coupling_stage',
-           'concept_stage', 'prepare', 'Cost', 'nbytes', 'run_on_meta', 'stage_cost', 'tiled_cost',
+           'concept_stage', 'prepare', 'Cost', 'nbytes', 'run_on_meta', 'tiled_cost', 'stage_cost',
            'measured_workspace']
 
 # %% ../../nbs/5_explain/11_stages.ipynb #6d4103e0
@@ -36,9 +36,8 @@ class Prepared(NamedTuple):
     "A stage ready to run"
     call: Callable[[], Any] # Runs it once
     networks: list[nn.Module] # Whose weights it needs
-    inputs: list[Tensor] # What else is there before
+    inputs: list[Tensor] # Other tensors that exist before
 
-# %% ../../nbs/5_explain/11_stages.ipynb #6a0f5a95
 def blank_generator(
     scale:str, # "mini" or "paper"
     parts:Sequence[str], # Networks to build
@@ -50,10 +49,16 @@ def blank_generator(
     "The generator at a scale, or a shorter one"
     adapter = find_adapter("generator", "wan", GENERATORS)
     config = adapter.blank(scale=scale, parts=()).config
-    if layers: config = replace(config, transformer=replace(config.transformer, num_layers=layers), text=replace(config.text, num_layers=layers))
-    if latent_frames: config = replace(config, frames=1 + (latent_frames - 1) * config.vae.scale_factor_temporal)
+    if layers:
+        transformer = replace(config.transformer, num_layers=layers)
+        text = replace(config.text, num_layers=layers)
+        config = replace(config, transformer=transformer, text=text)
+    if latent_frames:
+        frames = 1 + (latent_frames - 1) * config.vae.scale_factor_temporal
+        config = replace(config, frames=frames)
     return adapter.blank(config=config, parts=parts, device=device, options=options)
 
+# %% ../../nbs/5_explain/11_stages.ipynb #6a0f5a95
 def condition_of(
     generator:Any, # Its sizes
     rows:int, # Prompts
@@ -62,9 +67,18 @@ def condition_of(
 ) -> PromptCondition: # As `encode_prompt` gives it
     "An encoded prompt of the right size"
     shape = rows, generator.config.prompt_tokens, generator.text_dim
-    return PromptCondition(torch.zeros(shape, device=device, dtype=dtype), torch.ones(shape[:2], device=device, dtype=torch.bool))
+    embeds = torch.zeros(shape, device=device, dtype=dtype)
+    return PromptCondition(embeds, torch.ones(shape[:2], device=device, dtype=torch.bool))
 
 # %% ../../nbs/5_explain/11_stages.ipynb #6b75f39b
+def _guided_step(generator, latents, dtype, device):
+    "Call and inputs of one step with guidance"
+    condition = condition_of(generator, 1, device, dtype)
+    guidance = generator.default_guidance
+    if not isinstance(guidance, (int, float)): guidance = guidance[0]
+    def call(): return generator.guided_velocity(latents, condition, 0.05, guidance, condition)
+    return call, [latents, condition.embeds, condition.mask]
+
 def generator_stage(
     name:str, # "text", "velocity", "decode" or "encode"
     scale:str, # "mini" or "paper"
@@ -75,15 +89,18 @@ def generator_stage(
     "Text, one guided step, decoding or encoding"
     part = {"text": "text_encoder", "velocity": "transformer"}.get(name, "vae")
     generator = blank_generator(scale, [part], device, options, **short)
+    network, config = getattr(generator, part), generator.config
     latents = torch.zeros(generator.latent_shape(1), device=device)
-    video = torch.zeros(1, generator.config.frames, 3, generator.config.height, generator.config.width, device=device)
-    weights = next(getattr(generator, part).parameters())
-    condition = condition_of(generator, 1, device, weights.dtype) if name == "velocity" else None
-    guidance = generator.default_guidance if isinstance(generator.default_guidance, (int, float)) else generator.default_guidance[0]
-    calls = {"text": (lambda: generator.encode_prompt([caption(EXAMPLE)]), []), "velocity": (lambda: generator.guided_velocity(latents, condition, 0.05, guidance, condition), [latents, condition.embeds, condition.mask] if condition else []),
-             "decode": (lambda: generator.decode(latents), [latents]), "encode": (lambda: generator.encode(video), [video])}
-    call, inputs = calls[name]
-    return Prepared(torch.no_grad()(call), [getattr(generator, part)], inputs)
+    video = torch.zeros(1, config.frames, 3, config.height, config.width, device=device)
+    if name == "velocity":
+        dtype = next(network.parameters()).dtype
+        call, inputs = _guided_step(generator, latents, dtype, device)
+    else:
+        call, inputs = {
+            "text": (lambda: generator.encode_prompt([caption(EXAMPLE)]), []),
+            "decode": (lambda: generator.decode(latents), [latents]),
+            "encode": (lambda: generator.encode(video), [video])}[name]
+    return Prepared(torch.no_grad()(call), [network], inputs)
 
 # %% ../../nbs/5_explain/11_stages.ipynb #ef147b9a
 def vlm_stage(
@@ -97,11 +114,14 @@ def vlm_stage(
     model = find_adapter("vlm", vlm, VLMS).blank(scale=scale, device=device, options=options)
     config = blank_generator(scale, [], "meta", options).config
     video = torch.zeros(1, config.frames, 3, config.height, config.width, device=device)
-    embeddings = torch.zeros(1, model.n_tokens, model.vlm_dim, device=device, dtype=next(model.parameters()).dtype)
-    call, given = {"look": (lambda: model.embed(video), video), "answer": (lambda: model.next_token_log_probs(embeddings, DESCRIBE, "one large"), embeddings)}[name]
+    dtype = next(model.parameters()).dtype
+    tokens = torch.zeros(1, model.n_tokens, model.vlm_dim, device=device, dtype=dtype)
+    def look(): return model.embed(video)
+    def answer(): return model.next_token_log_probs(tokens, DESCRIBE, "one large")
+    call, given = {"look": (look, video), "answer": (answer, tokens)}[name]
     return Prepared(torch.no_grad()(call), [model], [given])
 
-# %% ../../nbs/5_explain/11_stages.ipynb #4ee30d96
+# %% ../../nbs/5_explain/11_stages.ipynb #af4f6696
 def coupling_stage(
     name:str, # "coupling" or "coupling_step"
     vlm:str, # Whose tokens
@@ -110,45 +130,71 @@ def coupling_stage(
     options:LoadOptions, # Does not apply: the network is kept in float32
 ) -> Prepared: # One clip, or a batch of eight (paper §4)
     "The coupling, or one batch of its training"
-    generator, model = blank_generator(scale, [], "meta", options), find_adapter("vlm", vlm, VLMS).blank(scale=scale)
-    sizes = dict(latent_shape=generator.latent_shape(1)[1:], text_dim=generator.text_dim, prompt_tokens=generator.config.prompt_tokens, vlm_tokens=model.n_tokens, vlm_dim=model.vlm_dim)
-    with torch.device(device): network = CouplingNetwork(getattr(CouplingConfig, scale)(**sizes))
+    generator = blank_generator(scale, [], "meta", options)
+    model = find_adapter("vlm", vlm, VLMS).blank(scale=scale)
+    config = getattr(CouplingConfig, scale)(
+        latent_shape=generator.latent_shape(1)[1:], text_dim=generator.text_dim,
+        prompt_tokens=generator.config.prompt_tokens, vlm_tokens=model.n_tokens,
+        vlm_dim=model.vlm_dim)
+    with torch.device(device): network = CouplingNetwork(config)
     n = 1 if name == "coupling" else 8
-    condition, latents = condition_of(generator, n, device, torch.float32), torch.zeros(generator.latent_shape(n), device=device)
-    tokens, target = (torch.zeros(n, model.n_tokens, model.vlm_dim, device=device) for _ in range(2))
-    def forward(): return network(latents, condition.embeds, condition.mask, tokens, torch.full((n,), .5, device=device))
+    condition = condition_of(generator, n, device, torch.float32)
+    latents = torch.zeros(generator.latent_shape(n), device=device)
+    tokens = torch.zeros(n, model.n_tokens, model.vlm_dim, device=device)
+    target = torch.zeros_like(tokens)
+    def forward():
+        times = torch.full((n,), .5, device=device)
+        return network(latents, condition.embeds, condition.mask, tokens, times)
     def step():
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
         sum(coupling_losses(forward(), target, network.centre, network.scale).values()).backward()
-        optimizer.step(); optimizer.zero_grad()
-    return Prepared(torch.no_grad()(forward) if name == "coupling" else step, [network], [latents, condition.embeds, condition.mask, tokens, target])
+        optimizer.step()
+        optimizer.zero_grad()
+    call = torch.no_grad()(forward) if name == "coupling" else step
+    return Prepared(call, [network], [latents, condition.embeds, condition.mask, tokens, target])
 
+# %% ../../nbs/5_explain/11_stages.ipynb #4ee30d96
 def concept_stage(
     scale:str, # "mini" or "paper"
     device:str, # "meta", "cpu" or "cuda"
     options:LoadOptions, # Type and checkpointing
-    target:str, # Device meant: on a CPU the plain attention is used, as in `fit_vectors`
+    target:str, # Device meant
     **short, # `layers`
 ) -> Prepared: # One batch
     "One step of learning a concept"
-    generator, config = blank_generator(scale, ["transformer"], device, options, **short), getattr(ConceptConfig, scale)()
-    n, dtype = config.batch_size, next(generator.transformer.parameters()).dtype
-    latents, source, difference = (torch.full(generator.latent_shape(n), .1, device=device) for _ in range(3))
+    generator = blank_generator(scale, ["transformer"], device, options, **short)
+    config, dtype = getattr(ConceptConfig, scale)(), next(generator.transformer.parameters()).dtype
+    n, shape = config.batch_size, generator.latent_shape(config.batch_size)
+    latents, source, difference = (torch.full(shape, .1, device=device) for _ in range(3))
     condition = condition_of(generator, n, device, dtype)
-    slots = torch.zeros(*condition.mask.shape, condition.mask.shape[1] if config.placement == "sequence" else 1, device=device, dtype=dtype)
-    samples = PartialSamples(latents, source, difference, torch.full((n,), .05, device=device), torch.zeros(n, dtype=torch.long, device=device))
+    n_slots = condition.mask.shape[1] if config.placement == "sequence" else 1
+    slots = torch.zeros(*condition.mask.shape, n_slots, device=device, dtype=dtype)
+    rows = torch.zeros(n, dtype=torch.long, device=device)
+    times = torch.full((n,), .05, device=device)
+    samples = PartialSamples(latents, source, difference, times, rows)
     strength = torch.full((n,), .5, device=device, dtype=dtype)
     def step():
-        vectors = torch.zeros(slots.shape[-1], generator.text_dim, device=device, dtype=dtype, requires_grad=True)
+        vectors = torch.zeros(n_slots, generator.text_dim, device=device, dtype=dtype,
+                              requires_grad=True)
         optimizer = torch.optim.AdamW([vectors], lr=config.lr)
         with sdpa_kernel(SDPBackend.MATH) if target == "cpu" else nullcontext():
             flow_loss(generator, samples, condition, slots, vectors, strength).backward()
         optimizer.step()
-    return Prepared(step, [generator.transformer], [*samples, condition.embeds, condition.mask, slots, strength])
+    inputs = [*samples, condition.embeds, condition.mask, slots, strength]
+    return Prepared(step, [generator.transformer], inputs)
 
 # %% ../../nbs/5_explain/11_stages.ipynb #512514ad
-STAGES = {"text": "encode a prompt", "velocity": "one guided step: two evaluations of an expert", "decode": "latents to video", "encode": "video to latents", "look": "the VLM encodes a video",
-          "answer": "the VLM's next word", "coupling": "latents to VLM tokens", "concept": "one step of learning a concept", "coupling_step": "one batch of training the coupling"}
+STAGES = {
+    "text": "encode a prompt",
+    "velocity": "one guided step: two evaluations of an expert",
+    "decode": "latents to video",
+    "encode": "video to latents",
+    "look": "the VLM encodes a video",
+    "answer": "the VLM's next word",
+    "coupling": "latents to VLM tokens",
+    "concept": "one step of learning a concept",
+    "coupling_step": "one batch of training the coupling",
+}
 
 def prepare(
     stage:str, # One of `STAGES`
@@ -163,13 +209,14 @@ def prepare(
     if stage not in STAGES: raise ValueError(f"stage must be one of {list(STAGES)}, got {stage!r}.")
     options = options or LoadOptions(dtype="float32" if scale == "mini" else "bfloat16")
     if stage in ("look", "answer"): return vlm_stage(stage, vlm, scale, device, options)
-    if stage in ("coupling", "coupling_step"): return coupling_stage(stage, vlm, scale, device, options)
+    if stage in ("coupling", "coupling_step"):
+        return coupling_stage(stage, vlm, scale, device, options)
     if stage == "concept": return concept_stage(scale, device, options, target or device, **short)
     return generator_stage(stage, scale, device, options, **short)
 
 # %% ../../nbs/5_explain/11_stages.ipynb #cffb543d
 class Cost(NamedTuple):
-    "What one call of a stage needs"
+    "The needs of one call of a stage"
     parameters: int
     weights: int # Bytes
     inputs: int # Bytes
@@ -177,7 +224,9 @@ class Cost(NamedTuple):
     flops: int # Floating-point operations, a product and a sum counting as two
 
     @property
-    def peak(self) -> int: return self.weights + self.inputs + self.workspace
+    def peak(self) -> int: # Bytes
+        "All memory at the worst moment"
+        return self.weights + self.inputs + self.workspace
 
 def nbytes(
     tensors:Iterable[Tensor], # Some may share their memory
@@ -190,12 +239,56 @@ def run_on_meta(
     target:str="cuda", # Device whose kernels are meant
 ) -> Cost: # Of this very run
     "Run a stage without numbers and keep the accounts"
-    weights = [tensor for network in prepared.networks for tensor in (*network.parameters(), *network.buffers())]
+    networks, weights = prepared.networks, []
+    for network in networks: weights += [*network.parameters(), *network.buffers()]
     with Account([*weights, *prepared.inputs], target) as account, MetaRun(): prepared.call()
-    return Cost(sum(count_parameters(network) for network in prepared.networks), nbytes(weights), nbytes(prepared.inputs), account.peak, account.flops)
+    parameters = sum(count_parameters(network) for network in networks)
+    return Cost(parameters, nbytes(weights), nbytes(prepared.inputs), account.peak, account.flops)
+
+# %% ../../nbs/5_explain/11_stages.ipynb #3a18b2ac
+def _line(near, far, length, few):
+    "The cost at a length, on the line through `few` and one more"
+    return Cost(*(a + (b - a) * (length - few) for a, b in zip(near, far)))
+
+def _tile_cost(stage, scale, options, vae, frames):
+    "One tile of some latent frames"
+    generator = blank_generator(
+        scale, ["vae"], "meta", replace(options, vae_tiling=False), latent_frames=frames)
+    config, pixels = generator.config, vae.tile_sample_min_height
+    side = pixels // config.vae.scale_factor_spatial
+    shapes = {"decode": (1, config.vae.z_dim, frames, side, side),
+              "encode": (1, config.frames, 3, pixels, pixels)}
+    given = torch.empty(shapes[stage], device="meta")
+    def call(): return getattr(generator, stage)(given)
+    return run_on_meta(Prepared(torch.no_grad()(call), [generator.vae], [given]))
+
+def tiled_cost(
+    stage:str, # "decode" or "encode"
+    scale:str, # "paper"
+    options:LoadOptions, # With tiling
+) -> Cost: # By formula from one tile
+    "Cost of decoding or encoding tile by tile"
+    whole = blank_generator(scale, ["vae"], "meta", options)
+    vae, config, shape = whole.vae, whole.config, whole.latent_shape(1)
+    rows = -(-config.height // vae.tile_sample_stride_height)
+    tiles = rows * -(-config.width // vae.tile_sample_stride_width)
+    near, far = (_tile_cost(stage, scale, options, vae, frames) for frames in (3, 4))
+    tile, size = _line(near, far, shape[2], 3), 4 if options.vae_dtype == "float32" else 2
+    video = config.frames * 3 * config.height * config.width * size
+    latents = torch.Size(shape).numel() * size
+    # the encoder gives mean and variance
+    result, given = (video, latents) if stage == "decode" else (latents * 2, video)
+    area = vae.tile_sample_min_height * vae.tile_sample_min_width
+    kept = result * tiles * area // (config.height * config.width)
+    joining = kept + 2 * result + video * (stage == "encode")
+    workspace = max(kept + tile.workspace, joining)
+    return Cost(tile.parameters, tile.weights, given, workspace, tile.flops * tiles)
 
 # %% ../../nbs/5_explain/11_stages.ipynb #1b68e1fd
-LINES = {"velocity": ("layers", (2, 3)), "concept": ("layers", (2, 3)), "text": ("layers", (2, 3)), "decode": ("latent_frames", (3, 4)), "encode": ("latent_frames", (3, 4))}
+LINES = { # stage -> what is varied, and the two short lengths
+    "velocity": ("layers", (2, 3)), "concept": ("layers", (2, 3)), "text": ("layers", (2, 3)),
+    "decode": ("latent_frames", (3, 4)), "encode": ("latent_frames", (3, 4)),
+}
 
 @lru_cache(maxsize=None)
 def stage_cost(
@@ -206,51 +299,46 @@ def stage_cost(
     target:str="cuda", # "cuda" or "cpu"
 ) -> Cost: # Of one call, at full size
     "Cost of a stage, computed on the meta device"
-    if options.vae_tiling and stage in ("decode", "encode") and scale == "paper": return tiled_cost(stage, scale, options)
-    full = prepare(stage, vlm, scale, "meta", options, target) if scale == "mini" or stage not in LINES else None
-    if scale == "mini" or stage not in LINES: return run_on_meta(full, target)
+    if options.vae_tiling and stage in ("decode", "encode") and scale == "paper":
+        return tiled_cost(stage, scale, options)
+    if scale == "mini" or stage not in LINES:
+        return run_on_meta(prepare(stage, vlm, scale, "meta", options, target), target)
     axis, (few, more) = LINES[stage]
-    near, far = (run_on_meta(prepare(stage, vlm, scale, "meta", options, target, **{axis: n})) for n in (few, more))
+    near, far = (run_on_meta(prepare(stage, vlm, scale, "meta", options, target, **{axis: n}))
+                 for n in (few, more))
     generator = blank_generator(scale, [], "meta", options)
-    length = {"text": generator.config.text.num_layers}.get(stage, generator.config.transformer.num_layers) if axis == "layers" else generator.latent_shape(1)[2]
-    return Cost(*(a + (b - a) * (length - few) for a, b in zip(near, far)))
-
-def tiled_cost(
-    stage:str, # "decode" or "encode"
-    scale:str, # "paper"
-    options:LoadOptions, # With tiling
-) -> Cost: # By formula from one tile
-    "Cost of decoding or encoding tile by tile"
-    whole = blank_generator(scale, ["vae"], "meta", options)
-    vae, config = whole.vae, whole.config
-    tiles = -(-config.height // vae.tile_sample_stride_height) * -(-config.width // vae.tile_sample_stride_width)
-    def one(frames):
-        generator = blank_generator(scale, ["vae"], "meta", replace(options, vae_tiling=False), latent_frames=frames)
-        side = vae.tile_sample_min_height // config.vae.scale_factor_spatial
-        given = torch.empty(1, config.vae.z_dim, frames, side, side, device="meta") if stage == "decode" else torch.empty(1, generator.config.frames, 3, *2 * [vae.tile_sample_min_height], device="meta")
-        return run_on_meta(Prepared(torch.no_grad()(lambda: (generator.decode if stage == "decode" else generator.encode)(given)), [generator.vae], [given]))
-    near, far = one(3), one(4)
-    tile = Cost(*(a + (b - a) * (whole.latent_shape(1)[2] - 3) for a, b in zip(near, far)))
-    size = 4 if options.vae_dtype == "float32" else 2
-    video, latents = config.frames * 3 * config.height * config.width * size, torch.Size(whole.latent_shape(1)).numel() * size
-    result, given = (video, latents) if stage == "decode" else (latents * 2, video) # the encoder gives mean and variance
-    kept = result * tiles * vae.tile_sample_min_height * vae.tile_sample_min_width // (config.height * config.width)
-    return Cost(tile.parameters, tile.weights, given, max(kept + tile.workspace, kept + 2 * result + video * (stage == "encode")), tile.flops * tiles)
+    config = generator.config
+    layers = config.text.num_layers if stage == "text" else config.transformer.num_layers
+    length = layers if axis == "layers" else generator.latent_shape(1)[2]
+    return _line(near, far, length, few)
 
 # %% ../../nbs/5_explain/11_stages.ipynb #eb490962
+def _cpu_workspace(call):
+    "Bytes at the worst moment, by the profiler's account of the allocator"
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile: call()
+    events = profile.profiler.kineto_results.events()
+    sizes = sorted((event.start_ns(), event.nbytes()) for event in events
+                   if event.name() == "[memory]")
+    live = torch.tensor([size for _, size in sizes], dtype=torch.long).cumsum(0)
+    return max(int(live.max()), 0) if len(live) else 0
+
 def measured_workspace(
     call:Callable[[], Any], # A stage
     device:str="cpu", # "cpu" or "cuda"
-) -> tuple[int, float]: # Bytes above what was there before, at the worst moment, by the allocator's account; and seconds of a second run
-    "Memory and time of a call"
+) -> tuple[int, float]: # Bytes above those of before, at the worst moment; seconds of a second run
+    "Memory and time of a call, by the allocator's account"
     os.environ.setdefault("KINETO_LOG_LEVEL", "99") # the profiler announces itself otherwise
     call() # the first makes what is made once
     if device == "cpu":
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile: call()
-        events = sorted((event.start_ns(), event.nbytes()) for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
-        live = torch.tensor([size for _, size in events], dtype=torch.long).cumsum(0)
-        started = time.perf_counter(); call()
-        return max(int(live.max()), 0) if len(live) else 0, time.perf_counter() - started
-    torch.cuda.synchronize(); before = torch.cuda.memory_allocated(); torch.cuda.reset_peak_memory_stats()
-    started = time.perf_counter(); call(); torch.cuda.synchronize()
+        workspace = _cpu_workspace(call)
+        started = time.perf_counter()
+        call()
+        return workspace, time.perf_counter() - started
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before, time.perf_counter() - started
