@@ -18,8 +18,11 @@ from .vlms.base import VideoLanguageModel
 # %% ../../nbs/2_models/18_registry.ipynb #2950f90c
 GENERATORS = {"wan": "transporter_nb.models.generators.wan:WanGenerator"} # name -> module:class
 VLMS = { # name -> module:class
-    "phi4": "transporter_nb.models.vlms.phi4:Phi4VLM", "gemma3": "transporter_nb.models.vlms.gemma3:Gemma3VLM", "videollama3": "transporter_nb.models.vlms.videollama3:VideoLlama3VLM",
-    "qwen25vl": "transporter_nb.models.vlms.qwen25vl:Qwen25VLM", "smolvlm": "transporter_nb.models.vlms.smolvlm:SmolVLM",
+    "phi4": "transporter_nb.models.vlms.phi4:Phi4VLM",
+    "gemma3": "transporter_nb.models.vlms.gemma3:Gemma3VLM",
+    "videollama3": "transporter_nb.models.vlms.videollama3:VideoLlama3VLM",
+    "qwen25vl": "transporter_nb.models.vlms.qwen25vl:Qwen25VLM",
+    "smolvlm": "transporter_nb.models.vlms.smolvlm:SmolVLM",
 }
 
 def generator_names() -> list[str]: # Names that `load_generator` takes
@@ -31,8 +34,10 @@ def vlm_names() -> list[str]: # Names that `load_vlm` takes
     return list(VLMS)
 
 def shipped_vlm_names() -> list[str]: # A part of `vlm_names()`, in the same order
-    "The VLMs that can explain at once: miniature, coupling and concepts are all in the package"
-    return [name for name in VLMS if all(checkpoint_path(f"{part}_{name}").exists() for part in ("vlm", "coupling", "concepts"))]
+    "The VLMs that can explain at once: miniature, coupling and concepts are in the package"
+    parts = ("vlm", "coupling", "concepts")
+    return [name for name in VLMS
+            if all(checkpoint_path(f"{part}_{name}").exists() for part in parts)]
 
 def find_adapter(
     kind:str, # "generator" or "vlm", for the message
@@ -40,7 +45,8 @@ def find_adapter(
     table:dict[str, str|type], # Names and addresses, or classes that a user registered
 ) -> type: # The adapter's class, imported now
     "Look a name up and import its adapter"
-    if name not in table: raise ValueError(f"there is no {kind} named {name!r}; choose one of: {', '.join(table)}")
+    if name not in table:
+        raise ValueError(f"there is no {kind} named {name!r}; choose one of: {', '.join(table)}")
     if isinstance(table[name], type): return table[name]
     module, cls = table[name].split(":")
     return getattr(import_module(module), cls)
@@ -48,39 +54,53 @@ def find_adapter(
 # %% ../../nbs/2_models/18_registry.ipynb #5c49088a
 def load_generator(
     name:str="wan", # One of `generator_names()`
-    scale:str="mini", # "mini": the shipped weights; "paper": the hub's, if they are on this machine
+    scale:str="mini", # "mini": the shipped weights; "paper": the hub's, if on this machine
     device:str="auto", # "auto", "cpu" or "cuda"
     options:LoadOptions|None=None, # At paper scale: types and places of the weights
 ) -> VideoGenerator: # Frozen, in evaluation mode
     "Load a video generator by name"
     adapter = find_adapter("generator", name, GENERATORS)
-    return adapter.load(scale=check_scale(scale), device=device, **({"options": options} if options else {}))
+    more = {"options": options} if options else {}
+    return adapter.load(scale=check_scale(scale), device=device, **more)
 
 def load_vlm(
     name:str="phi4", # One of `vlm_names()`
-    scale:str="mini", # "mini": the shipped weights; "paper": the hub's, if they are on this machine
+    scale:str="mini", # "mini": the shipped weights; "paper": the hub's, if on this machine
     device:str="auto", # "auto", "cpu" or "cuda"
     options:LoadOptions|None=None, # At paper scale: types and places of the weights
 ) -> VideoLanguageModel: # Frozen, in evaluation mode
     "Load a video-language model by name"
     adapter = find_adapter("vlm", name, VLMS)
-    return adapter.load(scale=check_scale(scale), device=device, **({"options": options} if options else {}))
+    more = {"options": options} if options else {}
+    return adapter.load(scale=check_scale(scale), device=device, **more)
 
 # %% ../../nbs/2_models/18_registry.ipynb #e460a53e
 PACKAGE_VLMS = tuple(VLMS) # names that no registration may take
 
+def _check_class(name:str, adapter) -> None:
+    "Refuse what is no adapter of this name"
+    if not (isinstance(adapter, type) and issubclass(adapter, VideoLanguageModel)):
+        got = getattr(adapter, "__name__", repr(adapter))
+        raise ValueError(f"an adapter is a subclass of VideoLanguageModel, got {got}. Derive it "
+                         "from models.vlms.hub.HubVLM or models.vlms.base.VideoLanguageModel.")
+    own = getattr(adapter, "name", None)
+    if own != name:
+        raise ValueError(f"the adapter's own name must be {name!r}, got {own!r}. "
+                         "Its weight files are called by it.")
+
 def register_vlm(
-    name:str, # What `load_vlm` and papermill are to call it; equal to the adapter's own `name`
-    adapter:str|type, # The class, or its address "module:Class", imported when first asked for
+    name:str, # For `load_vlm` and papermill; equal to the adapter's own `name`
+    adapter:str|type, # The class, or its address "module:Class", imported on first use
 ):
     "Add an adapter under a name"
     if not isinstance(name, str) or not re.fullmatch("[a-z0-9_]+", name):
-        raise ValueError(f"the name of a VLM is of small letters, digits and underscores, got {name!r}. It stands in file names and in lists with commas.")
-    if name in PACKAGE_VLMS: raise ValueError(f"{name!r} is a VLM of the package. Choose another name.")
+        raise ValueError("the name of a VLM is of small letters, digits and underscores, "
+                         f"got {name!r}. It stands in file names and in lists with commas.")
+    if name in PACKAGE_VLMS:
+        raise ValueError(f"{name!r} is a VLM of the package. Choose another name.")
     if isinstance(adapter, str):
         module, found, cls = adapter.partition(":")
-        if not (module and found and cls): raise ValueError(f"the address of an adapter is 'module:Class', got {adapter!r}.")
-    elif not (isinstance(adapter, type) and issubclass(adapter, VideoLanguageModel)):
-        raise ValueError(f"an adapter is a subclass of VideoLanguageModel, got {getattr(adapter, '__name__', repr(adapter))}. Derive it from models.vlms.hub.HubVLM or models.vlms.base.VideoLanguageModel.")
-    elif getattr(adapter, "name", None) != name: raise ValueError(f"the adapter's own name must be {name!r}, got {getattr(adapter, 'name', None)!r}. Its weight files are called by it.")
+        if not (module and found and cls):
+            raise ValueError(f"the address of an adapter is 'module:Class', got {adapter!r}.")
+    else: _check_class(name, adapter)
     VLMS[name] = adapter

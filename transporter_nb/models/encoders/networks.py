@@ -19,30 +19,34 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ...world.contrasts import PLURALS
-from ...core.base import checkpoint_path, load_checkpoint, resolve_device, save_checkpoint
+from ...core.base import (
+    checkpoint_path, load_checkpoint, resolve_device, save_checkpoint)
 from ...world.words import FRAMES, SIZE, SLOTS
 
 # %% ../../../nbs/2_models/14_encoders.networks.ipynb #b6c3649c
-FRAME_SLOTS = ("count", "size", "colour", "shape", "floor") # What one frame shows; motion, direction and pace need several
+FRAME_SLOTS = ("count", "size", "colour", "shape", "floor") # Motion, direction, pace need several
 
 class VideoFeatures(NamedTuple):
-    "What `VideoEncoder` says about clips"
+    "Output of `VideoEncoder` for clips"
     features: Float[Tensor, "batch features"] # 64 numbers a clip, before the last linear layer
-    layers: list[Float[Tensor, "batch channels frames height width"]] # Three, from fine to coarse; shapes differ
-    log_probs: dict[str, Float[Tensor, "batch words"]] # Slot name to log-probabilities, in the order of `SLOTS[slot]`
+    # Three, from fine to coarse; shapes differ
+    layers: list[Float[Tensor, "batch channels frames height width"]]
+    # Slot name to log-probabilities, in the order of `SLOTS[slot]`
+    log_probs: dict[str, Float[Tensor, "batch words"]]
 
 class FrameFeatures(NamedTuple):
-    "What `FrameEncoder` says about images"
+    "Output of `FrameEncoder` for images"
     features: Float[Tensor, "batch features"] # 64 numbers an image, before the last linear layer
-    layers: list[Float[Tensor, "batch channels height width"]] # Three, from fine to coarse; shapes differ
-    log_probs: dict[str, Float[Tensor, "batch words"]] # Slot name (of `FRAME_SLOTS`) to log-probabilities, in the order of `SLOTS[slot]`
+    layers: list[Float[Tensor, "batch channels height width"]] # Three, from fine to coarse
+    # Slot name (of `FRAME_SLOTS`) to log-probabilities, in the order of `SLOTS[slot]`
+    log_probs: dict[str, Float[Tensor, "batch words"]]
 
 # %% ../../../nbs/2_models/14_encoders.networks.ipynb #c79dca07
 @dataclass(frozen=True)
 class EncoderConfig:
     "The size of an encoder"
-    widths: tuple = (24, 48, 96) # Channels of the three blocks (chosen: 64 clips in a fifth of a second on one core)
-    n_features: int = 64 # Numbers a clip, a frame or a caption is told by
+    widths: tuple = (24, 48, 96) # Of three blocks (chosen: 64 clips take .2 s on one core)
+    n_features: int = 64 # Numbers of a clip, a frame or a caption
     n_frames: int = FRAMES # Frames of a clip; other clips are refused
     size: int = SIZE # px, height and width; other sizes are refused
     text_layers: int = 2 # Transformer layers of the text tower
@@ -55,38 +59,50 @@ class EncoderConfig:
 # %% ../../../nbs/2_models/14_encoders.networks.ipynb #b4ad4d77
 class ResidualBlock(nn.Module):
     "Two convolutions beside a shortcut, in two or three dimensions"
-    def __init__(self,
+    def __init__(
+        self,
         inputs:int, # Channels that come
         outputs:int, # Channels that go
         stride:tuple, # One number an axis: (time,) height, width
     ):
         super().__init__()
-        conv, norm = (nn.Conv3d, nn.BatchNorm3d) if len(stride) == 3 else (nn.Conv2d, nn.BatchNorm2d)
+        three = len(stride) == 3
+        conv, norm = (nn.Conv3d, nn.BatchNorm3d) if three else (nn.Conv2d, nn.BatchNorm2d)
         within = (1, 3, 3)[-len(stride):]
-        self.conv1, self.norm1 = conv(inputs, outputs, 3, stride, 1, bias=False), norm(outputs)
-        self.conv2, self.norm2 = conv(outputs, outputs, within, 1, tuple(k // 2 for k in within), bias=False), norm(outputs)
+        padding = tuple(k // 2 for k in within)
+        self.conv1 = conv(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm1 = norm(outputs)
+        self.conv2 = conv(outputs, outputs, within, 1, padding, bias=False)
+        self.norm2 = norm(outputs)
         self.shortcut = conv(inputs, outputs, 1, stride, bias=False)
 
-    def forward(self, x:Float[Tensor, "batch channels *grid"]) -> Float[Tensor, "batch outputs *smaller"]:
-        return (self.norm2(self.conv2(self.norm1(self.conv1(x)).relu())) + self.shortcut(x)).relu()
+    def forward(
+        self, x:Float[Tensor, "batch channels *grid"]) -> Float[Tensor, "batch outputs *smaller"]:
+        inner = self.norm1(self.conv1(x)).relu()
+        return (self.norm2(self.conv2(inner)) + self.shortcut(x)).relu()
 
 # %% ../../../nbs/2_models/14_encoders.networks.ipynb #3accff55
 class Trunk(nn.Module):
     "A small residual network over clips or frames"
-    def __init__(self,
+    def __init__(
+        self,
         config:EncoderConfig, # Its size
         over:str, # "clips" (three dimensions) or "frames" (two)
     ):
         super().__init__()
-        n = {"clips": 3, "frames": 2}[over]
+        n, widths = {"clips": 3, "frames": 2}[over], config.widths
         conv, norm = (nn.Conv3d, nn.BatchNorm3d) if n == 3 else (nn.Conv2d, nn.BatchNorm2d)
-        kernel, half, strides = (3, 5, 5)[-n:], (1, 2, 2)[-n:], ((1, 1, 1), (1, 2, 2), (2, 2, 2))
-        widths = config.widths
-        self.stem, self.norm = conv(3, widths[0], kernel, half, tuple(k // 2 for k in kernel), bias=False), norm(widths[0])
-        self.blocks = nn.ModuleList([ResidualBlock(i, o, stride[-n:]) for i, o, stride in zip((widths[0], *widths), widths, strides)])
+        kernel, half = (3, 5, 5)[-n:], (1, 2, 2)[-n:]
+        padding = tuple(k // 2 for k in kernel)
+        self.stem = conv(3, widths[0], kernel, half, padding, bias=False)
+        self.norm = norm(widths[0])
+        strides = [stride[-n:] for stride in ((1, 1, 1), (1, 2, 2), (2, 2, 2))]
+        sizes = zip((widths[0], *widths), widths, strides)
+        self.blocks = nn.ModuleList([ResidualBlock(*size) for size in sizes])
         self.to_features = nn.Linear(widths[-1], config.n_features)
 
-    def forward(self, x:Float[Tensor, "batch 3 *grid"]) -> tuple: # features "batch features", list of three layers
+    # features "batch features", list of three layers
+    def forward(self, x:Float[Tensor, "batch 3 *grid"]) -> tuple:
         colours = x.to(self.stem.weight.dtype) # clips come in any float type
         layers = [self.norm(self.stem(2 * colours - 1)).relu()] # colours around 0
         for block in self.blocks: layers.append(block(layers[-1]))
@@ -99,36 +115,51 @@ def check_pixels(
     over:str, # "clips" or "frames"
 ):
     "Refuse what the network was not trained on"
-    shape = (config.n_frames, 3, config.size, config.size) if over == "clips" else (3, config.size, config.size)
+    frame = (3, config.size, config.size)
+    shape = (config.n_frames, *frame) if over == "clips" else frame
     axes = "batch frames 3 height width" if over == "clips" else "batch 3 height width"
     if pixels.ndim != len(shape) + 1 or tuple(pixels.shape[1:]) != shape or not len(pixels):
-        raise ValueError(f"this encoder takes {over} of shape [{axes}] = (n >= 1, {', '.join(map(str, shape))}), got {tuple(pixels.shape)}. "
-                         "Resize with torch.nn.functional.interpolate(frames, ...) and choose frames before you ask it.")
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(f"this encoder takes {over} of shape [{axes}] = (n >= 1, {wanted}), "
+                         f"got {tuple(pixels.shape)}. Resize with "
+                         "torch.nn.functional.interpolate(frames, ...) and choose frames before "
+                         "you ask it.")
     if not pixels.is_floating_point():
-        raise ValueError(f"colours are floating-point numbers in [0, 1], got {pixels.dtype}. Give pixels.float() / 255.")
+        raise ValueError(f"colours are floating-point numbers in [0, 1], got {pixels.dtype}. "
+                         "Give pixels.float() / 255.")
 
 # %% ../../../nbs/2_models/14_encoders.networks.ipynb #ba30ce05
 class WordHead(nn.Module):
     "Log-probabilities of the words of some slots"
-    def __init__(self,
+    def __init__(
+        self,
         n_features:int, # Numbers that come
-        slots:tuple=tuple(SLOTS), # Names of the slots to tell
+        slots:tuple=tuple(SLOTS), # Names of the slots to predict
     ):
         super().__init__()
-        self.slots, self.sizes = slots, [len(SLOTS[slot]) for slot in slots]
+        self.slots = slots
+        self.sizes = [len(SLOTS[slot]) for slot in slots]
         self.map = nn.Linear(n_features, sum(self.sizes))
 
-    def forward(self, features:Float[Tensor, "batch features"]) -> dict[str, Float[Tensor, "batch words"]]:
-        return {slot: logits.log_softmax(-1) for slot, logits in zip(self.slots, self.map(features.float()).split(self.sizes, -1))}
+    def forward(
+        self, features:Float[Tensor, "batch features"]) -> dict[str, Float[Tensor, "batch words"]]:
+        parts = self.map(features.float()).split(self.sizes, -1)
+        return {slot: logits.log_softmax(-1) for slot, logits in zip(self.slots, parts)}
 
 # %% ../../../nbs/2_models/14_encoders.networks.ipynb #bd4f155b
 class VideoEncoder(nn.Module):
-    "Names the eight words of a clip; its features and layers measure clips (the part of I3D in FVD, arXiv 1812.01717, and of the classifier in LPIPS, arXiv 1801.03924)"
+    """Names the eight words of a clip; its features and layers measure clips
+
+    The part of I3D in FVD (arXiv 1812.01717) and of the classifier in LPIPS (arXiv 1801.03924).
+    """
     def __init__(self, config:EncoderConfig=EncoderConfig()):
         super().__init__()
-        self.config, self.trunk, self.head = config, Trunk(config, "clips"), WordHead(config.n_features)
+        self.config = config
+        self.trunk = Trunk(config, "clips")
+        self.head = WordHead(config.n_features)
 
-    def forward(self,
+    def forward(
+        self,
         video:Float[Tensor, "batch frames 3 height width"], # Colours in [0, 1]; 9 frames of 32x32
     ) -> VideoFeatures: # Differentiable with respect to `video`
         check_pixels(video, self.config, "clips")
@@ -137,12 +168,18 @@ class VideoEncoder(nn.Module):
 
 # %% ../../../nbs/2_models/14_encoders.networks.ipynb #70a34d37
 class FrameEncoder(nn.Module):
-    "Names the five words that one frame shows; its batch norms guide inversions (the part of ResNet-50 in GradViT and MIMIC)"
+    """Names the five words that one frame shows; its batch norms guide inversions
+
+    The part of ResNet-50 in GradViT and MIMIC.
+    """
     def __init__(self, config:EncoderConfig=EncoderConfig()):
         super().__init__()
-        self.config, self.trunk, self.head = config, Trunk(config, "frames"), WordHead(config.n_features, FRAME_SLOTS)
+        self.config = config
+        self.trunk = Trunk(config, "frames")
+        self.head = WordHead(config.n_features, FRAME_SLOTS)
 
-    def forward(self,
+    def forward(
+        self,
         images:Float[Tensor, "batch 3 height width"], # Colours in [0, 1]; 32x32
     ) -> FrameFeatures: # Differentiable with respect to `images`
         check_pixels(images, self.config, "frames")
@@ -152,23 +189,32 @@ class FrameEncoder(nn.Module):
 # %% ../../../nbs/2_models/14_encoders.networks.ipynb #591e535f
 EXAMPLE_CAPTION = "two small blue rings bounce right quickly over a sandy floor"
 
-def caption_words() -> list[str]: # In a fixed order; a word's number is its place plus 1, and 0 fills the end of short captions
+# In a fixed order; a word's number is its place plus 1, and 0 fills the end of short captions
+def caption_words() -> list[str]:
     "Every word of the world's captions, singular and plural"
     named = [word for words in SLOTS.values() for word in words]
-    return [*named, *(PLURALS[word] for word in named if word in PLURALS), "a", "over", "floor"]
+    plurals = [PLURALS[word] for word in named if word in PLURALS]
+    return [*named, *plurals, "a", "over", "floor"]
 
 def caption_ids(
     texts:list[str], # Captions; case and punctuation do not matter
     max_words:int=16, # Longest
 ) -> Int[Tensor, "batch words"]: # 0 after the last word of a caption
     "Numbers for words, or the words there are"
-    numbers, rows = {word: k for k, word in enumerate(caption_words(), 1)}, [re.findall(r"[\w'-]+", text.lower()) for text in texts]
-    if not rows or not all(rows): raise ValueError(f"need at least one caption, each with at least one word, got {texts!r}.")
+    numbers = {word: k for k, word in enumerate(caption_words(), 1)}
+    rows = [re.findall(r"[\w'-]+", text.lower()) for text in texts]
+    if not rows or not all(rows):
+        raise ValueError(f"need at least one caption, each with at least one word, got {texts!r}.")
     unknown = sorted({word for row in rows for word in row} - set(numbers))
-    if unknown: raise ValueError(f"the text tower does not know {', '.join(map(repr, unknown))}. Its words are: {', '.join(numbers)}.")
+    if unknown:
+        raise ValueError(f"the text tower does not know {', '.join(map(repr, unknown))}. "
+                         f"Its words are: {', '.join(numbers)}.")
     longest = max(map(len, rows))
-    if longest > max_words: raise ValueError(f"a caption has at most {max_words} words, got {longest}. Shorten it to the form {EXAMPLE_CAPTION!r}.")
-    return torch.tensor([[numbers[word] for word in row] + [0] * (longest - len(row)) for row in rows])
+    if longest > max_words:
+        raise ValueError(f"a caption has at most {max_words} words, got {longest}. "
+                         f"Shorten it to the form {EXAMPLE_CAPTION!r}.")
+    return torch.tensor([[numbers[word] for word in row] + [0] * (longest - len(row))
+                         for row in rows])
 
 # %% ../../../nbs/2_models/14_encoders.networks.ipynb #f7ba79f2
 class TextTower(nn.Module):
@@ -176,42 +222,56 @@ class TextTower(nn.Module):
     def __init__(self, config:EncoderConfig):
         super().__init__()
         width = config.n_features
-        self.words, self.places = nn.Embedding(len(caption_words()) + 1, width, padding_idx=0), nn.Parameter(0.02 * torch.randn(config.max_words, width))
-        layer = nn.TransformerEncoderLayer(width, config.text_heads, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, config.text_layers, norm=nn.LayerNorm(width), enable_nested_tensor=False)
+        self.words = nn.Embedding(len(caption_words()) + 1, width, padding_idx=0)
+        self.places = nn.Parameter(0.02 * torch.randn(config.max_words, width))
+        layer = nn.TransformerEncoderLayer(
+            width, config.text_heads, 2 * width, dropout=0.0, activation="gelu",
+            batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(
+            layer, config.text_layers, norm=nn.LayerNorm(width), enable_nested_tensor=False)
         self.to_features = nn.Linear(width, width)
 
     def forward(self, ids:Int[Tensor, "batch words"]) -> Float[Tensor, "batch features"]:
         empty = ids == 0
-        told = self.layers(self.words(ids) + self.places[:ids.shape[1]], src_key_padding_mask=empty)
-        kept = told.masked_fill(empty[..., None], 0).sum(1) / (~empty).sum(1, keepdim=True)
-        return self.to_features(kept).float()
+        embedded = self.words(ids) + self.places[:ids.shape[1]]
+        states = self.layers(embedded, src_key_padding_mask=empty)
+        total = states.masked_fill(empty[..., None], 0).sum(1)
+        return self.to_features(total / (~empty).sum(1, keepdim=True)).float()
 
 # %% ../../../nbs/2_models/14_encoders.networks.ipynb #5d6ace0c
 class ContrastiveEncoder(nn.Module):
-    "Clips and captions as unit vectors whose cosine says how well they fit (the part of CLIP, arXiv 2103.00020)"
-    name, metric = "in-world contrastive encoder", "CLIP-mini" # as an alignment score asks of a model
+    """Clips and captions as unit vectors; their cosine measures how well they fit
+
+    The part of CLIP (arXiv 2103.00020).
+    """
+    name, metric = "in-world contrastive encoder", "CLIP-mini" # as an alignment score asks
 
     def __init__(self, config:EncoderConfig=EncoderConfig()):
         super().__init__()
-        self.config, self.trunk, self.text = config, Trunk(config, "clips"), TextTower(config)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07))) # logarithm of 1 / temperature; starts where CLIP's does
+        self.config = config
+        self.trunk = Trunk(config, "clips")
+        self.text = TextTower(config)
+        # logarithm of 1 / temperature; starts where CLIP's does
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
-    def embed_video(self,
+    def embed_video(
+        self,
         video:Float[Tensor, "batch frames 3 height width"], # Colours in [0, 1]; 9 frames of 32x32
     ) -> Float[Tensor, "batch features"]: # Unit vectors, differentiable with respect to `video`
-        "Where clips lie"
+        "Clips as unit vectors"
         check_pixels(video, self.config, "clips")
         return nn.functional.normalize(self.trunk(video.transpose(1, 2))[0], dim=-1)
 
-    def embed_text(self,
+    def embed_text(
+        self,
         texts:list[str], # Captions in the words of the world
     ) -> Float[Tensor, "batch features"]: # Unit vectors
-        "Where captions lie"
-        return nn.functional.normalize(self.text(caption_ids(texts, self.config.max_words).to(self.log_scale.device)), dim=-1)
+        "Captions as unit vectors"
+        ids = caption_ids(texts, self.config.max_words).to(self.log_scale.device)
+        return nn.functional.normalize(self.text(ids), dim=-1)
 
 # %% ../../../nbs/2_models/14_encoders.networks.ipynb #49a645af
-ENCODERS = {"video": VideoEncoder, "contrastive": ContrastiveEncoder, "frames": FrameEncoder} # what `load_encoder` knows by name
+ENCODERS = {"video": VideoEncoder, "contrastive": ContrastiveEncoder, "frames": FrameEncoder}
 
 def save_encoder(
     encoder:VideoEncoder|ContrastiveEncoder|FrameEncoder, # Any of the three
@@ -219,7 +279,8 @@ def save_encoder(
 ) -> Path: # Where the file is
     "Write an encoder's weights with its settings"
     name = next(name for name, cls in ENCODERS.items() if isinstance(encoder, cls))
-    return save_checkpoint(path, encoder.state_dict(), {"encoder": name, "config": encoder.config, "words": caption_words()})
+    config = {"encoder": name, "config": encoder.config, "words": caption_words()}
+    return save_checkpoint(path, encoder.state_dict(), config)
 
 def load_encoder(
     name:str, # "video", "contrastive" or "frames"
@@ -227,10 +288,18 @@ def load_encoder(
     path:str|Path|None=None, # Another file than the shipped one
 ) -> nn.Module: # Frozen, in evaluation mode
     "Load one of the world's measuring networks"
-    if name not in ENCODERS: raise ValueError(f"there is no encoder named {name!r}; choose one of: {', '.join(ENCODERS)}.")
+    if name not in ENCODERS:
+        raise ValueError(f"there is no encoder named {name!r}; "
+                         f"choose one of: {', '.join(ENCODERS)}.")
     tensors, kept = load_checkpoint(path or checkpoint_path(f"encoder_{name}"))
-    if kept.get("encoder") != name: raise ValueError(f"the file holds {kept.get('encoder')!r}, and {name!r} was asked for. Give the file that save_encoder wrote for it.")
-    if kept["words"] != caption_words(): raise ValueError(f"the file knows the words {kept['words']}, the world has {caption_words()}. Train it again with `nbs/training/train_encoders.ipynb`.")
-    with torch.random.fork_rng(devices=[]): encoder = ENCODERS[name](EncoderConfig(**kept["config"] | {"widths": tuple(kept["config"]["widths"])})) # its random start is overwritten
+    if kept.get("encoder") != name:
+        raise ValueError(f"the file holds {kept.get('encoder')!r}, and {name!r} was asked for. "
+                         "Give the file that save_encoder wrote for it.")
+    if kept["words"] != caption_words():
+        raise ValueError(f"the file knows the words {kept['words']}, the world has "
+                         f"{caption_words()}. Train it again with "
+                         "`nbs/training/train_encoders.ipynb`.")
+    config = EncoderConfig(**kept["config"] | {"widths": tuple(kept["config"]["widths"])})
+    with torch.random.fork_rng(devices=[]): encoder = ENCODERS[name](config) # overwritten below
     encoder.load_state_dict(tensors)
     return encoder.to(resolve_device(device)).eval().requires_grad_(False)
