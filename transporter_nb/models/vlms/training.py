@@ -24,16 +24,18 @@ from torch import Tensor, nn
 from ...core.base import load_training, save_training, seeded_generator
 from ...core.optimisers import MuonAdamW, update_average
 from .base import DESCRIBE, SLOT_QUESTIONS, Turn, VideoLanguageModel
-from ...world.words import SIZE, SLOTS, Scene, caption, do, render, sample_scenes, sprite_centres
+from ...world.words import (
+    SIZE, SLOTS, Scene, caption, do, render, sample_scenes, sprite_centres)
 
 # %% ../../../nbs/2_models/13_vlms.training.ipynb #73b33c65
-SLOT_PLACES = dict(zip(SLOTS, (0, 1, 2, 3, 4, 5, 6, 9))) # word index; 7 and 8 are "over a", 10 is "floor"
+# word index; 7 and 8 are "over a", 10 is "floor"
+SLOT_PLACES = dict(zip(SLOTS, (0, 1, 2, 3, 4, 5, 6, 9)))
 
 def slot_prefix(
     text:str, # A caption of the world
     slot:str, # Name of a slot
 ) -> str: # The words before that slot; "" for the first
-    "What is said before a slot's word"
+    "The text before a slot's word"
     return " ".join(text.split()[:SLOT_PLACES[slot]])
 
 def slot_word(
@@ -51,8 +53,10 @@ def contrary_caption(
 ) -> str: # The scene's own caption for the first slot, which has none before it
     "The caption of a clip that differs before a slot and agrees in it"
     before = list(SLOTS)[:list(SLOTS).index(slot)]
-    wrong = rng.sample(before, min(len(before), rng.randint(1, 3)))
-    return caption(do(scene, **{name: rng.choice([word for word in SLOTS[name] if word != getattr(scene, name)]) for name in wrong}))
+    changed = rng.sample(before, min(len(before), rng.randint(1, 3)))
+    def wrong(name):
+        return rng.choice([word for word in SLOTS[name] if word != getattr(scene, name)])
+    return caption(do(scene, **{name: wrong(name) for name in changed}))
 
 def scene_turns(
     scene:Scene, # What is seen
@@ -60,13 +64,18 @@ def scene_turns(
     n_questions:int=3, # Slot questions, of 8
     n_contrary:int=2, # Turns with a wrong prefix
 ) -> list[Turn]: # Always 1 + n_questions + n_contrary
-    "What a VLM is taught about one clip"
-    text = caption(scene)
-    starts_with_a = scene.count == "one" and rng.random() < 0.3 # chosen: often enough to be understood
-    whole = Turn(DESCRIBE, "a", text.removeprefix("one ")) if starts_with_a else Turn(DESCRIBE, "", text)
-    asked = [Turn(SLOT_QUESTIONS[slot], "", getattr(scene, slot)) for slot in rng.sample(list(SLOTS), n_questions)]
-    misled = [(slot, contrary_caption(scene, slot, rng)) for slot in rng.sample(list(SLOTS)[1:], n_contrary)]
-    contrary = [Turn(DESCRIBE, slot_prefix(text, slot), slot_word(text, slot), complete=False) for slot, text in misled]
+    "The lessons of one clip"
+    text, slots = caption(scene), list(SLOTS)
+    # 0.3 (chosen): often enough to be understood
+    starts_with_a = scene.count == "one" and rng.random() < 0.3
+    if starts_with_a: whole = Turn(DESCRIBE, "a", text.removeprefix("one "))
+    else: whole = Turn(DESCRIBE, "", text)
+    asked = [Turn(SLOT_QUESTIONS[slot], "", getattr(scene, slot))
+             for slot in rng.sample(slots, n_questions)]
+    misled = [(slot, contrary_caption(scene, slot, rng))
+              for slot in rng.sample(slots[1:], n_contrary)]
+    contrary = [Turn(DESCRIBE, slot_prefix(text, slot), slot_word(text, slot), complete=False)
+                for slot, text in misled]
     return [whole, *asked, *contrary]
 
 # %% ../../../nbs/2_models/13_vlms.training.ipynb #baa80c1f
@@ -79,16 +88,21 @@ def roughen(
 ) -> Float[Tensor, "batch frames 3 height width"]: # In [0, 1] again
     "Make clips look as if a decoder had drawn them"
     n, frames, _, height, width = video.shape
-    amount = lambda: torch.rand(n, 1, 1, 1, 1, generator=generator) * (torch.rand(n, 1, 1, 1, 1, generator=generator) < 0.6)
+    def draw(*shape): return torch.randn(shape, generator=generator)
+    def uniform(): return torch.rand(n, 1, 1, 1, 1, generator=generator)
+    def amount(): return uniform() * (uniform() < 0.6)
+    def signed(): return 2 * amount() - 1
     flat = video.flatten(0, 1)
     kernel = torch.tensor([1., 2., 1.]) / 4
-    soft = nn.functional.conv2d(nn.functional.pad(flat, (1, 1, 1, 1), mode="replicate").flatten(0, 1)[:, None], (kernel[:, None] * kernel)[None, None]).view_as(video)
-    coarse = nn.functional.interpolate(nn.functional.avg_pool2d(flat, 2), (height, width), mode="bilinear").view_as(video)
+    square = (kernel[:, None] * kernel)[None, None]
+    padded = nn.functional.pad(flat, (1, 1, 1, 1), mode="replicate")
+    soft = nn.functional.conv2d(padded.flatten(0, 1)[:, None], square).view_as(video)
+    halved = nn.functional.avg_pool2d(flat, 2)
+    coarse = nn.functional.interpolate(halved, (height, width), mode="bilinear").view_as(video)
     rough = video.lerp(soft, amount()).lerp(coarse, 0.7 * amount())
-    rough = (rough - 0.5) * (1 + light * (2 * amount() - 1)) + 0.5 + light * (2 * amount() - 1) * (amount() > 0)
-    draw = lambda *shape: torch.randn(shape, generator=generator)
+    rough = (rough - 0.5) * (1 + light * signed()) + 0.5 + light * signed() * (amount() > 0)
     rough = rough + noise * amount() * (draw(*video.shape) + draw(n, 1, 3, height, width)) / 2
-    keep = torch.rand(n, 1, 1, 1, 1, generator=generator) < clean
+    keep = uniform() < clean
     return torch.where(keep, video, rough.clamp(0, 1))
 
 # %% ../../../nbs/2_models/13_vlms.training.ipynb #4b1977ba
@@ -102,39 +116,51 @@ def world_batch(
     step:int, # Which batch
     batch_size:int=32, # Clips
     seed:int=0, # Of the whole training; seeds of trainings and of tests never meet
-    distort:Callable=roughen, # From clean clips and a `torch.Generator` to the clips that are learned from
+    distort:Callable=roughen, # `distort(clips, generator)` -> the clips that are learned from
 ) -> WorldBatch: # Held-out combinations never occur
     "Training clips with what to learn about them"
     key = 2**40 + seed * 2**24 + step
     scenes, rng = sample_scenes(batch_size, key), random.Random(key)
-    return WorldBatch(distort(render(scenes), seeded_generator(key)), [scene_turns(scene, rng) for scene in scenes], scenes)
+    video = distort(render(scenes), seeded_generator(key))
+    return WorldBatch(video, [scene_turns(scene, rng) for scene in scenes], scenes)
 
 # %% ../../../nbs/2_models/13_vlms.training.ipynb #68df8737
-LOCATED = ("count", "size", "shape") # Words that a single frame shows and that are hard to learn from words alone
+LOCATED = ("count", "size", "shape") # Words of a single frame that are hard to learn from words
 
 def frame_truth(
     scenes:Sequence[Scene], # What is seen
     n_frames:int, # Frames the VLM is shown
-) -> tuple[Float[Tensor, "batch n_frames 4"], Int[Tensor, "batch 3"]]: # (x, y) of the first and the last sprite, -1 to 1 across the frame; word indices of `LOCATED`
-    "What each frame shows"
+    # (x, y) of the first and the last sprite, -1 to 1 across the frame; word indices of `LOCATED`
+) -> tuple[Float[Tensor, "batch n_frames 4"], Int[Tensor, "batch 3"]]:
+    "Places and words of each frame"
     centres = [sprite_centres(scene) for scene in scenes]
     places = torch.stack([torch.cat([c[0], c[-1]], -1) for c in centres]) / (SIZE / 2) - 1
     shown = torch.linspace(0, places.shape[1] - 1, n_frames).round().long()
-    return places[:, shown], torch.tensor([[SLOTS[slot].index(getattr(scene, slot)) for slot in LOCATED] for scene in scenes])
+    words = [[SLOTS[slot].index(getattr(scene, slot)) for slot in LOCATED] for scene in scenes]
+    return places[:, shown], torch.tensor(words)
 
+# %% ../../../nbs/2_models/13_vlms.training.ipynb #121270c9
 class FrameLocator(nn.Module):
-    "A linear map from the tokens of a frame to where and what its sprites are; used in training only"
+    "A linear map from the tokens of a frame to its sprites' places and words; for training only"
     def __init__(self, vlm:VideoLanguageModel):
         super().__init__()
-        self.n_frames, self.sizes = vlm.settings.n_frames, [4, *(len(SLOTS[slot]) for slot in LOCATED)]
-        self.map = nn.Linear(vlm.n_tokens // self.n_frames * vlm.vlm_dim, sum(self.sizes))
+        self.n_frames = vlm.settings.n_frames
+        self.sizes = [4, *(len(SLOTS[slot]) for slot in LOCATED)]
+        n_inputs = vlm.n_tokens // self.n_frames * vlm.vlm_dim
+        self.map = nn.Linear(n_inputs, sum(self.sizes))
 
-    def forward(self, vlm_embeddings:Float[Tensor, "batch vlm_tokens vlm_dim"], scenes:Sequence[Scene]) -> Float[Tensor, ""]:
-        places, words = (truth.to(vlm_embeddings.device) for truth in frame_truth(scenes, self.n_frames))
+    def forward(self, vlm_embeddings:Float[Tensor, "batch vlm_tokens vlm_dim"],
+                scenes:Sequence[Scene]) -> Float[Tensor, ""]:
+        truths = frame_truth(scenes, self.n_frames)
+        places, words = (truth.to(vlm_embeddings.device) for truth in truths)
         tokens = vlm_embeddings.unflatten(1, (self.n_frames, -1)).flatten(2)
-        told, *logits = self.map(tokens / tokens.detach().square().mean().sqrt()).split(self.sizes, -1)
-        missed = sum(nn.functional.cross_entropy(guess.transpose(1, 2), word[:, None].expand(-1, self.n_frames)) for guess, word in zip(logits, words.T))
-        return 10 * nn.functional.mse_loss(told, places) + missed # 10 (chosen): 2 px cost about as much as one bit
+        scale = tokens.detach().square().mean().sqrt()
+        predicted, *logits = self.map(tokens / scale).split(self.sizes, -1)
+        targets = [word[:, None].expand(-1, self.n_frames) for word in words.T]
+        missed = sum(nn.functional.cross_entropy(guess.transpose(1, 2), target)
+                     for guess, target in zip(logits, targets))
+        # 10 (chosen): 2 px cost about as much as one bit
+        return 10 * nn.functional.mse_loss(predicted, places) + missed
 
 # %% ../../../nbs/2_models/13_vlms.training.ipynb #5a2ab425
 @dataclass(frozen=True)
@@ -145,19 +171,24 @@ class VLMTraining:
     locate_weight: float = 0.05 # Of its loss afterwards
     batch_size: int = 32
     adam_rate: float = 1.5e-3 # Peak learning rate of embeddings, biases, norms (AdamW)
-    muon_rate: float = 0.01 # Peak learning rate of the matrices (Muon: the step of a matrix is made orthogonal; the shipped weights were trained at this rate)
+    # Peak learning rate of the matrices (Muon: the step of a matrix is made orthogonal; the
+    # shipped weights were trained at this rate)
+    muon_rate: float = 0.01
     warmup: int = 100 # Steps to the peak; held until half of `steps`, then a half cosine
     ema_decay: float = 0.998 # Of the average of the weights, which is what is kept
-    clip_norm: float = 1.0 # Largest norm of the gradient of what AdamW trains; Muon's step has a fixed size
+    clip_norm: float = 1.0 # Largest norm of AdamW's gradient; Muon's step has a fixed size
     seed: int = 0 # Of the data
-    matmul: str = "bf16" # "bf16" multiplies float32 matrices in bf16 where the CPU can (measured: a step takes 0.6 of the time), "ieee" does not
+    # "bf16" multiplies float32 matrices in bf16 where the CPU can (measured: a step takes 0.6 of
+    # the time), "ieee" does not
+    matmul: str = "bf16"
 
     @classmethod
     def mini(cls): return cls()
 
-    def rate(self, step:int) -> float: # Share of the peak learning rates at a step, counted from 0
-        late = max(0.0, 2 * step / self.steps - 1)
-        return min(1.0, (step + 1) / self.warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, late))))
+    def rate(self, step:int) -> float: # Share of the peak rates at a step, counted from 0
+        late = min(1.0, max(0.0, 2 * step / self.steps - 1))
+        cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * late))
+        return min(1.0, (step + 1) / self.warmup) * cosine
 
 # %% ../../../nbs/2_models/13_vlms.training.ipynb #d41a177d
 @contextmanager
@@ -186,13 +217,15 @@ def training_step(
     batch:WorldBatch, # What to learn
     settings:VLMTraining, # How
     step:int, # Counted from 0
-    answer_loss:Callable=VideoLanguageModel.answer_loss, # Of a VLM, its embeddings and `batch.turns`
+    answer_loss:Callable=VideoLanguageModel.answer_loss, # Of VLM, embeddings and `batch.turns`
 ) -> float: # The loss of this step, in nats an answer token once words are learned
     "One step of training"
     optimizer.set_share(settings.rate(step))
     embeddings = student["vlm"].embed(batch.video.to(next(student.parameters()).device))
-    located = student["locator"](embeddings, batch.scenes)
-    loss = located if step < settings.locate_steps else answer_loss(student["vlm"], embeddings, batch.turns) + settings.locate_weight * located
+    loss = student["locator"](embeddings, batch.scenes)
+    if step >= settings.locate_steps:
+        answers = answer_loss(student["vlm"], embeddings, batch.turns)
+        loss = answers + settings.locate_weight * loss
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(optimizer.parameters_of("adamw"), settings.clip_norm)
@@ -204,27 +237,33 @@ def train_vlm(
     vlm:VideoLanguageModel, # Changed in place: ends with the averaged weights, frozen
     settings:VLMTraining, # How
     batches:Callable[[int], WorldBatch]|None=None, # Step to batch; `world_batch` by default
-    resume_path:str|Path|None=None, # Saved there every `save_every` steps and at the end, continued from there if it exists
+    resume_path:str|Path|None=None, # Saved there; continued from there if it exists
     minutes:float=math.inf, # Stop after this time, to be continued by another call
-    save_every:int=500, # Steps
+    save_every:int=500, # Steps; a training is saved at its end as well
     report:Callable[[int, float], None]|None=None, # Called each step with the step and its loss
-    locator:Callable[[VideoLanguageModel], nn.Module]=FrameLocator, # Makes what reads frames
-    answer_loss:Callable=VideoLanguageModel.answer_loss, # Of a VLM, its embeddings and `batch.turns`
+    make_locator:Callable[[VideoLanguageModel], nn.Module]=FrameLocator, # Reads frames
+    answer_loss:Callable=VideoLanguageModel.answer_loss, # Of VLM, embeddings and `batch.turns`
 ) -> list[float]: # Loss of every step since the very start
     "Teach a VLM to answer, resumable to the same numbers"
     batches = batches or (lambda step: world_batch(step, settings.batch_size, settings.seed))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        student = nn.ModuleDict({"vlm": vlm, "locator": locator(vlm).to(next(vlm.parameters()).device)}).train().requires_grad_(True)
+        locator = make_locator(vlm).to(next(vlm.parameters()).device)
+    student = nn.ModuleDict({"vlm": vlm, "locator": locator}).train().requires_grad_(True)
     optimizer = vlm_optimizer(student, settings)
-    average, losses, step = {name: value.detach().clone() for name, value in vlm.named_parameters()}, [], 0
+    average = {name: value.detach().clone() for name, value in vlm.named_parameters()}
+    losses, step = [], 0
     if resume_path and Path(resume_path).exists():
         state = load_training(resume_path)
         step, losses = state.restore(student, optimizer, average), list(state.extra["losses"])
-    start, save = time.monotonic(), lambda: resume_path and save_training(resume_path, step, student, optimizer, average, extra={"losses": losses})
+    def save():
+        if resume_path:
+            save_training(resume_path, step, student, optimizer, average, extra={"losses": losses})
+    start = time.monotonic()
     with matmul_precision(settings.matmul):
         while step < settings.steps and time.monotonic() - start < 60 * minutes:
-            losses.append(training_step(student, optimizer, batches(step), settings, step, answer_loss))
+            batch = batches(step)
+            losses.append(training_step(student, optimizer, batch, settings, step, answer_loss))
             update_average(average, vlm, step, settings.ema_decay)
             step += 1
             if report: report(step, losses[-1])
@@ -237,30 +276,40 @@ def train_vlm(
 # %% ../../../nbs/2_models/13_vlms.training.ipynb #6f21441b
 def reading_turns(
     scene:Scene, # The truth
-    through:str, # "questions", "prefixes" (of its caption), or "contrary" (prefixes with wrong words)
+    through:str, # "questions", "prefixes" (of its caption), or "contrary" (with wrong words)
     rng:random.Random, # Chooses the wrong words
 ) -> list[Turn]: # One a slot, in the order of `SLOTS`, with the right answer
     "Eight questions that ask for the eight words of a clip"
-    if through == "questions": return [Turn(question, "", getattr(scene, slot)) for slot, question in SLOT_QUESTIONS.items()]
-    texts = {slot: caption(scene) if through == "prefixes" else contrary_caption(scene, slot, rng) for slot in SLOTS}
-    return [Turn(DESCRIBE, slot_prefix(text, slot), slot_word(text, slot)) for slot, text in texts.items()]
+    if through == "questions":
+        return [Turn(question, "", getattr(scene, slot))
+                for slot, question in SLOT_QUESTIONS.items()]
+    own = through == "prefixes"
+    texts = {slot: caption(scene) if own else contrary_caption(scene, slot, rng) for slot in SLOTS}
+    return [Turn(DESCRIBE, slot_prefix(text, slot), slot_word(text, slot))
+            for slot, text in texts.items()]
 
+# %% ../../../nbs/2_models/13_vlms.training.ipynb #800fe0f3
 @torch.no_grad()
 def reading_accuracy(
     vlm:VideoLanguageModel, # Frozen
     scenes:Sequence[Scene], # The truth
-    video:Float[Tensor, "batch frames 3 height width"]|None=None, # What the VLM is shown; the scenes as rendered, by default
+    # What the VLM is shown; the scenes as rendered, by default
+    video:Float[Tensor, "batch frames 3 height width"]|None=None,
     through:str="questions", # "questions", "prefixes" or "contrary", see `reading_turns`
     seed:int=0, # Of the wrong words
 ) -> dict[str, float]: # Slot name to the share of right words
     "How often the VLM says the right word, slot by slot"
-    if through not in ("questions", "prefixes", "contrary"): raise ValueError(f"through must be questions, prefixes or contrary, got {through!r}.")
-    if video is not None and len(video) != len(scenes): raise ValueError(f"one clip a scene, got {len(video)} clips and {len(scenes)} scenes.")
-    rng, right, device = random.Random(seed), torch.zeros(len(SLOTS)), next(vlm.parameters()).device
+    if through not in ("questions", "prefixes", "contrary"):
+        raise ValueError(f"through must be questions, prefixes or contrary, got {through!r}.")
+    if video is not None and len(video) != len(scenes):
+        raise ValueError(f"one clip a scene, got {len(video)} clips and {len(scenes)} scenes.")
+    rng, right = random.Random(seed), torch.zeros(len(SLOTS))
+    device = next(vlm.parameters()).device
     for at in range(0, len(scenes), 100): # 100 clips at a time: memory stays small
         part = scenes[at:at + 100]
         turns = [reading_turns(scene, through, rng) for scene in part]
         shown = render(part) if video is None else video[at:at + 100]
         said = vlm.turn_log_probs(vlm.embed(shown.to(device)), turns).argmax(-1).cpu()
-        right += (said == torch.tensor([[vlm.token_id(turn.answer, turn.prefix) for turn in row] for row in turns])).sum(0)
+        answers = [[vlm.token_id(turn.answer, turn.prefix) for turn in row] for row in turns]
+        right += (said == torch.tensor(answers)).sum(0)
     return dict(zip(SLOTS, (right / len(scenes)).tolist()))
