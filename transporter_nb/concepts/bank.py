@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from ..core.docstrings import documented
 from ..models.answers import answer_divergence, pair_ids, word_answers
 from ..world.contrasts import ContrastPair, changed_words, parse_contrast
 from transporter_nb.core.base import (
@@ -613,6 +614,12 @@ class ConceptBank(MutableMapping):
         table = [list(row.values()) for row in self.rows()]
         if table: table.insert(0, list(self.rows()[0]))
         return html_block(f"<b>{escape(self.title)}</b>", html_table(table) if table else "")
+
+# %% ../../nbs/4_concepts/01_bank.ipynb #9f9432d5
+documented("""
+    bank = ConceptBank.from_pretrained("bank.safetensors")
+    bank["red -> blue"] # a Concept
+""")(ConceptBank)
 
 # %% ../../nbs/4_concepts/01_bank.ipynb #6e8b2e95
 @patch

@@ -7,6 +7,7 @@ __all__ = ['short_type', 'parameter_lines', 'documented', 'section']
 
 # %% ../../nbs/0_core/05_docstrings.ipynb #102a4527
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import is_dataclass
 from textwrap import dedent, indent
@@ -24,8 +25,7 @@ def short_type(
     if getattr(annotation, "dim_str", None): # of jaxtyping
         kind = text.split("[")[0]
         return f'{kind}[{annotation.array_type.__name__}, "{annotation.dim_str}"]'
-    words = text.replace("|", " | ").split()
-    return " ".join(word.rsplit(".", 1)[-1] for word in words)
+    return re.sub(r"\b(?:[A-Za-z_]\w*\.)+(?=\w)", "", text) # without the names of modules
 
 # %% ../../nbs/0_core/05_docstrings.ipynb #e3d3750c
 def parameter_lines(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from ..core.docstrings import documented
 from .sinkhorn_reference import MASKED
 
 # %% ../../nbs/3_coupling/08_transport.ipynb #3b6e7ebb
@@ -347,6 +348,10 @@ def projected_transport(
         plan = module.mean_plan(b, g, a, f, inverse_reg) if with_plan else None
         if with_plan: return TransportResult(plan @ values, plan, f, g)
         return TransportResult(module.apply_plan(b, g, a, f, inverse_reg, values), None, f, g)
+
+# %% ../../nbs/3_coupling/08_transport.ipynb #da389b8f
+documented("projected_transport(values, source_scores, target_scores).transported")(
+    projected_transport)
 
 # %% ../../nbs/3_coupling/08_transport.ipynb #c986fec4
 Average = Literal["plans", "costs"]

@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..core.base import as_config, repo_path, write_aside
+from ..core.docstrings import documented
 from ..core.pages import html_block, html_image
 from .answer_table import AnswerTable, Answers
 from .card import Certificate
@@ -65,6 +66,8 @@ class Explanation:
             shown = row[:1] if len(set(row)) == 1 else row # equal for all directions: once
             names.append(", ".join(f"{round(value, 3):g}" for value in shown) + answer)
         return names
+
+documented("l2v.explain(caption, 'red -> blue').answers")(Explanation)
 
 # %% ../../nbs/5_explain/08_explanation.ipynb #c8f7581b
 @patch(as_prop=True)

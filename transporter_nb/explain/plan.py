@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from fastcore.basics import patch
 
+from ..core.docstrings import documented
 from ..concepts.bank import ConceptConfig
 from ..core.base import check_scale
 from ..core.hub import LINE, SOURCES, LoadOptions, duration
@@ -313,3 +314,5 @@ def plan(
     named = ("wan", vlm) if scale == "paper" else ()
     download = {SOURCES[name].repo: SOURCES[name].size for name in named if name in SOURCES}
     return Plan(figure, vlm, scale, machine, options, parameters, download, stages, calls)
+
+documented("plan('fig7', vlm='gemma3', device='H100')")(plan)

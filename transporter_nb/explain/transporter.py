@@ -15,6 +15,7 @@ import torch
 from fastcore.basics import listify, patch, patch_to
 from torch import nn
 
+from ..core.docstrings import documented
 from transporter_nb.concepts.bank import (
     ConceptBank, ConceptConfig, Direction, Progress, through_coupling,
 )
@@ -109,6 +110,8 @@ def load(
     bank = ConceptBank.from_pretrained(path) if path.exists() else ConceptBank()
     names = {"vlm": vlm, "generator": generator, "scale": scale}
     return cls(*models, coupling, bank, names)
+
+documented("l2v = Transporter.load(vlm='phi4')")(Transporter.load.__func__)
 
 # %% ../../nbs/5_explain/09_transporter.ipynb #6f2e7432
 def _is_group(group):
@@ -376,3 +379,5 @@ def explain(
     for found in calibration.found if calibration else ():
         if not found.reached: warnings.warn(found.note, stacklevel=3) # 3: past torch.no_grad
     return self._explanation(caption, merged, run, directions, settings)
+
+documented("l2v.explain('one large red ball slides ...', 'red -> blue')")(Transporter.explain)

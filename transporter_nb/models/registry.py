@@ -11,6 +11,7 @@ import re
 from importlib import import_module
 
 from ..core.base import check_scale, checkpoint_path
+from ..core.docstrings import documented
 from .generators.base import VideoGenerator
 from ..core.hub import LoadOptions
 from .vlms.base import VideoLanguageModel
@@ -74,6 +75,12 @@ def load_vlm(
     more = {"options": options} if options else {}
     return adapter.load(scale=check_scale(scale), device=device, **more)
 
+documented("""
+    vlm = load_vlm("phi4")
+    tokens = vlm.embed(video) # "batch frames 3 height width" in [0, 1]
+    vlm.next_token_log_probs(tokens, "what colour is it?")
+""")(load_vlm)
+
 # %% ../../nbs/2_models/18_registry.ipynb #e460a53e
 PACKAGE_VLMS = tuple(VLMS) # names that no registration may take
 
@@ -104,3 +111,5 @@ def register_vlm(
             raise ValueError(f"the address of an adapter is 'module:Class', got {adapter!r}.")
     else: _check_class(name, adapter)
     VLMS[name] = adapter
+
+documented("register_vlm('internvl', 'my_package.internvl:InternVLM')")(register_vlm)
