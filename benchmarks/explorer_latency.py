@@ -35,30 +35,53 @@ UNSHIPPED = (("ball", "cone"), ("slides", "climbs"))
 CLOCK = (
     r"""
 (() => {
-  const painted = () => new Promise((done) => requestAnimationFrame(() => { const port = new MessageChannel(); port.port1.onmessage = () => done(performance.now()); port.port2.postMessage(0) }))
+  const afterPaint = (done) => {
+    const port = new MessageChannel()
+    port.port1.onmessage = () => done(performance.now())
+    port.port2.postMessage(0)
+  }
+  const painted = () => new Promise((done) => requestAnimationFrame(() => afterPaint(done)))
   const images = () => [...document.querySelectorAll(".tnb-explorer .tnb-videos img")]
   const decoded = () => Promise.all(images().map((image) => image.decode().catch(() => null)))
   const clock = window.clock = {root: null, first: null}
+
   const early = new MutationObserver(() => {
-    if (document.querySelector(".tnb-explorer .tnb-caption input")) clock.root ??= performance.now()
-    if (document.querySelector(".tnb-explorer .tnb-videos img.tnb-steered")) { early.disconnect(); decoded().then(painted).then((now) => { clock.first = now }) }
+    const controls = document.querySelector(".tnb-explorer .tnb-caption input")
+    if (controls) clock.root ??= performance.now()
+    const steered = document.querySelector(".tnb-explorer .tnb-videos img.tnb-steered")
+    if (!steered) return
+    early.disconnect()
+    decoded().then(painted).then((now) => { clock.first = now })
   })
   early.observe(document, {childList: true, subtree: true})
+
   window.arm = ({slider, strengths}) => {
     window.measured = new Promise((done) => {
-      let began = null, made = false, ending = false
-      const root = document.querySelector(".tnb-explorer"), handle = root.querySelectorAll(".tnb-strength .noUi-target")[slider ?? 0]
+      let began = null
+      let made = false
+      let ending = false
+      const root = document.querySelector(".tnb-explorer")
+      const handle = root.querySelectorAll(".tnb-strength .noUi-target")[slider ?? 0]
       const kinds = ["keydown", "pointerdown"]
-      const asked = () => handle && [handle.noUiSlider.get(true)].flat()[0], from = asked() // at the event itself the slider has not moved yet
-      const input = (event) => { began ??= event.timeStamp; setTimeout(look) }
+      const asked = () => handle && [handle.noUiSlider.get(true)].flat()[0]
+      const from = asked()
+      // at the event itself the slider has not moved yet
+      const input = (event) => {
+        began ??= event.timeStamp
+        setTimeout(look)
+      }
       for (const kind of kinds) window.addEventListener(kind, input, {capture: true})
+
       const here = () => {
         const said = root.querySelector(".tnb-videos [data-strengths]")?.dataset.strengths
-        return strengths !== undefined ? said === strengths : asked() !== from && said !== undefined && Math.abs(Number(said.split(",")[slider]) - asked()) < 1e-6
+        if (strengths !== undefined) return said === strengths
+        if (asked() === from || said === undefined) return false
+        return Math.abs(Number(said.split(",")[slider]) - asked()) < 1e-6
       }
       const look = () => {
         if (began === null || ending) return
-        made ||= root.querySelector(".tnb-status [data-state]")?.dataset.state === "making"
+        const state = root.querySelector(".tnb-status [data-state]")?.dataset.state
+        made ||= state === "making"
         if (!here()) return
         ending = true
         watch.disconnect()
@@ -66,7 +89,8 @@ CLOCK = (
         decoded().then(painted).then((now) => done({milliseconds: now - began, made}))
       }
       const watch = new MutationObserver(look)
-      watch.observe(root, {childList: true, subtree: true, attributes: true, attributeFilter: ["data-strengths", "data-state"]})
+      const attributeFilter = ["data-strengths", "data-state"]
+      watch.observe(root, {childList: true, subtree: true, attributes: true, attributeFilter})
     })
   }
 })()
@@ -208,9 +232,9 @@ def choose(explorer:Explorer, word:str, other:str):
         )
 
 
-def learn(explorer:Explorer, pair:tuple[str, str], chance:random.Random|None=None) -> tuple[
-    float, list[dict],
-]:
+def learn(
+    explorer:Explorer, pair:tuple[str, str], chance:random.Random|None=None,
+) -> tuple[float, list[dict]]:
     """Seconds until a concept that is not shipped is learned and shown, and how the first slider
     answers meanwhile if somebody moves it"""
     rows, moves = explorer.part("concept").count(), []

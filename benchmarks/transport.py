@@ -377,9 +377,9 @@ def fitting_projections(method: Method, task: Task) -> int:
     return fits[-1] if fits else 0
 
 
-def affordable_projections(method: Method, task: Task, problem: Problem, cotangent) -> tuple[
-    int, float|None,
-]:
+def affordable_projections(
+    method: Method, task: Task, problem: Problem, cotangent,
+) -> tuple[int, float | None]:
     """How many of a rival's projections fit into memory and time, judged by a trial with one, and
     the trial's seconds if one is all there is"""
     fit = fitting_projections(method, task)
@@ -740,9 +740,9 @@ def card(
     }
 
 
-def ratio_interval(above: list[float], below: list[float], draws: int = 2000) -> tuple[
-    float | None, float | None,
-]:
+def ratio_interval(
+    above: list[float], below: list[float], draws: int = 2000,
+) -> tuple[float | None, float | None]:
     "95 % of a ratio of medians, by resampling both; none where one was measured too rarely"
     import numpy as np
     if min(len(above), len(below)) < 3: return None, None
@@ -924,9 +924,9 @@ def draw(found: dict):
                 tokens: row for tokens in TOKENS if (row := found.get((name, tokens, *MAIN, mode)))
             }
             if not at or name == "product": continue
-            slope, colour, dashed = exponent(found, name, mode)[0], PALETTE[
-                method.colour % len(PALETTE)
-            ], name in ONLY_MAIN
+            slope = exponent(found, name, mode)[0]
+            colour = PALETTE[method.colour % len(PALETTE)]
+            dashed = name in ONLY_MAIN
             ax.plot(
                 list(at), [row["seconds"] for row in at.values()], color=colour,
                 linestyle="--" if dashed else "-", linewidth=2.4 if name == "ours" else 1.2,
@@ -997,12 +997,11 @@ def shortfalls(rows: list[dict]) -> None:
     "Say which targets are met"
     for row in rows:
         if row["target"] is None: continue
-        met = row["value"] <= row["target"] if row["better"] == "lower" else row["value"] >= row[
-            "target"
-        ]
+        value, target = row["value"], row["target"]
+        met = value <= target if row["better"] == "lower" else value >= target
         print(
-            f"{'met  ' if met else 'SHORT'} {row['what']}: {row['value']:.3g} "
-            f"({'at most' if row['better'] == 'lower' else 'at least'} {row['target']:g})"
+            f"{'met  ' if met else 'SHORT'} {row['what']}: {value:.3g} "
+            f"({'at most' if row['better'] == 'lower' else 'at least'} {target:g})"
             + (
                 f", from {row['extrapolated_from']} projections" if "extrapolated_from" in row
                 else ""

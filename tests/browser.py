@@ -270,46 +270,94 @@ def pictures(explorer, name:str):
 CROWDED = (
     r"""
 (root) => {
-  const name = (node) => `${node.tagName.toLowerCase()}.${[...node.classList].join(".")} "${(node.textContent || "").trim().slice(0, 40)}"`
+  const name = (node) => {
+    const classes = [...node.classList].join(".")
+    const text = (node.textContent || "").trim().slice(0, 40)
+    return `${node.tagName.toLowerCase()}.${classes} "${text}"`
+  }
   const style = (node) => getComputedStyle(node)
   const box = (node) => node.getBoundingClientRect()
-  const seen = (node) => { const b = box(node); return b.width > 1 && b.height > 1 && node.checkVisibility({opacityProperty: true, visibilityProperty: true}) && style(node).clipPath === "none" }
-  const floats = (node) => ["absolute", "fixed"].includes(style(node).position) || node.closest(".noUi-target, svg")
-  const own = (node) => [...node.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim())
+  const hides = (overflow) => ["hidden", "clip"].includes(overflow)
+  const scrolls = (overflow) => ["auto", "scroll"].includes(overflow)
+  const inline = (node) => style(node).display === "inline"
+  const seen = (node) => {
+    const {width, height} = box(node)
+    return width > 1 && height > 1
+      && node.checkVisibility({opacityProperty: true, visibilityProperty: true})
+      && style(node).clipPath === "none"
+  }
+  const floats = (node) =>
+    ["absolute", "fixed"].includes(style(node).position) || node.closest(".noUi-target, svg")
+  const writes = (child) => child.nodeType === Node.TEXT_NODE && child.textContent.trim()
+  const own = (node) => [...node.childNodes].some(writes)
   const found = []
+  const cut = (node, needs, has, side) => {
+    found.push(`cut: ${name(node)} needs ${needs} px of ${side}, has ${has}`)
+  }
+
   const all = [...root.querySelectorAll("*")].filter(seen)
   for (const node of all) {
-    const scrolls = ["auto", "scroll"].includes(style(node).overflowX)
-    if ((own(node) || node.tagName === "BUTTON") && !scrolls && !node.closest("svg") && style(node).display !== "inline") {
-      if (node.scrollWidth > node.clientWidth + 1) found.push(`cut: ${name(node)} needs ${node.scrollWidth} px of width, has ${node.clientWidth}`)
-      if (["hidden", "clip"].includes(style(node).overflowY) && node.scrollHeight > node.clientHeight + 2) found.push(`cut: ${name(node)} needs ${node.scrollHeight} px of height, has ${node.clientHeight}`)
+    const {overflowX, overflowY} = style(node)
+    const holdsText = own(node) || node.tagName === "BUTTON"
+    if (holdsText && !scrolls(overflowX) && !node.closest("svg") && !inline(node)) {
+      const {scrollWidth, clientWidth, scrollHeight, clientHeight} = node
+      if (scrollWidth > clientWidth + 1) cut(node, scrollWidth, clientWidth, "width")
+      if (hides(overflowY) && scrollHeight > clientHeight + 2)
+        cut(node, scrollHeight, clientHeight, "height")
     }
+
     if (node.tagName === "SELECT") {
       const text = document.createElement("span")
-      text.style.cssText = `font: ${style(node).font}; position: absolute; visibility: hidden; white-space: pre`
+      const font = `font: ${style(node).font}`
+      text.style.cssText = `${font}; position: absolute; visibility: hidden; white-space: pre`
       text.textContent = node.selectedOptions[0]?.textContent ?? ""
       document.body.append(text)
-      if (text.offsetWidth > node.clientWidth + 1) found.push(`cut: chosen "${text.textContent}" of ${name(node).slice(0, 40)} needs ${text.offsetWidth} px, has ${node.clientWidth}`)
+      const [needs, has] = [text.offsetWidth, node.clientWidth]
+      const which = `chosen "${text.textContent}" of ${name(node).slice(0, 40)}`
+      if (needs > has + 1) found.push(`cut: ${which} needs ${needs} px, has ${has}`)
       text.remove()
     }
-    const children = [...node.children].filter((child) => seen(child) && !floats(child) && style(child).display !== "inline")
-    for (const [i, a] of children.entries()) for (const b of children.slice(i + 1)) {
-      const [p, q] = [box(a), box(b)]
-      const across = Math.min(p.right, q.right) - Math.max(p.left, q.left), down = Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top)
-      if (across > 2 && down > 2) found.push(`overlap of ${Math.round(across)} x ${Math.round(down)} px: ${name(a)} and ${name(b)}`)
+
+    const laid = (child) => seen(child) && !floats(child) && !inline(child)
+    const children = [...node.children].filter(laid)
+    for (const [i, a] of children.entries()) {
+      for (const b of children.slice(i + 1)) {
+        const [p, q] = [box(a), box(b)]
+        const across = Math.min(p.right, q.right) - Math.max(p.left, q.left)
+        const down = Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top)
+        const size = `${Math.round(across)} x ${Math.round(down)} px`
+        if (across > 2 && down > 2) found.push(`overlap of ${size}: ${name(a)} and ${name(b)}`)
+      }
     }
-    const frame = clip(node), edge = frame ? box(frame).right : innerWidth
-    if (box(node).right > edge + 1 && !node.closest("svg, .noUi-target")) found.push(`cut at the right: ${name(node)} ends at ${Math.round(box(node).right)} of ${Math.round(edge)} px`)
+
+    const frame = clip(node)
+    const edge = frame ? box(frame).right : innerWidth
+    const {right} = box(node)
+    if (right > edge + 1 && !node.closest("svg, .noUi-target")) {
+      const where = `${Math.round(right)} of ${Math.round(edge)} px`
+      found.push(`cut at the right: ${name(node)} ends at ${where}`)
+    }
   }
-  function clip(node) { // what cuts a node off: the nearest box around it that hides what does not fit; null where one can scroll
+
+  // The nearest box around a node that cuts it off; the document where one can scroll to it
+  function clip(node) {
     while ((node = node.parentElement)) {
-      if (["hidden", "clip"].includes(style(node).overflowX)) return node
-      if (["auto", "scroll"].includes(style(node).overflowX)) return node.scrollWidth > node.clientWidth + 1 && root.contains(node) ? document.documentElement : node
+      const {overflowX} = style(node)
+      if (hides(overflowX)) return node
+      if (scrolls(overflowX)) {
+        const reachable = node.scrollWidth > node.clientWidth + 1 && root.contains(node)
+        return reachable ? document.documentElement : node
+      }
     }
     return null
   }
-  for (const page of [document.scrollingElement, document.body, ...document.querySelectorAll(".jp-WindowedPanel-outer")])
-    if (page.scrollWidth > page.clientWidth + 1) found.push(`the page scrolls sideways: ${page.scrollWidth} px in ${page.clientWidth}`)
+
+  const panels = document.querySelectorAll(".jp-WindowedPanel-outer")
+  for (const page of [document.scrollingElement, document.body, ...panels]) {
+    const {scrollWidth, clientWidth} = page
+    if (scrollWidth > clientWidth + 1)
+      found.push(`the page scrolls sideways: ${scrollWidth} px in ${clientWidth}`)
+  }
   return [...new Set(found)].slice(0, 30)
 }
 """
@@ -320,11 +368,37 @@ CROWDED = (
 NAMELESS = (
     r"""
 (root) => {
-  const words = (ids) => ids.split(/\s+/).map((id) => document.getElementById(id)?.textContent ?? "").join(" ")
-  const named = (node) => (node.getAttribute("aria-label") || words(node.getAttribute("aria-labelledby") || "") || [...(node.labels || [])].map((label) => label.textContent).join(" ") || (["BUTTON", "A", "SUMMARY"].includes(node.tagName) ? node.textContent : "") || node.title || "").trim()
-  const controls = [...root.querySelectorAll("button, select, input, textarea, a[href], summary, [role=slider], [tabindex]")].filter((node) => node.checkVisibility({visibilityProperty: true}) && !node.disabled && node.type !== "hidden")
-  return controls.map((node) => ({what: `${node.tagName.toLowerCase()}.${[...node.classList, ...[...(node.closest("[class*=tnb-]")?.classList ?? [])].filter((word) => word.startsWith("tnb-"))].join(".")}`,
-    role: node.getAttribute("role") || node.tagName.toLowerCase(), name: named(node), tab: node.tabIndex}))
+  const word = (id) => document.getElementById(id)?.textContent ?? ""
+  const words = (ids) => ids.split(/\s+/).map(word).join(" ")
+  const labels = (node) => [...(node.labels || [])].map((label) => label.textContent).join(" ")
+  const speaks = (node) => ["BUTTON", "A", "SUMMARY"].includes(node.tagName)
+  const named = (node) => {
+    const name = node.getAttribute("aria-label")
+      || words(node.getAttribute("aria-labelledby") || "")
+      || labels(node)
+      || (speaks(node) ? node.textContent : "")
+      || node.title
+      || ""
+    return name.trim()
+  }
+
+  const offered = (node) =>
+    node.checkVisibility({visibilityProperty: true}) && !node.disabled && node.type !== "hidden"
+  const kinds =
+    "button, select, input, textarea, a[href], summary, [role=slider], [tabindex]"
+  const controls = [...root.querySelectorAll(kinds)].filter(offered)
+
+  return controls.map((node) => {
+    const tag = node.tagName.toLowerCase()
+    const around = [...(node.closest("[class*=tnb-]")?.classList ?? [])]
+    const parts = around.filter((part) => part.startsWith("tnb-"))
+    return {
+      what: `${tag}.${[...node.classList, ...parts].join(".")}`,
+      role: node.getAttribute("role") || tag,
+      name: named(node),
+      tab: node.tabIndex,
+    }
+  })
 }
 """
 )

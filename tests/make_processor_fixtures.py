@@ -136,14 +136,10 @@ def pixels(family, options, clip, float_input):
             "tokens": torch.as_tensor(out["num_img_tokens"]),
         }
     if family in ("smolvlm_stills", "idefics3"):
-        name = {"smolvlm_stills": "SmolVLMImageProcessor", "idefics3": "Idefics3ImageProcessor"}[
-            family
-        ]
-        return {
-            "pixels": getattr(transformers, name)(**options)([list(clip)], return_tensors="pt")[
-                "pixel_values"
-            ][0]
-        }
+        names = {"smolvlm_stills": "SmolVLMImageProcessor", "idefics3": "Idefics3ImageProcessor"}
+        processor = getattr(transformers, names[family])(**options)
+        out = processor([list(clip)], return_tensors="pt")
+        return {"pixels": out["pixel_values"][0]}
     name = {
         "videollama3": "VideoLlama3VideoProcessor", "qwen2_5_vl": "Qwen2VLVideoProcessor",
         "smolvlm": "SmolVLMVideoProcessor",

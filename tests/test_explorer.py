@@ -218,8 +218,14 @@ def test_every_control_has_a_name_and_is_reached_by_tab(explorer):
         page.keyboard.press("Tab")
         page.evaluate("() => window.visited.add(document.activeElement)")
     left = explorer.root.evaluate(
-        """(root) => [...root.querySelectorAll("button, select, input, textarea, a[href], summary, [role=slider]")]
-      .filter((node) => node.checkVisibility({visibilityProperty: true}) && !node.disabled && node.type !== "hidden" && !window.visited.has(node)).map((node) => node.outerHTML.slice(0, 160))"""
+        """(root) => {
+      const kinds = "button, select, input, textarea, a[href], summary, [role=slider]"
+      const offered = (node) =>
+        node.checkVisibility({visibilityProperty: true}) && !node.disabled && node.type !== "hidden"
+      return [...root.querySelectorAll(kinds)]
+        .filter((node) => offered(node) && !window.visited.has(node))
+        .map((node) => node.outerHTML.slice(0, 160))
+    }"""
     )
     assert not left, left
 
@@ -532,7 +538,12 @@ def test_in_jupyterlab_with_a_kernel_restarted(context, lab):
     menu(page, "Kernel", r"^Restart Kernel…")
     page.locator(".jp-Dialog button", has_text="Restart").click()
     said = (
-        """(root) => [root.innerText, ...[root, ...root.querySelectorAll(".jupyter-widgets-disconnected")].flatMap((node) => ["::before", "::after"].map((place) => getComputedStyle(node, place).content))].join(" ")"""
+        """(root) => {
+      const badges = root.querySelectorAll(".jupyter-widgets-disconnected")
+      const content = (node, place) => getComputedStyle(node, place).content
+      const around = (node) => [content(node, "::before"), content(node, "::after")]
+      return [root.innerText, ...[root, ...badges].flatMap(around)].join(" ")
+    }"""
     )
     explorer.until(
         lambda: re.search(r"kernel|Python", explorer.root.evaluate(said))

@@ -118,9 +118,10 @@ def test_counts_are_spoken_alike():
 
 @pytest.mark.parametrize("family", PROMPTS)
 def test_prompts_have_the_same_tokens(family):
-    (before, _, after), tokenizer, pixels, n_frames = PROMPTS[family], small_tokenizer(), FACTS[
-        "shapes"
-    ], len(SECONDS)
+    before, _, after = PROMPTS[family]
+    tokenizer = small_tokenizer()
+    pixels = FACTS["shapes"]
+    n_frames = len(SECONDS)
     tokens = {
         "videollama3": pixels["videollama3.pixels"][0] // 4 // n_frames,
         "qwen2_5_vl": pixels["qwen2_5_vl.pixels"][0] // 4 // 2, "smolvlm": 9, "gemma3": 4,
