@@ -1,5 +1,6 @@
 """The explorer as people meet it: Voila and JupyterLab in a real Chromium, moved by mouse and
 keyboard, read from the page. Screenshots lie in `runs/explorer/`."""
+import contextlib
 import math, os, re, time, urllib.error, urllib.request
 from urllib.parse import urlsplit
 
@@ -490,17 +491,28 @@ def test_two_pages_do_not_disturb_each_other(explorer, context, voila):
     assert not watch.unexpected()
 
 
-def menu(page, name, item):
-    page.locator(".lm-MenuBar-item", has_text=re.compile(f"^{name}$")).click()
-    page.locator(".lm-Menu-item", has_text=re.compile(item)).first.click()
+def menu(page, name, item, **waiting):
+    page.locator(".lm-MenuBar-item", has_text=re.compile(f"^{name}$")).click(**waiting)
+    page.locator(".lm-Menu-item", has_text=re.compile(item)).first.click(**waiting)
+
+
+def answer_dialog(page) -> bool:
+    "Accept what JupyterLab asks, such as the kernel of a notebook that has none yet"
+    accept = page.locator(".jp-Dialog .jp-mod-accept")
+    if not accept.count(): return False
+    print("JupyterLab asked:", page.locator(".jp-Dialog").first.inner_text())
+    accept.first.click(timeout=5_000)
+    return True
 
 
 def run_all(page) -> Explorer:
     """Run All until the explorer stands there
 
-    While its kernel connects, JupyterLab drops what is asked for, or marks the cells and then
-    forgets them. So this asks again whenever nothing runs and a cell has not been run.
+    While its kernel connects, JupyterLab drops what is asked for, marks the cells and then forgets
+    them, or asks for a kernel. So this accepts the kernel it offers, and asks again whenever
+    nothing runs and a cell has not been run.
     """
+    from playwright.sync_api import TimeoutError as Late
     prompts = page.locator(".jp-Cell.jp-CodeCell .jp-InputPrompt")
     video = page.locator(".tnb-explorer .tnb-videos img").first
     until = time.monotonic() + OPENING / 1000
@@ -514,8 +526,10 @@ def run_all(page) -> Explorer:
         if time.monotonic() > until:
             picture(page, "lab_run_desk")
             raise AssertionError(f"no video {OPENING / 1000:.0f} s after Run All; cells: {said}")
+        if answer_dialog(page): quiet = 0
         if quiet > 5 and not complete:
-            menu(page, "Run", r"^Run All Cells$")
+            with contextlib.suppress(Late): # a dialog may come between
+                menu(page, "Run", r"^Run All Cells$", timeout=5_000)
             ran, quiet = False, 0
         page.wait_for_timeout(100)
         quiet += .1
