@@ -1,6 +1,5 @@
 """The explorer as people meet it: Voila and JupyterLab in a real Chromium, moved by mouse and
 keyboard, read from the page. Screenshots lie in `runs/explorer/`."""
-import contextlib
 import math, os, re, time, urllib.error, urllib.request
 from urllib.parse import urlsplit
 
@@ -528,8 +527,8 @@ def run_all(page) -> Explorer:
             raise AssertionError(f"no video {OPENING / 1000:.0f} s after Run All; cells: {said}")
         if answer_dialog(page): quiet = 0
         if quiet > 5 and not complete:
-            with contextlib.suppress(Late): # a dialog may come between
-                menu(page, "Run", r"^Run All Cells$", timeout=5_000)
+            try: menu(page, "Run", r"^Run All Cells$", timeout=5_000)
+            except Late: page.keyboard.press("Escape") # a dialog came between
             ran, quiet = False, 0
         page.wait_for_timeout(100)
         quiet += .1
