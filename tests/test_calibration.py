@@ -9,7 +9,8 @@ import torch
 from transporter_nb.explain.calibration import (
     AnswerScale, calibrate, find_bracket, perceptual_traversal,
 )
-from transporter_nb.concepts.bank import Concept, ConceptBank, ConceptConfig
+from transporter_nb.concepts.bank import ConceptBank
+from transporter_nb.concepts.concept import Concept, ConceptConfig
 from transporter_nb.world.contrasts import parse_contrast
 from transporter_nb.coupling.network import CouplingConfig, CouplingNetwork
 from transporter_nb.concepts.directions import TargetCaption, VelocitySlider

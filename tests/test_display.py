@@ -9,7 +9,8 @@ import torch
 from IPython.core.formatters import DisplayFormatter
 
 from transporter_nb.explain.card import Certificate, Exchange, Sighting
-from transporter_nb.concepts.bank import Concept, ConceptBank, ConceptConfig
+from transporter_nb.concepts.bank import ConceptBank
+from transporter_nb.concepts.concept import Concept, ConceptConfig
 from transporter_nb.world.contrasts import parse_contrast
 from transporter_nb.coupling.network import CouplingConfig, CouplingNetwork
 from transporter_nb.coupling.training import TrainingResult

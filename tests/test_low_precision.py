@@ -6,7 +6,8 @@ import torch
 from peft import LoraConfig
 
 from transporter_nb.concepts.answer_gradients import GradientConfig, learn_by_gradient
-from transporter_nb.concepts.bank import ConceptConfig, learn_concept
+from transporter_nb.concepts.concept import ConceptConfig
+from transporter_nb.concepts.learning import learn_concept
 from transporter_nb.world.contrasts import parse_contrast
 from transporter_nb.coupling.network import CouplingConfig, CouplingNetwork
 from transporter_nb.models.generators import wan as wan_module

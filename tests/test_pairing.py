@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from transporter_nb.explain import transporter as l2v_module
-from transporter_nb.concepts.bank import Concept, ConceptBank, ConceptConfig
+from transporter_nb.concepts.bank import ConceptBank
+from transporter_nb.concepts.concept import Concept, ConceptConfig
 from transporter_nb.world.contrasts import parse_contrast
 from transporter_nb.core.base import (
     checkpoint_path, load_checkpoint, save_checkpoint, tensor_digest,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from transporter_nb.concepts.bank import Concept, ConceptConfig, Direction
+from transporter_nb.concepts.concept import Concept, ConceptConfig, Direction
 from transporter_nb.world.contrasts import parse_contrast
 from transporter_nb.concepts.directions import (
     CodecPass, Cost, InterpolatedText, NoChange, Replacement, RetrievedClip, TargetCaption,

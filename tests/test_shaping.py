@@ -9,7 +9,8 @@ from transporter_nb.concepts.answer_gradients import (
     GradientConfig, WordGradientConfig, denoised_gaps, gradient_loss, guided_clips, latent_gap,
     learn_by_gradient, path_latents, word_effects, word_gradients,
 )
-from transporter_nb.concepts.bank import Concept, ConceptConfig, PartialSamples, partial_samples
+from transporter_nb.concepts.concept import Concept, ConceptConfig
+from transporter_nb.concepts.learning import PartialSamples, partial_samples
 from transporter_nb.world.contrasts import parse_contrast
 from transporter_nb.core.base import tensor_digest
 from transporter_nb.coupling.network import CouplingConfig, CouplingNetwork

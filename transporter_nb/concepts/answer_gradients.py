@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..models.answers import answer_gap, pair_ids, word_answers
-from transporter_nb.concepts.bank import (
-    Concept, ConceptConfig, PartialSamples, mean_token_difference, partial_samples,
-)
+from .concept import Concept, ConceptConfig, mean_token_difference
+from .learning import PartialSamples, partial_samples
 from ..world.contrasts import ContrastPair, parse_contrast
 from ..core.base import seeded_generator
 from .directions import Cost, count_evaluations
@@ -33,7 +32,7 @@ from ..models.vlms.base import VideoLanguageModel
 # %% ../../nbs/4_concepts/04_answer_gradients.ipynb #fab5be8f
 def plain_attention(device:torch.device): # Where the backward pass runs
     "Attention that is fast to go back through"
-    # measured in `concepts.bank`: it halves the time of a backward pass on a CPU
+    # measured in `concepts.learning`: it halves the time of a backward pass on a CPU
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 def with_backward(cost:Cost) -> Cost: # Of forward passes; each is followed by a backward pass

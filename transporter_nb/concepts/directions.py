@@ -20,7 +20,7 @@ from fastcore.basics import listify, patch
 from jaxtyping import Float
 from torch import Tensor
 
-from transporter_nb.concepts.bank import (
+from transporter_nb.concepts.concept import (
     Concept, ConceptConfig, Direction, mean_token_difference, token_slots,
 )
 from ..world.contrasts import ContrastPair, parse_contrast

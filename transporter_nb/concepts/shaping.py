@@ -19,7 +19,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..models.answers import answer_gap, pair_ids, word_answers
-from .bank import Direction, through_coupling
+from .concept import Direction
+from .learning import through_coupling
 from ..world.contrasts import ContrastPair, find_word
 from .directions import Cost, TargetCaption, count_evaluations
 from ..models.generators.base import VideoGenerator

@@ -24,7 +24,8 @@ from ..models.answers import pair_ids, pair_turns
 from transporter_nb.evaluate.baselines.recipes import (
     BASELINES, COUNTS_FROM, ENOUGH, BaselineSettings, invert_baseline,
 )
-from ..concepts.bank import Concept, ConceptBank
+from ..concepts.bank import ConceptBank
+from ..concepts.concept import Concept
 from ..world.contrasts import MINI_CONTRASTS, ContrastPair
 from ..core.base import as_config, config_hash, tensor_digest
 from transporter_nb.concepts.directions import (

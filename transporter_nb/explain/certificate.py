@@ -18,7 +18,8 @@ from fastcore.basics import listify
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..concepts.bank import Direction, through_coupling
+from ..concepts.concept import Direction
+from ..concepts.learning import through_coupling
 from ..concepts.directions import VelocityPush, rms_distance
 from ..core.base import seeded_generator
 from .card import Certificate, Exchange, Sighting, changes_between

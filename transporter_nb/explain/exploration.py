@@ -21,7 +21,8 @@ from jaxtyping import Float
 from matplotlib import colormaps
 from torch import Tensor
 
-from ..concepts.bank import Direction, through_coupling
+from ..concepts.concept import Direction
+from ..concepts.learning import through_coupling
 from ..concepts.shaping import word_of
 from .answer_table import Answers, read_answers
 from .changes import plain_pair

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from ..concepts.bank import Concept, ConceptBank, ConceptConfig
+from ..concepts.bank import ConceptBank
+from ..concepts.concept import Concept, ConceptConfig
 from .transporter import Transporter
 from ..models.registry import PACKAGE_VLMS
 from ..world.contrasts import ContrastPair, parse_contrast

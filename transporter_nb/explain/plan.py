@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import patch
 
 from ..core.docstrings import documented
-from ..concepts.bank import ConceptConfig
+from ..concepts.concept import ConceptConfig
 from ..core.base import check_scale
 from ..core.hub import LINE, SOURCES, LoadOptions, duration
 from ..coupling.training import CouplingTraining

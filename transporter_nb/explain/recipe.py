@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from ..concepts.bank import Concept, ConceptBank, Direction
+from ..concepts.bank import ConceptBank
+from ..concepts.concept import Concept, Direction
 from ..core.base import checkpoint_path
 from .exploration import Request
 from .transporter import Transporter

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..concepts.bank import ConceptConfig, PartialSamples, flow_loss
+from ..concepts.concept import ConceptConfig
+from ..concepts.learning import PartialSamples, flow_loss
 from ..core.base import count_parameters
 from ..core.hub import LoadOptions
 from ..coupling.network import CouplingConfig, CouplingNetwork

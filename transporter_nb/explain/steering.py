@@ -15,7 +15,7 @@ from fastcore.basics import listify
 from jaxtyping import Float
 from torch import Tensor
 
-from ..concepts.bank import Direction, shift
+from ..concepts.concept import Direction, shift
 from ..concepts.directions import Replacement, VelocityPush
 from ..models.generators.base import PromptCondition, VideoGenerator, integrate
 

@@ -16,9 +16,9 @@ from fastcore.basics import listify, patch, patch_to
 from torch import nn
 
 from ..core.docstrings import documented
-from transporter_nb.concepts.bank import (
-    ConceptBank, ConceptConfig, Direction, Progress, through_coupling,
-)
+from ..concepts.bank import ConceptBank
+from ..concepts.concept import ConceptConfig, Direction
+from ..concepts.learning import Progress, through_coupling
 from transporter_nb.concepts.shaping import (
     WORD_GROUPS, ShapedConcept, ShapingConfig, measure_answers, with_word, word_of,
 )

@@ -23,9 +23,8 @@ from transporter_nb.concepts.answer_gradients import (
 from ...models.answers import pair_ids, word_answers
 from ..baselines.recipes import BaselineSettings, invert_baseline
 from ...explain.certificate import sample_clips
-from transporter_nb.concepts.bank import (
-    Concept, ConceptConfig, learn_concept, through_coupling,
-)
+from ...concepts.concept import Concept, ConceptConfig
+from ...concepts.learning import learn_concept, through_coupling
 from ...world.contrasts import ContrastPair
 from transporter_nb.concepts.directions import (
     STEP_AT, TargetCaption, VelocitySlider, mean_text_difference, random_direction,
