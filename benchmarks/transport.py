@@ -527,7 +527,8 @@ def sources_digest() -> str:
     parts += [
         path.read_text(encoding="utf-8")
         for path in sorted(repo_path("transporter_nb", "coupling").glob("*.py"))
-        if path.stem in ("transport", "line_scan") or path.stem.startswith("sinkhorn")
+        if path.stem in ("transport", "compiled_loops")
+        or path.stem.startswith(("line_", "sinkhorn"))
     ]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
 

@@ -600,7 +600,7 @@ def test_every_way_of_the_scan_equals_the_oracle(
     way, targets, tau, threads, monkeypatch, large_slopes,
 ):
     pytest.importorskip("numba")
-    from transporter_nb.coupling import line_scan, sinkhorn_scan
+    from transporter_nb.coupling import line_potentials, sinkhorn_scan
     # free walks, or a free plan
     monkeypatch.setattr(
         sinkhorn_scan, "COST",
@@ -609,7 +609,7 @@ def test_every_way_of_the_scan_equals_the_oracle(
     if way != "plan":
         # three bands of at most 32 rows, each of two tiles
         monkeypatch.setattr(sinkhorn_scan, "BAND_ENTRIES", 32 * 600)
-        monkeypatch.setattr(line_scan, "KEPT_BYTES", 0)
+        monkeypatch.setattr(line_potentials, "KEPT_BYTES", 0)
         assert len(sinkhorn_scan.bands(70, 600)) == 3
     case, before = large_case(targets, tau), torch.get_num_threads()
     exact, right = large_slopes(targets, tau)
@@ -1023,11 +1023,11 @@ def test_a_numba_that_does_not_work_is_passed_over_with_a_warning(monkeypatch):
 
 
 def test_nowhere_to_write_a_cache(monkeypatch):
-    line_scan = pytest.importorskip("transporter_nb.coupling.line_scan")
-    numba_njit = line_scan.njit
+    compiled_loops = pytest.importorskip("transporter_nb.coupling.compiled_loops")
+    numba_njit = compiled_loops.njit
     def njit(cache=False, **settings):
         if cache: raise RuntimeError("cannot cache function: no locator available")
         return numba_njit(**settings)
-    monkeypatch.setattr(line_scan, "njit", njit)
+    monkeypatch.setattr(compiled_loops, "njit", njit)
     def double(x): return 2 * x
-    assert line_scan.compiled(double)(3.) == 6.
+    assert compiled_loops.compiled(double)(3.) == 6.

@@ -14,11 +14,13 @@ from fastcore.basics import patch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-# potentials: the backend's first function
-from transporter_nb.coupling.line_scan import (
-    as_lines, compiled, compiled_sum, exp, inlined, keep_inputs, merged_order, potentials,
-    refuse_second_derivatives, share_lines,
+from transporter_nb.coupling.compiled_loops import (
+    as_lines, compiled, compiled_sum, exp, inlined, keep_inputs, refuse_second_derivatives,
+    share_lines,
 )
+# potentials: the backend's first function
+from .line_potentials import potentials
+from .line_scan import merged_order
 from .sinkhorn_reference import MASKED
 
 # %% ../../nbs/3_coupling/05_sinkhorn_scan.ipynb #767a010c
