@@ -16,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from jaxtyping import config as jaxtyping_config
 
-from transporter_nb.coupling import transport
+from transporter_nb.coupling import backends
 from transporter_nb.coupling.transport import ProjectedTransport, projected_transport
 
 # Triton reads it when it is imported: one process either interprets or does not
@@ -1002,24 +1002,24 @@ def test_nothing_is_imported_before_it_is_asked_for():
 
 
 def test_without_numba_torch_computes(monkeypatch):
-    monkeypatch.setattr(transport, "KNOWN", {})
+    monkeypatch.setattr(backends, "KNOWN", {})
     # as if a package it imports were missing
     monkeypatch.setitem(sys.modules, "transporter_nb.coupling.sinkhorn_scan", None)
-    assert transport.choose_backend() == "torch" and transport.choose_backend(
+    assert backends.choose_backend() == "torch" and backends.choose_backend(
         "auto", "meta",
     ) == "reference"
-    with pytest.raises(ImportError, match='use backend="torch"'): transport.load_backend("scan")
+    with pytest.raises(ImportError, match='use backend="torch"'): backends.load_backend("scan")
 
 
 def test_a_numba_that_does_not_work_is_passed_over_with_a_warning(monkeypatch):
     def unusable(name):
         if name.endswith("scan"): raise ImportError("Numba needs another NumPy")
         return importlib.import_module(name)
-    monkeypatch.setattr(transport, "KNOWN", {})
-    monkeypatch.setattr(transport, "import_module", unusable)
+    monkeypatch.setattr(backends, "KNOWN", {})
+    monkeypatch.setattr(backends, "import_module", unusable)
     with pytest.warns(UserWarning, match="passed over.*another NumPy"):
-        assert transport.choose_backend() == "torch"
-    assert transport.choose_backend() == "torch"  # said once
+        assert backends.choose_backend() == "torch"
+    assert backends.choose_backend() == "torch"  # said once
 
 
 def test_nowhere_to_write_a_cache(monkeypatch):

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from ..core.base import config_hash, load_training, save_training, seeded_generator
 from .network import CouplingNetwork, CouplingOutput
+from .plans import plan_entropy
 from .structure import gram_loss
-from .transport import plan_entropy
 from ..core.optimisers import MuonAdamW, update_average
 from ..core.pages import html_block, html_table
 
