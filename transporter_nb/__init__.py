@@ -12,6 +12,7 @@ HOMES = { # name -> module
     "CouplingNetwork": "coupling.network",
     "Explanation": "explain.explanation",
     "Explorer": "app.widgets",
+    "Models": "models.view",
     "Transporter": "explain.transporter",
     "load_generator": "models.registry",
     "load_video": "world.video",
