@@ -51,7 +51,7 @@ def main():
             certifying, card = timed(lambda: e.certificate)
             shaping, model = timed(
                 lambda: measure_answers(
-                    l2v.generator, l2v.vlm, l2v.coupling, parse_contrast(change), [caption],
+                    l2v.models, parse_contrast(change), [caption],
                 )
             )
             asking, answer = timed(

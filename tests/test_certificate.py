@@ -9,7 +9,7 @@ import torch
 from transporter_nb.concepts.directions import TargetCaption, VelocitySlider
 from transporter_nb.explain import certificate
 from transporter_nb.explain.answer_table import Answers
-from transporter_nb.explain.card import Certificate, Exchange, Sighting
+from transporter_nb.explain.card import Certificate, Exchange, ClipReport
 from transporter_nb.explain.certificate import RandomLike, certify, vlm_reader
 from transporter_nb.explain.explanation import Explanation
 from transporter_nb.explain.transporter import Transporter
@@ -25,7 +25,7 @@ TWO = {
 
 
 def seen(*p, phi=None, distance=0.0, **words):
-    return Sighting(list(phi or p), list(p), [0.0] * len(p), {**EXAMPLE.words, **words}, distance)
+    return ClipReport(list(phi or p), list(p), [0.0] * len(p), {**EXAMPLE.words, **words}, distance)
 
 
 def alone(slot, after, *response, clean=3):
@@ -215,7 +215,7 @@ def test_a_shipped_concept(l2v, monkeypatch):
         not again.is_certified and again.certificate.steered.distance < 0.5 * made.steered.distance
     )
     other = certify(
-        l2v.generator, l2v.vlm, l2v.coupling, RED, l2v.bank["red -> blue"], seed=1, n_random=1,
+        l2v.models, RED, l2v.bank["red -> blue"], seed=1, n_random=1,
         n_seeds=0,
     )
     # seeded, whatever else is made
@@ -226,7 +226,7 @@ def test_a_shipped_concept(l2v, monkeypatch):
 def test_where_pixels_cannot_be_read_the_vlm_is_asked(l2v, monkeypatch):
     monkeypatch.setattr(certificate, "pixel_reader", lambda pair, text: None)
     made = certify(
-        l2v.generator, l2v.vlm, l2v.coupling, RED,
+        l2v.models, RED,
         TargetCaption(parse_contrast("red+stone -> blue+leafy")), seed=1, n_random=1, n_seeds=1,
     )
     assert "VLM's own answers" in made.reader and "VLM's own answers" in repr(made)
@@ -260,7 +260,7 @@ def test_random_controls_are_as_long_as_what_they_control(l2v):
             other.flatten(), own.flatten(), dim=0,
         ).abs() < 0.5
     both = certify(
-        l2v.generator, l2v.vlm, l2v.coupling, text,
+        l2v.models, text,
         [concept, VelocitySlider(parse_contrast("small -> large"))], [1.0, 1.0], seed=2, n_random=1,
         n_seeds=0,
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from IPython.core.formatters import DisplayFormatter
 
-from transporter_nb.explain.card import Certificate, Exchange, Sighting
+from transporter_nb.explain.card import Certificate, Exchange, ClipReport
 from transporter_nb.concepts.bank import ConceptBank
 from transporter_nb.concepts.concept import Concept, ConceptConfig
 from transporter_nb.world.contrasts import parse_contrast
@@ -82,7 +82,7 @@ def look(thing):
     return page, shown["text/plain"]
 
 
-def sighting(p, **words): return Sighting([p], [p], [0.0], words, 0.1)
+def report(p, **words): return ClipReport([p], [p], [0.0], words, 0.1)
 
 
 def explanation(
@@ -102,7 +102,7 @@ def explanation(
     if certified:
         vars(e)["kept_certificate"] = Certificate(
             caption=caption, pair=pair, strengths=[1.0], seed=7, reader=said,
-            unsteered=sighting(0.1, **{said: "red"}), steered=sighting(0.9, **{said: target}),
+            unsteered=report(0.1, **{said: "red"}), steered=report(0.9, **{said: target}),
             random=[], seeds=[],
             exchanges={said: Exchange(said, "red", target, caption, 3, 3, [0.5], [0.5], [1.0])},
             asked=[said], targets={said: target}, videos=e.videos[:2],

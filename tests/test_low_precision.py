@@ -23,6 +23,7 @@ from transporter_nb.evaluate.metrics.video import (
 )
 from transporter_nb.models.registry import VLMS, find_adapter, load_generator, load_vlm
 from transporter_nb.explain.steering import steer
+from transporter_nb.models.view import Models
 from transporter_nb.world.video import contact_sheet, encode_gif, resize_video
 from transporter_nb.models.vlms import hub as hub_module
 from transporter_nb.models.vlms.base import DESCRIBE, world_words
@@ -177,7 +178,7 @@ def test_every_vlm_from_prompt_to_answer(load_wan, load_vlm_from_hub, name, opti
     log_probs = vlm.next_token_log_probs(tokens, DESCRIBE)
     assert log_probs.dtype == torch.float32 and abs(log_probs.exp().sum().item() - 1) < 1e-3
     for phi in (None, coupling):
-        concept = learn_concept(wan, vlm, phi, pair, RED, QUICK, progress=False)
+        concept = learn_concept(Models(wan, vlm, phi), pair, RED, QUICK, progress=False)
         assert concept.vectors.dtype == torch.float32 and concept.vectors.isfinite().all()
         assert concept.meta["unexplained"] >= 0
     run = steer(wan, RED, wan.noise([0]), concept, [0., .5, 1.], steps=2)
@@ -192,13 +193,13 @@ def test_every_vlm_from_prompt_to_answer(load_wan, load_vlm_from_hub, name, opti
 def test_an_explanation_with_all_that_belongs_to_it(load_wan, load_vlm_from_hub, name):
     wan, vlm = load_wan(LoadOptions()), load_vlm_from_hub(name, LoadOptions())
     l2v = Transporter(wan, vlm, couple(wan, vlm), names={"scale": "paper"})
-    l2v.bank.learn(wan, vlm, l2v.coupling, CHANGE, RED, QUICK, False)
+    l2v.bank.learn(Models(wan, vlm, l2v.coupling), CHANGE, RED, QUICK, False)
     for weight in (0., .5, 1.):
         e = l2v.explain(RED, CHANGE, strengths=2, steps=2, vlm_weight=weight)
         assert e.phi.target.isfinite().all() and e.videos.dtype == torch.float32
     assert e.certificate is not None
     config = GradientConfig(steps=2, batch_size=2, n_clips=2, sample_steps=1, through="phi")
-    learned = learn_by_gradient(wan, vlm, l2v.coupling, CHANGE, [RED], config)
+    learned = learn_by_gradient(Models(wan, vlm, l2v.coupling), CHANGE, [RED], config)
     assert learned.vectors.isfinite().all() and learned.vectors.dtype == torch.float32
 
 

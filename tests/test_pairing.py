@@ -19,6 +19,7 @@ from transporter_nb.models.generators.wan import WanGenerator
 from transporter_nb.explain.transporter import Transporter
 from transporter_nb.models.registry import load_generator, load_vlm
 from transporter_nb.app.widgets import MISLED, load_transporter
+from transporter_nb.models.view import Models
 
 RED = "one large red ball slides left slowly over a stone floor"
 SHIPPED = ("phi4", "gemma3", "videollama3")
@@ -185,14 +186,14 @@ def test_round_trip(couplings, banks, tmp_path):
 def test_learning_and_adopting_leave_a_record(wan, vlms, couplings, tmp_path):
     bank, adopted, gemma = ConceptBank(), ConceptBank(), vlms["gemma3"]
     parts = wan, vlms["phi4"], couplings["phi4"]
-    learned = bank.learn(*parts, "red -> blue", RED, SMALL, progress=False)
+    learned = bank.learn(Models(*parts), "red -> blue", RED, SMALL, progress=False)
     assert learned.meta["made_for"]["vlm"] == "phi4"
     refused("bank.adopt", wan, gemma, None, bank)
-    taken = adopted.adopt(learned, wan, gemma, couplings["gemma3"])
+    taken = adopted.adopt(learned, Models(wan, gemma, couplings["gemma3"]))
     assert taken.meta["made_for"]["vlm"] == taken.meta["vlm"] == "gemma3"
     assert torch.equal(taken.vectors, learned.vectors)
     Transporter(wan, gemma, couplings["gemma3"], adopted)
     again = ConceptBank.from_pretrained(adopted.save_pretrained(tmp_path / "bank.safetensors"))
     Transporter(wan, gemma, couplings["gemma3"], again)
     with pytest.raises(ValueError, match="was made for the generator 'wan'"):
-        adopted.adopt(learned, WanGenerator.new(wan.config, seed=5).freeze(), gemma)
+        adopted.adopt(learned, Models(WanGenerator.new(wan.config, seed=5).freeze(), gemma))

@@ -23,6 +23,7 @@ from transporter_nb.concepts.shaping import (
     WORD_GROUPS, AnswerModel, ShapedConcept, ShapingConfig, balanced_captions, fit_answers,
     measure_answers, shape_concept, with_word, word_of,
 )
+from transporter_nb.models.view import Models
 from transporter_nb.models.vlms.base import VideoLanguageModel, word_tokenizer, world_words
 from transporter_nb.world.words import SLOTS, caption, do, read_video, sample_scenes
 
@@ -122,7 +123,7 @@ def smooth():
 # ---- shaped by measuring
 
 def test_a_vlm_that_reads_darkness_is_found_out(wan, captions):
-    concept = shape_concept(wan, dark_oracle(), None, PACE, captions, SMALL)
+    concept = shape_concept(Models(wan, dark_oracle()), PACE, captions, SMALL)
     for text in captions:
         parts = concept.parts(text)
         # the darkest floor first, alone but for what is nearly as dark
@@ -140,7 +141,7 @@ def test_a_vlm_that_reads_darkness_is_found_out(wan, captions):
 
 
 def test_what_no_group_of_words_holds_is_not_found(wan, captions):
-    model = measure_answers(wan, dark_oracle(), None, PACE, captions, SMALL, WITHOUT_FLOOR)
+    model = measure_answers(Models(wan, dark_oracle()), PACE, captions, SMALL, WITHOUT_FLOOR)
     assert model.explained < .5 and not set(model.effects) & set(SLOTS["floor"])
     assert not any(
         part.target in SLOTS["floor"] for part in ShapedConcept(PACE, model).parts(captions[0])
@@ -149,16 +150,16 @@ def test_what_no_group_of_words_holds_is_not_found(wan, captions):
 
 def test_what_two_vlms_share_is_left_out(wan, captions):
     both = measure_answers(
-        wan, dark_oracle(40.), None, PACE, captions, SMALL, against=dark_oracle(20.),
+        Models(wan, dark_oracle(40.)), PACE, captions, SMALL, against=dark_oracle(20.),
     )
-    alone = measure_answers(wan, dark_oracle(20.), None, PACE, captions, SMALL)
+    alone = measure_answers(Models(wan, dark_oracle(20.)), PACE, captions, SMALL)
     assert both.effects.keys() == alone.effects.keys()
     for word, effect in alone.effects.items():
         assert both.effects[word] == pytest.approx(effect, abs=1e-3)
 
 
 def test_weight_zero_is_the_papers_concept(wan, captions):
-    model = measure_answers(wan, dark_oracle(), None, PACE, captions, SMALL)
+    model = measure_answers(Models(wan, dark_oracle()), PACE, captions, SMALL)
     paper = Concept(
         PACE,
         torch.randn(
@@ -232,13 +233,13 @@ def test_parts_are_ordered_and_lead_upwards(values, least, scene):
 )
 def test_the_gradient_is_the_slope(wan, captions, states, phi, through, ahead):
     base, samples = states
-    batch, vlm = samples.take(torch.tensor([1, 3, 8])), dark_oracle()
+    batch, models = samples.take(torch.tensor([1, 3, 8])), Models(wan, dark_oracle(), phi)
     rows, texts = base.index(batch.clip), [captions[k] for k in batch.clip.tolist()]
     leafy = wan.encode_prompt([captions[0].replace("snowy", "leafy")])
     direction = leafy.embeds[0] - base.embeds[0]
     def gap(amount):
         return denoised_gaps(
-            wan, vlm, phi, batch, rows.with_embeds(rows.embeds + amount * direction), PACE, texts,
+            models, batch, rows.with_embeds(rows.embeds + amount * direction), PACE, texts,
             through, ahead=ahead,
         ).gap.sum()
     amount = torch.tensor(.3, requires_grad=True)
@@ -254,8 +255,8 @@ def test_the_gradient_is_the_slope(wan, captions, states, phi, through, ahead):
             )
             wide = ahead * (1 - batch.t)
             return latent_gap(
-                wan, vlm, phi, batch.latents + wide.view(-1, 1, 1, 1, 1) * velocity, still, PACE,
-                texts, batch.t + wide,
+                models, batch.latents + wide.view(-1, 1, 1, 1, 1) * velocity, still, PACE, texts,
+                batch.t + wide,
             ).sum()
     slope = (unread(.01) - unread(-.01)) / .02
     assert amount.grad.abs() > 1e-4
@@ -267,7 +268,7 @@ def test_learning_changes_no_model(wan, captions, phi, through):
     def digests(): return [tensor_digest(model.state_dict()) for model in (wan, phi)]
     before = digests()
     concept = learn_by_gradient(
-        wan, dark_oracle(), phi, PACE, captions,
+        Models(wan, dark_oracle(), phi), PACE, captions,
         GradientConfig(steps=2, batch_size=2, n_clips=2, sample_steps=2, through=through),
     )
     assert digests() == before and not concept.vectors.requires_grad
@@ -282,11 +283,11 @@ def test_at_weight_zero_the_vlm_is_not_even_asked(wan, captions):
     class Silent(PixelOracle):
         def embed(self, video): raise AssertionError("asked")
     config = GradientConfig(weight=0., steps=2, batch_size=2, n_clips=2, sample_steps=2)
-    concept = learn_by_gradient(wan, Silent(PACE, [1., 1., 1.]), None, PACE, captions, config)
+    concept = learn_by_gradient(Models(wan, Silent(PACE, [1., 1., 1.])), PACE, captions, config)
     assert concept.meta["cost"]["vlm_evaluations"] == 0
     assert torch.equal(
         concept.vectors,
-        learn_by_gradient(wan, dark_oracle(), None, PACE, captions, config).vectors,
+        learn_by_gradient(Models(wan, dark_oracle()), PACE, captions, config).vectors,
     )
 
 
@@ -297,12 +298,12 @@ def test_a_smooth_generator_is_led(smooth, captions):
         weight=1., steps=12, batch_size=6, n_clips=4, sample_steps=4, reach=40., stay=0.,
     )
     concept, base, noise = learn_by_gradient(
-        smooth, vlm, None, PACE, captions[:4], config,
+        Models(smooth, vlm), PACE, captions[:4], config,
     ), smooth.encode_prompt(captions[4:8]), smooth.noise([70, 71, 72, 73])
     def gap(embeds):
         with torch.no_grad():
             return latent_gap(
-                smooth, vlm, None, smooth.sample(base.with_embeds(embeds), noise=noise, steps=4),
+                Models(smooth, vlm), smooth.sample(base.with_embeds(embeds), noise=noise, steps=4),
                 base, PACE, captions[4:8],
             )
     assert (gap(base.embeds + concept.vectors) > gap(base.embeds)).all()
@@ -322,7 +323,7 @@ def test_the_shipped_generator_decides_at_once(wan, captions):
     def gap(at):
         amounts = torch.full((2, 1), at, requires_grad=True)
         gaps = latent_gap(
-            wan, dark_oracle(), None, *path_latents(wan, base, offsets, amounts, [1, 2]), PACE,
+            Models(wan, dark_oracle()), *path_latents(wan, base, offsets, amounts, [1, 2]), PACE,
             texts,
         )
         return gaps.detach(), torch.autograd.grad(gaps.sum(), amounts)[0][:, 0]
@@ -336,15 +337,15 @@ def test_against_subtracts_before_the_loss(wan, captions, states):
     base, samples = states
     batch = samples.take(torch.tensor([0, 4]))
     asked = (
-        wan, dark_oracle(30.), None, batch, base.index(batch.clip), PACE,
+        Models(wan, dark_oracle(30.)), batch, base.index(batch.clip), PACE,
         [captions[k] for k in batch.clip.tolist()],
     )
-    less = denoised_gaps(*asked[:1], dark_oracle(12.), *asked[2:]).gap
+    less = denoised_gaps(Models(wan, dark_oracle(12.)), *asked[1:]).gap
     assert_close(
         denoised_gaps(*asked, against=dark_oracle(12.)).gap, denoised_gaps(*asked).gap - less,
     )
     loss = gradient_loss(
-        wan, dark_oracle(30.), None, batch, base.index(batch.clip),
+        Models(wan, dark_oracle(30.)), batch, base.index(batch.clip),
         torch.zeros_like(base.embeds[0]), PACE, asked[-1], GradientConfig(weight=1.),
         dark_oracle(12.),
     )
@@ -357,7 +358,7 @@ def test_phi_cannot_be_told_the_answer(wan, captions, states, phi):
     vector = torch.zeros_like(base.embeds[0]).requires_grad_()
     moved = base.with_embeds(base.embeds + vector)
     denoised_gaps(
-        wan, dark_oracle(), phi, end, moved, PACE, captions[:3], "phi",
+        Models(wan, dark_oracle(), phi), end, moved, PACE, captions[:3], "phi",
     ).gap.sum().backward()
     # at the end of the way a vector changes no clip any more, only what Phi reads
     assert vector.grad.abs().max() == 0
@@ -365,13 +366,13 @@ def test_phi_cannot_be_told_the_answer(wan, captions, states, phi):
 
 def test_guidance_follows_what_is_not_saturated(wan, captions):
     bent = guided_clips(
-        wan, dark_oracle(), None, PACE, captions[:2], wan.noise([3, 4]), (0., .5, 1.), scale=.4,
+        Models(wan, dark_oracle()), PACE, captions[:2], wan.noise([3, 4]), (0., .5, 1.), scale=.4,
         steps=6,
     )
     base = wan.encode_prompt(captions[:2])
     gaps = torch.stack(
         [
-            latent_gap(wan, dark_oracle(), None, bent.latents[:, k], base, PACE, captions[:2])
+            latent_gap(Models(wan, dark_oracle()), bent.latents[:, k], base, PACE, captions[:2])
             for k in range(3)
         ],
         1,
@@ -385,7 +386,7 @@ def test_guidance_follows_what_is_not_saturated(wan, captions):
 
 def test_shares_of_words_add_up_to_the_change(smooth, captions):
     config, vlm = WordGradientConfig(n_clips=5, points=24, batch_size=3, seed=2), dark_oracle(400.)
-    found = word_gradients(smooth, vlm, None, PACE, captions, config)
+    found = word_gradients(Models(smooth, vlm), PACE, captions, config)
     base = smooth.encode_prompt(found.source)
     offsets = torch.stack(
         [
@@ -400,7 +401,7 @@ def test_shares_of_words_add_up_to_the_change(smooth, captions):
     with torch.no_grad():
         start, end = (
             latent_gap(
-                smooth, vlm, None,
+                Models(smooth, vlm),
                 *path_latents(
                     smooth, base, offsets, torch.full((5, 8), float(at)),
                     [90_000 + k for k in range(5)],

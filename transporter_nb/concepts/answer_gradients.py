@@ -27,6 +27,7 @@ from ..core.base import seeded_generator
 from .directions import Cost, count_evaluations
 from ..models.generators.base import PromptCondition, VideoGenerator, integrate
 from .shaping import WORD_GROUPS, balanced_captions, with_word, word_of
+from ..models.view import Models, check_route
 from ..models.vlms.base import VideoLanguageModel
 
 # %% ../../nbs/4_concepts/06_answer_gradients.ipynb #fab5be8f
@@ -41,9 +42,7 @@ def with_backward(cost:Cost) -> Cost: # Of forward passes; each is followed by a
 
 # %% ../../nbs/4_concepts/06_answer_gradients.ipynb #db47a297
 def latent_gap(
-    generator:VideoGenerator, # Decodes
-    vlm:VideoLanguageModel, # Frozen
-    coupling:nn.Module|None, # Phi, or None for decode and re-encode
+    models:Models, # Frozen; the answer goes through Phi where there is one
     latents:Float[Tensor, "batch channels latent_frames latent_height latent_width"], # Of clips
     condition:PromptCondition, # Of their generation; only Phi takes it, without gradient
     pair:ContrastPair, # The contrast
@@ -51,11 +50,9 @@ def latent_gap(
     t:float|Float[Tensor, "batch"]=1., # Flow time of the latents, for Phi
 ) -> Float[Tensor, "batch"]: # Nats, differentiable with respect to the latents
     "Log-probability of the target word minus that of the source word"
-    seen = vlm.embed(generator.decode(latents).clamp(0, 1))
-    if coupling is not None:
-        seen = coupling(latents, condition.embeds.detach(), condition.mask, seen, t).transported
-    ids = torch.stack([pair_ids(vlm, pair, text) for text in captions])
-    return answer_gap(word_answers(vlm, seen, pair, list(captions)), ids)
+    view = models.view(latents, condition, t)
+    ids = torch.stack([pair_ids(models.vlm, pair, text) for text in captions])
+    return answer_gap(word_answers(models.vlm, view.phi, pair, list(captions)), ids)
 
 # %% ../../nbs/4_concepts/06_answer_gradients.ipynb #6af02c07
 class Denoised(NamedTuple):
@@ -65,9 +62,7 @@ class Denoised(NamedTuple):
     velocity: Float[Tensor, "states channels latent_frames latent_height latent_width"]
 
 def denoised_gaps(
-    generator:VideoGenerator, # Frozen
-    vlm:VideoLanguageModel, # Frozen
-    coupling:nn.Module|None, # Phi; needed where `through` is `"phi"`
+    models:Models, # Frozen; Phi is needed where `through` is `"phi"`
     states:PartialSamples, # On the way from noise to clips; their latents and flow times are used
     condition:PromptCondition, # One row a state, moved by what is to be learned
     pair:ContrastPair, # What is asked
@@ -77,24 +72,19 @@ def denoised_gaps(
     ahead:float=1., # Share of the remaining way to the VLM's clip: 1 is its end; less for Phi
 ) -> Denoised: # Differentiable with respect to condition and latents
     "The answer to clips that are only partly denoised"
-    if through not in ("reencoded", "phi"):
-        raise ValueError(f"through must be 'reencoded' or 'phi', got {through!r}.")
-    if through == "phi" and coupling is None:
-        raise ValueError("through='phi' needs a coupling, got None. Use through='reencoded'.")
+    models = models.routed(through)
     if not 0 < ahead <= 1:
         raise ValueError(
             f"ahead is a share of the way that is left, above 0 and at most 1, got {ahead}."
         )
-    velocity = generator.velocity(states.latents, condition, states.t)
+    velocity = models.generator.velocity(states.latents, condition, states.t)
     wide = (ahead * (1 - states.t)).to(velocity).view(-1, *[1] * (velocity.ndim - 1))
     latents = states.latents + wide * velocity
     t = (states.t + ahead * (1 - states.t)).clamp(max=1.)
-    gap = latent_gap(
-        generator, vlm, coupling
-        if through == "phi" else None, latents, condition, pair, captions, t
-    )
+    gap = latent_gap(models, latents, condition, pair, captions, t)
     if against is not None:
-        gap = gap - latent_gap(generator, against, None, latents, condition, pair, captions)
+        others = Models(models.generator, against)
+        gap = gap - latent_gap(others, latents, condition, pair, captions)
     return Denoised(gap, velocity)
 
 # %% ../../nbs/4_concepts/06_answer_gradients.ipynb #18f4eab0
@@ -144,9 +134,7 @@ class GradientLoss(NamedTuple):
 
 # %% ../../nbs/4_concepts/06_answer_gradients.ipynb #f2aea47e
 def gradient_loss(
-    generator:VideoGenerator, # Frozen
-    vlm:VideoLanguageModel, # Frozen
-    coupling:nn.Module|None, # Phi, where `config.through` is `"phi"`
+    models:Models, # Frozen; Phi is needed where `config.through` is `"phi"`
     states:PartialSamples, # A batch of them
     condition:PromptCondition, # Source prompt of each state
     vectors:Float[Tensor, "prompt_tokens text_dim"], # In the making
@@ -160,12 +148,10 @@ def gradient_loss(
     unit = states.difference.square().mean().clamp(min=1e-12) # 1e-12: equal prompts
     if config.weight == 0:
         gap = vectors.new_full((len(states.t),), math.nan)
-        velocity = generator.velocity(states.latents, moved, states.t)
+        velocity = models.generator.velocity(states.latents, moved, states.t)
     else:
-        gap, velocity = denoised_gaps(
-            generator, vlm, coupling, states, moved, pair, captions, config.through, against,
-            config.ahead,
-        )
+        asked = pair, captions, config.through, against, config.ahead
+        gap, velocity = denoised_gaps(models, states, moved, *asked)
     change = velocity - states.source
     flow = (change - states.difference).square().mean() / unit
     # 10 nats: about what a sure VLM is short of at the start
@@ -201,16 +187,14 @@ def _gradient_concept(pair, vectors, config, losses, cost, record):
 
 # %% ../../nbs/4_concepts/06_answer_gradients.ipynb #ef9b35c5
 def learn_by_gradient(
-    generator:VideoGenerator, # Frozen
-    vlm:VideoLanguageModel, # Frozen: what is explained
-    coupling:nn.Module|None, # Phi, where `config.through` is `"phi"`
+    models:Models, # Frozen: the VLM is explained; Phi is needed where `config.through` is `"phi"`
     pair:str|ContrastPair, # For example `"red -> blue"`
     captions:Sequence[str], # Source captions with as many tokens each, used in turn
     config:GradientConfig=GradientConfig(), # Settings
     against:VideoLanguageModel|None=None, # To compare with: its answers are subtracted
 ) -> Concept: # On the CPU; `meta` holds the losses and the cost
     "Learn a vector that the VLM's gradient pulls at"
-    pair = parse_contrast(pair)
+    pair, generator, vlm = parse_contrast(pair), models.generator, models.vlm
     texts = [captions[k % len(captions)] for k in range(config.n_clips)]
     # 20,000: other noise than the experiment of `concepts.shaping`
     seeds = [20_000 * (config.seed + 1) + k for k in range(config.n_clips)]
@@ -226,7 +210,7 @@ def learn_by_gradient(
             condition = base.index(batch.clip.to(base.embeds.device))
             own = [texts[k] for k in batch.clip.tolist()]
             inputs = batch, condition, vectors, pair, own, config, against
-            loss = gradient_loss(generator, vlm, coupling, *inputs)
+            loss = gradient_loss(models, *inputs)
             optimizer.zero_grad()
             loss.total(config).backward()
             optimizer.step()
@@ -263,16 +247,14 @@ def _pull_of(models, latents, t, asked):
     here = latents.detach().requires_grad_()
     times = torch.full((len(latents),), t)
     states = PartialSamples(here, here, here, times, torch.arange(len(here)))
-    with torch.enable_grad(), plain_attention(models[0].device):
-        found = denoised_gaps(*models, states, *asked)
+    with torch.enable_grad(), plain_attention(models.generator.device):
+        found = denoised_gaps(models, states, *asked)
         pull, = torch.autograd.grad(found.gap.sum(), here)
     return found.velocity.detach(), pull
 
 # %% ../../nbs/4_concepts/06_answer_gradients.ipynb #7ebcb30d
 def guided_clips(
-    generator:VideoGenerator, # Frozen
-    vlm:VideoLanguageModel, # Frozen
-    coupling:nn.Module|None, # Phi, where `through` is `"phi"`
+    models:Models, # Frozen; Phi is needed where `through` is `"phi"`
     pair:ContrastPair, # The contrast
     captions:Sequence[str], # Source caption of each clip
     noise:Float[Tensor, "clips channels latent_frames latent_height latent_width"], # One a caption
@@ -285,13 +267,12 @@ def guided_clips(
 ) -> Guided: # All clips at all strengths, from the same noise
     "Let the gradient of a VLM's answer steer a generation"
     _check_guidance(strengths, scale)
-    shape = len(captions), len(strengths)
+    generator, shape = models.generator, (len(captions), len(strengths))
     texts = [text for text in captions for _ in strengths]
     condition, null = generator.encode_prompt(texts), generator.null_condition(len(texts))
     amount = scale * noise.new_tensor(list(strengths)).repeat(len(captions))
     amount = amount.view(-1, *[1] * (noise.ndim - 1))
-    models, asked = (generator, vlm, coupling), (condition, pair, texts, through, against)
-    pulls = []
+    asked, pulls = (condition, pair, texts, through, against), []
     def velocity_fn(latents, t):
         velocity, pull = _pull_of(models, latents, t, asked)
         factor = generator.guidance_at(guidance, t)
@@ -301,7 +282,7 @@ def guided_clips(
         velocity, size = _bent(velocity, pull, amount)
         pulls.append(size)
         return velocity
-    with count_evaluations(generator, vlm) as cost:
+    with count_evaluations(generator, models.vlm) as cost:
         start = noise.to(generator.device).repeat_interleave(len(strengths), 0)
         times = generator.times(steps or generator.default_steps)
         latents = integrate(velocity_fn, start, times)
@@ -326,8 +307,7 @@ class WordGradientConfig:
                 f"need n_clips, points, steps and batch_size >= 1, got {self.n_clips}, "
                 f"{self.points}, {self.steps} and {self.batch_size}."
             )
-        if self.through not in ("reencoded", "phi"):
-            raise ValueError(f"through must be 'reencoded' or 'phi', got {self.through!r}.")
+        check_route(self.through)
 
 # %% ../../nbs/4_concepts/06_answer_gradients.ipynb #c8b8f65e
 def path_latents(
@@ -408,36 +388,32 @@ def _path_shares(models, pair, source, target, places, config, groups):
         own = rows.tolist()
         with torch.no_grad():
             texts = [source[k] for k in own], [target[k] for k in own]
-            base, offsets = _path_offsets(models[0], *texts, groups)
+            base, offsets = _path_offsets(models.generator, *texts, groups)
         total = torch.zeros(len(own), len(groups))
         seeds = [30_000 * (config.seed + 1) + k for k in own] # 30,000: noise of its own
         for place in places[rows].T:
             amounts = place[:, None].to(offsets).repeat(1, len(groups)).requires_grad_()
             with torch.enable_grad():
-                made = path_latents(models[0], base, offsets, amounts, seeds, config.steps)
-                gaps = latent_gap(*models, *made, pair, [asked[k] for k in own])
+                path = base, offsets, amounts, seeds, config.steps
+                made = path_latents(models.generator, *path)
+                gaps = latent_gap(models, *made, pair, [asked[k] for k in own])
             total += torch.autograd.grad(gaps.sum(), amounts)[0].float().cpu() / config.points
         shares.append(total)
     return torch.cat(shares)
 
 # %% ../../nbs/4_concepts/06_answer_gradients.ipynb #57b2719a
 def word_gradients(
-    generator:VideoGenerator, # Frozen
-    vlm:VideoLanguageModel, # Frozen: what is explained
-    coupling:nn.Module|None, # Phi, where `config.through` is `"phi"`
+    models:Models, # Frozen: the VLM is explained; Phi is needed where `config.through` is `"phi"`
     pair:str|ContrastPair, # The contrast
     captions:Sequence[str], # Source of the captions of the paths
     config:WordGradientConfig=WordGradientConfig(), # How many, how finely
     groups:Sequence[Sequence[str]]=WORD_GROUPS, # Words that may matter, with the pair's
 ) -> WordGradients: # To be compared with `measure_answers`
     "Which words an answer rests on, by integrated gradients"
-    pair = parse_contrast(pair)
-    n = config.n_clips
-    if config.through == "phi" and coupling is None:
-        raise ValueError("through='phi' needs a coupling, got None. Use through='reencoded'.")
+    pair, n, models = parse_contrast(pair), config.n_clips, models.routed(config.through)
+    generator, vlm = models.generator, models.vlm
     draw = lambda side: balanced_captions(captions, groups, n, 2 * config.seed + side)
     source, target = draw(0), draw(1)
-    models = generator, vlm, coupling if config.through == "phi" else None
     places = torch.rand(n, config.points, generator=seeded_generator(config.seed))
     places = (torch.arange(config.points) + places) / config.points
     with count_evaluations(generator, vlm) as cost, plain_attention(generator.device):

@@ -24,6 +24,7 @@ from ..core.docstrings import documented
 from ..core.pages import html_block, html_table
 from ..models.generators.base import VideoGenerator
 from ..models.pairing import check_concepts, made_for
+from ..models.view import Models
 from ..models.vlms.base import VideoLanguageModel
 from ..world.contrasts import ContrastPair, parse_contrast
 
@@ -104,17 +105,16 @@ def rows(
 @patch
 def learn(
     self:ConceptBank,
-    generator:VideoGenerator, # Frozen
-    vlm:VideoLanguageModel, # Frozen
-    coupling:nn.Module|None, # Phi, or None
+    models:Models, # Frozen: generator, VLM and, where there is one, Phi
     pair:str|ContrastPair, # For example `"red -> blue"`
     captions:str|Sequence[str], # Source captions
     config:ConceptConfig|None=None, # None takes `ConceptConfig.mini()`
     progress:Progress=True, # As in `learn_concept`; its exception leaves the bank unchanged
 ) -> Concept: # Also kept in the bank; one of the same name is replaced
     "Learn a concept and keep it, with a record of the models it was made for"
-    concept = learn_concept(generator, vlm, coupling, pair, captions, config, progress)
-    concept = replace(concept, meta={**concept.meta, "made_for": made_for(generator, vlm)})
+    concept = learn_concept(models, pair, captions, config, progress)
+    record = made_for(models.generator, models.vlm)
+    concept = replace(concept, meta={**concept.meta, "made_for": record})
     self[concept.pair] = concept
     return concept
 
@@ -124,9 +124,7 @@ def learn(
 def adopt(
     self:ConceptBank,
     concept:Concept, # Learned with any VLM, at uniform strengths
-    generator:VideoGenerator, # The one it was learned on; another is refused
-    vlm:VideoLanguageModel, # Whose answers are measured
-    coupling:nn.Module|None=None, # Phi of that VLM, or None for decode and re-encode
+    models:Models, # The generator it was learned on, the VLM to measure, and Phi of that VLM
 ) -> Concept: # Kept in the bank
     "Take over a concept whose vectors hold nothing of its VLM; measure the divergence anew"
     pair = concept.pair
@@ -136,12 +134,13 @@ def adopt(
             f"{pair.name!r} was learned at strengths={config.strengths!r}, so its vectors belong "
             f"to the VLM {concept.meta.get('vlm')!r}. Learn it anew with bank.learn(...)."
         )
+    generator, vlm = models.generator, models.vlm
     check_concepts([concept], generator, vlm, answers=False)
     captions = concept.meta["captions"]
     once = replace(config, states_per_seed=1)
-    divergence = gather(generator, vlm, coupling, pair, captions, once).divergence
+    divergence = gather(models, pair, captions, once).divergence
     measured = {"divergence": divergence.mean().item(), "divergence_sd": divergence.std().item(),
-                "vlm": vlm.name, "coupled": coupling is not None,
+                "vlm": vlm.name, "coupled": models.coupling is not None,
                 "made_for": made_for(generator, vlm)}
     self[pair] = replace(concept, meta={**concept.meta, **measured})
     return self[pair]

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from ..models.answers import answer_gap, pair_ids, word_answers
 from .concept import Direction
-from .learning import through_coupling
 from ..world.contrasts import ContrastPair, find_word
 from .directions import Cost, TargetCaption, count_evaluations
 from ..models.generators.base import VideoGenerator
+from ..models.view import Models, check_route
 from ..models.vlms.base import VideoLanguageModel
 from ..world.words import SLOTS
 
@@ -182,8 +182,7 @@ class ShapingConfig:
     batch_size: int = 16 # Clips at once
 
     def __post_init__(self):
-        if self.through not in ("reencoded", "phi"):
-            raise ValueError(f"through must be 'reencoded' or 'phi', got {self.through!r}.")
+        check_route(self.through)
         if not (0 <= self.weight <= 1 and 0 <= self.least <= 1):
             raise ValueError(
                 f"weight and least are shares from 0 to 1, got {self.weight} and {self.least}."
@@ -219,9 +218,7 @@ def clip_gaps(
 # %% ../../nbs/4_concepts/05_shaping.ipynb #5da27c9f
 @torch.no_grad()
 def measure_answers(
-    generator:VideoGenerator, # Frozen
-    vlm:VideoLanguageModel, # Frozen: what is explained
-    coupling:nn.Module|None, # Phi; needed where the VLM looks through it
+    models:Models, # Frozen; Phi is needed where `config.through` is `"phi"`
     pair:ContrastPair, # What is asked
     captions:Sequence[str], # Where the captions of the design come from
     config:ShapingConfig=ShapingConfig(), # How many clips, how far
@@ -229,31 +226,21 @@ def measure_answers(
     against:VideoLanguageModel|None=None, # A VLM whose answers are subtracted
 ) -> AnswerModel: # With its cost
     "Ask a VLM which words of the generator move its answer"
-    if config.through == "phi" and coupling is None:
-        raise ValueError("through='phi' needs a coupling, got None. Use through='reencoded'.")
+    models = models.routed(config.through)
+    generator, vlm, gaps = models.generator, models.vlm, []
     texts = balanced_captions(captions, groups, config.n_clips, config.seed)
     with count_evaluations(generator, vlm) as cost:
-        gaps = []
         for first in range(0, len(texts), config.batch_size):
             some = texts[first:first + config.batch_size]
+            seeds = [10_000 * (config.seed + 1) + first + k for k in range(len(some))]
             condition = generator.encode_prompt(some)
-            latents = generator.sample(
-                condition,
-                seeds=[10_000 * (config.seed + 1) + first + k for k in range(len(some))],
-                steps=config.steps,
-            )
-            video = generator.decode(latents).clamp(0, 1)
-            seen = vlm.embed(video)
-            seen = through_coupling(
-                coupling, latents, condition, seen
-            ) if config.through == "phi" else seen
-            gap = clip_gaps(vlm, seen, pair, some, groups)
-            gaps.append(
-                gap
-                if against is None else gap - clip_gaps(
-                    against, against.embed(video), pair, some, groups
-                )
-            )
+            latents = generator.sample(condition, seeds=seeds, steps=config.steps)
+            view = models.view(latents, condition)
+            gap = clip_gaps(vlm, view.phi, pair, some, groups)
+            if against is not None:
+                other = against.embed(view.videos)
+                gap = gap - clip_gaps(against, other, pair, some, groups)
+            gaps.append(gap)
     return replace(fit_answers(texts, torch.cat(gaps), pair, groups), cost=cost)
 
 # %% ../../nbs/4_concepts/05_shaping.ipynb #48f1439d
@@ -328,9 +315,7 @@ def __repr__(self:ShapedConcept):
     return f"ShapedConcept({self.pair.name!r}, weight {self.config.weight:g}, {self.model!r})"
 
 def shape_concept(
-    generator:VideoGenerator, # Frozen
-    vlm:VideoLanguageModel, # Frozen: what is explained
-    coupling:nn.Module|None, # Phi, where `config.through` is `"phi"`
+    models:Models, # Frozen: the VLM is explained; Phi is needed where `config.through` is `"phi"`
     pair:ContrastPair, # What is explained
     captions:Sequence[str], # Where the captions of the experiment come from
     config:ShapingConfig=ShapingConfig(), # How
@@ -339,9 +324,5 @@ def shape_concept(
     against:VideoLanguageModel|None=None, # One to compare with: shown is the other's answer alone
 ) -> ShapedConcept: # A direction like any other
     "Let a VLM decide what a concept changes"
-    return ShapedConcept(
-        pair,
-        measure_answers(generator, vlm, coupling, pair, captions, config, groups, against),
-        config,
-        paper,
-    )
+    answers = measure_answers(models, pair, captions, config, groups, against)
+    return ShapedConcept(pair, answers, config, paper)

@@ -20,7 +20,7 @@ from ..world.contrasts import ContrastPair
 
 # %% ../../nbs/5_explain/06_answer_table.ipynb #aa496c19
 class Answers(NamedTuple):
-    "A VLM's answers to the clips of a sweep, seen in one way"
+    "A VLM's answers to the clips of a sweep, by one route"
     source: Float[Tensor, "strengths words"] # Probability of each source word, of the vocabulary
     target: Float[Tensor, "strengths words"] # Probability of each target word
     divergence: Float[Tensor, "strengths"] # Answer divergence to the unsteered clip
@@ -29,21 +29,19 @@ class Answers(NamedTuple):
 @torch.no_grad()
 def read_answers(
     vlm:VideoLanguageModel, # Frozen
-    vlm_embeddings:Float[Tensor, "strengths vlm_tokens vlm_dim"], # Of the clips of a sweep
-    base_embeddings:Float[Tensor, "1 vlm_tokens vlm_dim"], # Of the unsteered clip
+    vlm_embeddings:Float[Tensor, "clips vlm_tokens vlm_dim"], # The unsteered clip, then the sweep
     pair:ContrastPair, # The change that is asked for
     caption:str, # The source caption
     distance:str="hellinger", # As in `answer_divergence`
     over:str="pair", # As in `answer_divergence`
-) -> Answers: # On the CPU
+) -> Answers: # On the CPU; one row a clip of the sweep
     "Ask the VLM about every clip of a sweep"
-    n = len(vlm_embeddings)
+    n = len(vlm_embeddings) - 1
     ids = pair_ids(vlm, pair, caption).expand(n, -1, -1)
-    tokens = torch.cat([base_embeddings, vlm_embeddings])
-    base, log_probs = word_answers(vlm, tokens, pair, caption).cpu().split([1, n])
+    base, log_probs = word_answers(vlm, vlm_embeddings, pair, caption).cpu().split([1, n])
     divergence = answer_divergence(base.expand(n, -1, -1), log_probs, ids, distance, over)
     source, target = log_probs.exp().gather(-1, ids).unbind(-1)
-    return Answers(source, target, divergence, vlm.caption(vlm_embeddings))
+    return Answers(source, target, divergence, vlm.caption(vlm_embeddings[1:]))
 
 # %% ../../nbs/5_explain/06_answer_table.ipynb #fd20e99a
 def _cell(value, width):

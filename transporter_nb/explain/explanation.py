@@ -156,7 +156,7 @@ def certificate(self:Explanation) -> Certificate: # Of the last strength; made o
     asked = self.settings.get("calibration") # the last answer asked for, judged as it was measured
     wanted = asked["found"][-1]["wanted"] if asked else None
     made = certify(
-        l2v.generator, l2v.vlm, l2v.coupling, self.caption, directions, self.strengths[-1].tolist(),
+        l2v.models, self.caption, directions, self.strengths[-1].tolist(),
         self.settings["seed"], self.pair, wanted, run,
         through=asked["through"] if asked else "reencoded")
     vars(self)["kept_certificate"] = made

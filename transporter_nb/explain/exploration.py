@@ -22,7 +22,6 @@ from matplotlib import colormaps
 from torch import Tensor
 
 from ..concepts.concept import Direction
-from ..concepts.learning import through_coupling
 from ..concepts.shaping import word_of
 from .answer_table import Answers, read_answers
 from .changes import plain_pair
@@ -182,7 +181,7 @@ def unsteered(
     "The clip and the caption before anything changes"
     generator, noise = l2v.generator, l2v.generator.noise([request.seed])
     latents = generator.sample(generator.encode_prompt([request.caption]), noise=noise)
-    videos = generator.decode(latents).clamp(0, 1)
+    videos = l2v.models.decode(latents)
     seen = l2v.vlm.embed(videos)
     return Unsteered(videos[0].cpu(), seen, l2v.vlm.caption(seen)[0])
 
@@ -289,21 +288,19 @@ def make(
     if not wanted: return self
     run = steer(l2v.generator, request.caption, self.noise, self.directions, wanted,
                 request.start_step, request.frame_window)
-    latents = run.latents[0]
-    videos = l2v.generator.decode(latents).clamp(0, 1)
-    seen = l2v.vlm.embed(videos)
-    through = through_coupling(l2v.coupling, latents, run.condition, seen)
+    view = l2v.models.view(run.latents[0], run.condition)
     if self.base is None:
-        self.base, self.ids = (videos[:1], through[:1], seen[:1]), self.candidates(seen[:1])
-    ways = []
-    for tokens, base in zip((through, seen), self.base[1:]):
-        said = read_answers(l2v.vlm, tokens, base, self.pair, request.caption)
-        ways.append((said, self.probabilities(tokens)))
-    distance = (videos - self.base[0]).square().mean((1, 2, 3, 4)).sqrt().tolist()
+        self.base = view.videos[:1], view.phi[:1], view.reencoded[:1]
+        self.ids = self.candidates(view.reencoded[:1])
+    routes = []
+    for tokens, base in zip((view.phi, view.reencoded), self.base[1:]):
+        said = read_answers(l2v.vlm, torch.cat([base, tokens]), self.pair, request.caption)
+        routes.append((said, self.probabilities(tokens)))
+    distance = (view.videos - self.base[0]).square().mean((1, 2, 3, 4)).sqrt().tolist()
     for k, row in enumerate(wanted):
-        answers = [Answers(*(values[k:k + 1] for values in said)) for said, _ in ways]
-        words = [words[k] for _, words in ways]
-        self.keep(row, Glimpse(videos[k].cpu().clone(), *answers, *words, distance[k]))
+        answers = [Answers(*(values[k:k + 1] for values in said)) for said, _ in routes]
+        words = [words[k] for _, words in routes]
+        self.keep(row, Glimpse(view.videos[k].cpu().clone(), *answers, *words, distance[k]))
     return self
 
 # %% ../../nbs/5_explain/13_exploration.ipynb #d7682b30

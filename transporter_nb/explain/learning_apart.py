@@ -41,7 +41,7 @@ def teach(
     def tell(*told): print(json.dumps(told), flush=True)
     tell(l2v.record([])["weights"])
     config = config and ConceptConfig(**config)
-    l2v.bank.learn(l2v.generator, l2v.vlm, l2v.coupling, pair, caption, config, tell)
+    l2v.bank.learn(l2v.models, pair, caption, config, tell)
     ConceptBank([l2v.bank[pair]]).save_pretrained(path)
 
 TEACH = "transporter_nb.explain.learning_apart:teach"
@@ -119,4 +119,4 @@ def learn_apart(
         if concept is not None:
             l2v.bank[pair] = concept
             return l2v.bank[pair]
-    return l2v.bank.learn(l2v.generator, l2v.vlm, l2v.coupling, pair, caption, config, progress)
+    return l2v.bank.learn(l2v.models, pair, caption, config, progress)

@@ -54,8 +54,7 @@ def python_cell(
         if key == "seed" or value != getattr(plain, key): extra += f", {key}={value!r}"
     for pair, captions in (learned or {}).items():
         if captions == [request.caption]: continue
-        models = "l2v.generator, l2v.vlm, l2v.coupling"
-        lines.append(f"l2v.bank.learn({models}, {pair!r}, {captions!r})")
+        lines.append(f"l2v.bank.learn(l2v.models, {pair!r}, {captions!r})")
     changes, strengths = list(request.changes), [list(row) for row in rows]
     return "\n".join([
         "from transporter_nb.explain.transporter import Transporter", "",

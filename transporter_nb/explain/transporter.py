@@ -18,7 +18,7 @@ from torch import nn
 from ..core.docstrings import documented
 from ..concepts.bank import ConceptBank
 from ..concepts.concept import ConceptConfig, Direction
-from ..concepts.learning import Progress, through_coupling
+from ..concepts.learning import Progress
 from transporter_nb.concepts.shaping import (
     WORD_GROUPS, ShapedConcept, ShapingConfig, measure_answers, with_word, word_of,
 )
@@ -31,8 +31,7 @@ from .answer_table import read_answers
 from transporter_nb.explain.calibration import (
     BUDGET, Calibration, calibrate, check_evaluations, check_probabilities, target_answer,
 )
-from .certificate import check_through
-from .changes import makes, pair_between, plain_pair
+from .changes import pair_between, plain_pair, transforms
 from .explanation import Explanation, run_facts
 from transporter_nb.explain.steering import (
     MAX_STRENGTH, Steered, check_run, check_strengths, steer, window_weights,
@@ -43,6 +42,7 @@ from ..models.pairing import check_concepts, check_coupling
 from transporter_nb.models.registry import (
     GENERATORS, VLMS, find_adapter, load_generator, load_vlm, shipped_vlm_names,
 )
+from ..models.view import Models
 from ..models.vlms.base import VideoLanguageModel
 from ..world.contrasts import ContrastPair, parse_contrast
 
@@ -88,6 +88,11 @@ class Transporter:
         facts = [f"{key}={value!r}" for key, value in self.names.items()]
         if self.coupling is None: facts.append("no coupling")
         return f"Transporter({', '.join([*facts, f'{len(self.bank)} concepts'])})"
+
+@patch(as_prop=True)
+def models(self:Transporter) -> Models: # As they are now
+    "Generator, VLM and coupling as one object, for functions that take all three"
+    return Models(self.generator, self.vlm, self.coupling)
 
 # %% ../../nbs/5_explain/09_transporter.ipynb #0e60cb7b
 @patch_to(Transporter, cls_method=True)
@@ -155,8 +160,7 @@ def shaped(
         if word_of(form, group): form = with_word(form, group, group[0])
     key = (pair, groups, id(self.generator), id(self.vlm), form)
     if key not in self.measured:
-        self.measured[key] = measure_answers(
-            self.generator, self.vlm, self.coupling, pair, [caption], groups=groups)
+        self.measured[key] = measure_answers(self.models, pair, [caption], groups=groups)
     return ShapedConcept(pair, self.measured[key], ShapingConfig(weight=weight), paper)
 
 # %% ../../nbs/5_explain/09_transporter.ipynb #5c036d9c
@@ -183,8 +187,7 @@ def directions(
             if progress is True:
                 print(f"{pair.name!r} is not in the bank of {len(self.bank)} concepts; "
                       f"learning it from {caption!r}.")
-            found.append(self.bank.learn(
-                self.generator, self.vlm, self.coupling, pair, caption, config, progress))
+            found.append(self.bank.learn(self.models, pair, caption, config, progress))
     if not vlm_weight: return found
     return [self.shaped(caption, known.pair, vlm_weight, known) for known in found]
 
@@ -203,7 +206,7 @@ def changes(
             f"got change={change!r} and target_caption={target_caption!r}.")
     if change is None:
         known = [concept.pair for concept in self.bank.values()
-                 if makes(concept.pair, caption, target_caption)]
+                 if transforms(concept.pair, caption, target_caption)]
         pairs = known[:1] or [pair_between(caption, target_caption)]
     else: pairs = [parse_contrast(pair) for pair in listify(change)]
     pairs = [plain_pair(pair) if plain_pair(pair) in self.bank else pair for pair in pairs]
@@ -252,16 +255,14 @@ def answered(
     evaluations:int=BUDGET, # Clips a wanted answer, at most
 ) -> tuple[Steered, Calibration]: # The unsteered clip, one a wanted answer; how they were found
     "Clips to which the VLM gives wanted answers"
-    made, through = {}, check_through(through, self.coupling)
+    made, models = {}, self.models.routed(through)
     def answer(strengths):
         run = steered(strengths)
         latents = run.latents[0]
         for k, strength in enumerate(strengths):
             made[strength] = (latents[k], run.condition.index(k), run.strengths[k])
-        seen = self.vlm.embed(self.generator.decode(latents).clamp(0, 1))
-        phi = through == "phi"
-        tokens = through_coupling(self.coupling, latents, run.condition, seen) if phi else seen
-        return target_answer(self.vlm, tokens, pair, caption).tolist()
+        view = models.view(latents, run.condition)
+        return target_answer(self.vlm, view.phi, pair, caption).tolist()
     calibration = calibrate(answer, wanted, MAX_STRENGTH, evaluations)
     chosen = [0., *(found.strength for found in calibration.found)]
     latents, conditions, rows = zip(*(made[strength] for strength in chosen))
@@ -296,16 +297,14 @@ def record(
 @patch
 def _explanation(self:Transporter, caption, merged, run, directions, settings) -> Explanation:
     "Decode the clips of a run, ask the VLM in both ways, and keep everything"
-    latents = run.latents[0]
-    videos = self.generator.decode(latents).clamp(0, 1)
-    seen = self.vlm.embed(videos)
-    through = through_coupling(self.coupling, latents, run.condition, seen)
-    phi, reencoded = (read_answers(self.vlm, tokens[1:], tokens[:1], merged, caption)
-                      for tokens in (through, seen))
-    distance = (videos[1:] - videos[:1]).square().mean((1, 2, 3, 4)).sqrt().cpu()
+    view = self.models.view(run.latents[0], run.condition) # row 0 is the unsteered clip
+    phi = read_answers(self.vlm, view.phi, merged, caption)
+    reencoded = read_answers(self.vlm, view.reencoded, merged, caption)
+    videos = view.videos[1:]
+    distance = (videos - view.videos[:1]).square().mean((1, 2, 3, 4)).sqrt().cpu()
     return Explanation(
-        caption, merged.apply(caption), merged, run.strengths[1:], latents[1:].cpu(),
-        videos[1:].cpu(), phi, reencoded, distance, settings, (self, directions))
+        caption, merged.apply(caption), merged, run.strengths[1:], view.latents[1:].cpu(),
+        videos.cpu(), phi, reencoded, distance, settings, (self, directions))
 
 @patch
 def _settings(self:Transporter, seed, dials, vlm_weight, pairs, directions, calibration, through):
@@ -365,7 +364,7 @@ def explain(
     _check_subject(caption, seed)
     strengths, wanted, evaluations, vlm_weight = check_request(
         strengths, target_probability, evaluations, vlm_weight)
-    check_through(through, self.coupling)
+    self.models.check_through(through)
     pairs, merged = self.changes(caption, change, target_caption)
     noise = self.generator.noise([seed])
     window = None if frame_window is None else tuple(frame_window)
