@@ -23,6 +23,7 @@ from ..models.answers import answer_gap, pair_ids, word_answers
 from .concept import Concept, ConceptConfig, mean_token_difference
 from .learning import PartialSamples, partial_samples
 from ..world.contrasts import ContrastPair, parse_contrast
+from ..core.aliases import with_aliases
 from ..core.base import seeded_generator
 from .directions import Cost, count_evaluations
 from ..models.generators.base import PromptCondition, VideoGenerator, integrate
@@ -253,6 +254,7 @@ def _pull_of(models, latents, t, asked):
     return found.velocity.detach(), pull
 
 # %% ../../nbs/4_concepts/06_answer_gradients.ipynb #7ebcb30d
+@with_aliases
 def guided_clips(
     models:Models, # Frozen; Phi is needed where `through` is `"phi"`
     pair:ContrastPair, # The contrast

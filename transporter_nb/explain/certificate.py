@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..concepts.concept import Direction
 from ..concepts.directions import VelocityPush, rms_distance
+from ..core.aliases import with_aliases
 from ..core.base import seeded_generator
 from .card import Certificate, Exchange, ClipReport, changes_between
 from .steering import Steering, check_strengths, steer
@@ -238,6 +239,7 @@ def random_controls(
     return [*directions, *drawn], table
 
 # %% ../../nbs/5_explain/04_certificate.ipynb #81202ffd
+@with_aliases
 @torch.no_grad()
 def sample_clips(
     generator:VideoGenerator, # Frozen

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..concepts.concept import Direction, shift
 from ..concepts.directions import Replacement, VelocityPush
+from ..core.aliases import with_aliases
 from ..models.generators.base import PromptCondition, VideoGenerator, integrate
 
 # %% ../../nbs/5_explain/01_steering.ipynb #cf368c09
@@ -292,6 +293,7 @@ class _Walk(NamedTuple):
         return integrate(self.swept, wide, self.times, split + 1)
 
 # %% ../../nbs/5_explain/01_steering.ipynb #579ec6d9
+@with_aliases
 @torch.no_grad()
 def steer(
     generator:VideoGenerator, # Frozen

@@ -22,6 +22,7 @@ from ..concepts.learning import Progress
 from transporter_nb.concepts.shaping import (
     WORD_GROUPS, ShapedConcept, ShapingConfig, measure_answers, with_word, word_of,
 )
+from ..core.aliases import with_aliases
 from transporter_nb.core.base import (
     as_config, check_scale, checkpoint_path, resolve_device, tensor_digest,
 )
@@ -342,6 +343,7 @@ def _with_zero(strengths, n):
 
 # %% ../../nbs/5_explain/09_transporter.ipynb #08bb7d7c
 @patch
+@with_aliases
 @torch.no_grad()
 def explain(
     self:Transporter,
@@ -376,7 +378,7 @@ def explain(
     else: run, calibration = self.answered(steered, wanted, merged, caption, through, evaluations)
     settings = self._settings(seed, dials, vlm_weight, pairs, directions, calibration, through)
     for found in calibration.found if calibration else ():
-        if not found.reached: warnings.warn(found.note, stacklevel=3) # 3: past torch.no_grad
+        if not found.reached: warnings.warn(found.note, stacklevel=4) # 4: past the decorators
     return self._explanation(caption, merged, run, directions, settings)
 
 documented("l2v.explain('one large red ball slides ...', 'red -> blue')")(Transporter.explain)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from jaxtyping import Bool, Float
 from fastcore.basics import patch
 
+from ...core.aliases import with_aliases
 from ...core.base import seeded_generator, still_wanted
 
 # %% ../../../nbs/2_models/01_generators.base.ipynb #a8f74c2a
@@ -282,6 +283,7 @@ def guided_velocity(
 
 # %% ../../../nbs/2_models/01_generators.base.ipynb #d38278bc
 @patch
+@with_aliases
 @torch.no_grad()
 def sample(
     self:VideoGenerator,
