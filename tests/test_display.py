@@ -162,7 +162,7 @@ def test_an_explanation_says_what_it_is_without_its_pictures():
     )
     assert (
         "red -> blue" in strip
-        and "strength 1: p(blue) 0.90, re-encoded 0.90, “a blue ball”" in strip
+        and "strength 1: p(blue) 0.90, through Phi 0.90, “a blue ball”" in strip
     )
     assert "strength 1 aims at: a blue ball; seed 7" in page.text and len(plain.splitlines()) == 5
 

@@ -96,7 +96,7 @@ def test_the_papers_scale():
     toy, noise, s = Toy(0.7), Toy().noise([3]), 1.3
     source, target = (toy.encode_prompt([text]) for text in (RED, RED.replace("red", "blue")))
     made = steer(
-        toy, RED, noise, VelocitySlider(TO_BLUE, start=0.0, scale=1.0), s, steps=1,
+        toy, RED, noise, VelocitySlider(TO_BLUE, start=0.0, slider_scale=1.0), s, steps=1,
     ).latents[0]
     wanted = noise + toy.guided_velocity(noise, source, 0.0) + s * (
         toy.velocity(noise, target, 0.0) - toy.velocity(noise, source, 0.0)

@@ -366,7 +366,7 @@ def test_phi_cannot_be_told_the_answer(wan, captions, states, phi):
 
 def test_guidance_follows_what_is_not_saturated(wan, captions):
     bent = guided_clips(
-        Models(wan, dark_oracle()), PACE, captions[:2], wan.noise([3, 4]), (0., .5, 1.), scale=.4,
+        Models(wan, dark_oracle()), PACE, captions[:2], wan.noise([3, 4]), (0., .5, 1.), share=.4,
         steps=6,
     )
     base = wan.encode_prompt(captions[:2])

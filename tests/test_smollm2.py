@@ -58,3 +58,35 @@ def test_words_of_several_pieces_are_learned_whole(vlm):
     spoken = vlm.tokenizer.decode([token for token, *_ in tokens])
     assert spoken == " teal ball<|im_end|>"
     assert [len(may) for _, may, _ in tokens] == [8, 1, 4, 1] # " te", "al", " ball", the end
+
+
+@needed
+def test_a_training_goes_on_to_the_same_numbers_and_keeps_the_language_model(tmp_path):
+    from transporter_nb.models.vlms.lessons import (
+        SceneLocator, answer_targets, clip_turns, lesson_loss,
+    )
+    from transporter_nb.models.vlms.training import VLMTraining, WorldBatch, train_vlm
+    from transporter_nb.world.scenes import draw_captions
+    import random
+    plan = VLMTraining(steps=3, locate_steps=1, batch_size=1, warmup=1, matmul="ieee")
+    path = tmp_path / "state.safetensors"
+    straight, stopped = SmolLM2VLM.new(seed=3), SmolLM2VLM.new(seed=3)
+    before = {name: x.clone() for name, x in stopped.model.model.text_model.state_dict().items()}
+    def batches(step):
+        scenes, rng = sample_scenes(1, step), random.Random(step)
+        turns = [clip_turns(words, rng) for words in draw_captions(scenes, step)]
+        targets = answer_targets(straight, turns, naming(scenes))
+        return WorldBatch(render(scenes), targets, scenes)
+    taught = dict(make_locator=SceneLocator, answer_loss=lesson_loss)
+    losses = train_vlm(straight, plan, batches, **taught)
+    def interrupt(step, loss):
+        if step == 2: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        train_vlm(stopped, plan, batches, path, save_every=1, report=interrupt, **taught)
+    assert path.stat().st_size < 64 * 2**20 # tower, connector and locator alone
+    continued = SmolLM2VLM.new(seed=3)
+    assert train_vlm(continued, plan, batches, path, **taught) == losses
+    parts = zip(straight.learned_parts().parameters(), continued.learned_parts().parameters())
+    assert all(torch.equal(a, b) for a, b in parts)
+    after = continued.model.model.text_model.state_dict()
+    assert all(torch.equal(after[name], x) for name, x in before.items())

@@ -236,11 +236,11 @@ def _bent(plain, pull, amount):
     return plain + amount * length * pull / size.clamp(min=1e-12), size.flatten()
 
 # %% ../../nbs/4_concepts/06_answer_gradients.ipynb #8dcaf669
-def _check_guidance(strengths, scale):
-    "Refuse strengths and a scale that are out of range"
-    if not strengths or min(strengths) < 0 or max(strengths) > 1 or scale < 0:
+def _check_guidance(strengths, share):
+    "Refuse strengths and a share that are out of range"
+    if not strengths or min(strengths) < 0 or max(strengths) > 1 or share < 0:
         raise ValueError(
-            f"need strengths from 0 to 1 and scale >= 0, got {list(strengths)} and {scale}."
+            f"need strengths from 0 to 1 and share >= 0, got {list(strengths)} and {share}."
         )
 
 def _pull_of(models, latents, t, asked):
@@ -261,18 +261,18 @@ def guided_clips(
     captions:Sequence[str], # Source caption of each clip
     noise:Float[Tensor, "clips channels latent_frames latent_height latent_width"], # One a caption
     strengths:Sequence[float]=(0., 1.), # 0 (source) to 1
-    scale:float=.3, # Gradient's share of the velocity's norm at 1 (chosen: clips stay readable)
+    share:float=.3, # Gradient's share of the velocity's norm at 1 (chosen: clips stay readable)
     steps:int|None=None, # Euler steps; None takes the generator's own
     guidance:float|tuple[float, float]|None=None, # Of the prompt; None takes the generator's own
     through:str="reencoded", # Or `"phi"`
     against:VideoLanguageModel|None=None, # A VLM whose gap is subtracted
 ) -> Guided: # All clips at all strengths, from the same noise
     "Let the gradient of a VLM's answer steer a generation"
-    _check_guidance(strengths, scale)
+    _check_guidance(strengths, share)
     generator, shape = models.generator, (len(captions), len(strengths))
     texts = [text for text in captions for _ in strengths]
     condition, null = generator.encode_prompt(texts), generator.null_condition(len(texts))
-    amount = scale * noise.new_tensor(list(strengths)).repeat(len(captions))
+    amount = share * noise.new_tensor(list(strengths)).repeat(len(captions))
     amount = amount.view(-1, *[1] * (noise.ndim - 1))
     asked, pulls = (condition, pair, texts, through, against), []
     def velocity_fn(latents, t):

@@ -280,7 +280,7 @@ class VelocitySlider:
     pair: ContrastPair # What it changes
     # Share of the steps led by the source prompt alone, 0 to below 1 (public code: 15 of 50)
     start: float = 0.3
-    scale: float|None = None # Their s at strength 1; None takes the guidance of the run
+    slider_scale: float|None = None # Their s at strength 1; None takes the guidance of the run
     plus: str|None = None # Prompt that shows the target; None: the target caption
     minus: str|None = None # Prompt that shows its opposite; None: the source caption
 
@@ -299,7 +299,8 @@ class VelocityPush(Protocol):
     "Anything that adds a difference of two prompts' velocities"
     pair: ContrastPair # What it changes
     start: float # Share of the steps before it acts
-    scale: float|None # How much of the difference is added at strength 1; None takes the guidance
+    # How much of the difference is added at strength 1; None takes the guidance
+    slider_scale: float|None
 
     def prompts(self, caption:str) -> tuple[str, str]:
         "Plus and minus"

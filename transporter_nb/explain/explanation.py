@@ -72,17 +72,17 @@ documented("l2v.explain(caption, 'red -> blue').answers")(Explanation)
 # %% ../../nbs/5_explain/08_explanation.ipynb #c8f7581b
 @patch(as_prop=True)
 def answers(self:Explanation) -> AnswerTable: # Probabilities, divergence, distance, captions
-    "One row a strength: the VLM's answers, seen both ways"
+    "One row a strength: the VLM's answers to the clip itself, then through Phi"
     table = AnswerTable()
     for k, label in enumerate(self.labels):
         row = {"strength": label}
-        for way, said in (("", self.phi), (", re-encoded", self.reencoded)):
+        for route, said in (("", self.reencoded), (", Phi", self.phi)):
             for w, (source, target) in enumerate(self.pair.words):
-                row |= {f"p({source}){way}": said.source[k, w].item()}
-                row |= {f"p({target}){way}": said.target[k, w].item()}
-            row[f"divergence{way}"] = said.divergence[k].item()
-        row |= {"distance": self.distance[k].item(), "caption": self.phi.captions[k]}
-        row["caption, re-encoded"] = self.reencoded.captions[k]
+                row |= {f"p({source}){route}": said.source[k, w].item()}
+                row |= {f"p({target}){route}": said.target[k, w].item()}
+            row[f"divergence{route}"] = said.divergence[k].item()
+        row |= {"distance": self.distance[k].item(), "caption": self.reencoded.captions[k]}
+        row["caption, Phi"] = self.phi.captions[k]
         table.append(row)
     return table
 
@@ -168,7 +168,7 @@ def alt(self:Explanation) -> str: # For readers who cannot see the picture
     "The filmstrip in words"
     parts = []
     for k, label in enumerate(self.labels):
-        answers = [f"p({curve.word}) {curve.phi[k]:.2f}, re-encoded {curve.reencoded[k]:.2f}"
+        answers = [f"p({curve.word}) {curve.reencoded[k]:.2f}, through Phi {curve.phi[k]:.2f}"
                    for curve in self.curves()]
         parts.append(f"strength {label}: {', '.join(answers)}, “{self.phi.captions[k]}”")
     return (f"Filmstrip of {self.pair.name}, one column a strength, time downward, "

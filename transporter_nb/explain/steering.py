@@ -72,18 +72,18 @@ class PushTerm(NamedTuple):
     plus: PromptCondition # One row a clip
     minus: PromptCondition|None # Likewise; None: the source prompts themselves
     strengths: Float[Tensor, "rows"] # One a clip and strength, clip by clip
-    scale: float|None = None # Share of the difference at strength 1; None takes the guidance
+    slider_scale: float|None = None # Share of the difference at strength 1; None takes the guidance
     first_step: int = 0 # Where it starts to act
 
     def add(self,
         velocity:Tensor, # One row a clip and strength, as in `plus` and `minus`
         plus:Tensor, # Under the plus prompt
         minus:Tensor, # Under the minus prompt
-        guidance:float, # Taken where the push has no scale of its own
+        guidance:float, # Taken where the push has no slider_scale
         weights:Tensor|None, # From `window_weights`
     ) -> Tensor: # As `velocity`
         "The velocity with the push"
-        scale = guidance if self.scale is None else self.scale
+        scale = guidance if self.slider_scale is None else self.slider_scale
         amount = scale * self.strengths.to(velocity).view(-1, 1, 1, 1, 1)
         if weights is not None: amount = amount * weights.to(velocity)[:, None, None]
         return velocity + amount * (plus - minus)
@@ -198,7 +198,7 @@ def push_terms(
         minus = None if list(minus) == list(captions) else generator.encode_prompt(list(minus))
         strengths = column.repeat(len(captions))
         terms.append(
-            PushTerm(plus, minus, strengths, direction.scale, max(start_step, own_start)))
+            PushTerm(plus, minus, strengths, direction.slider_scale, max(start_step, own_start)))
     return terms
 
 # %% ../../nbs/5_explain/01_steering.ipynb #55a6b063

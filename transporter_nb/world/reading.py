@@ -142,12 +142,12 @@ def hypothesis(
     first:Guess, # From `guess`
     kind:tuple[int, bool], # Count, and whether people
     form:int, # Which of `FORMS`
-    scale:float=1., # Of the area of the mask: dark trousers look like shadows
+    area_factor:float=1., # Of the area of the mask: dark trousers look like shadows
 ) -> Float[Tensor, "batch numbers"]: # Columns as in `COLUMNS`
     "Numbers to begin with"
     (count, person), numbers = kind, torch.zeros(len(first.hue), len(COLUMNS))
     values, fill = FORMS[person][form]
-    size = (scale * first.area / count / fill).clamp_min(1).sqrt()
+    size = (area_factor * first.area / count / fill).clamp_min(1).sqrt()
     guessed = {
         "roundness": 1., "hue": first.hue,
         "travel": first.across[:, 1], "hop": first.down[:, 2],
@@ -159,7 +159,7 @@ def hypothesis(
         numbers[:, COLUMNS[name]] = torch.as_tensor(value).clamp(low, high)
     middle = torch.tensor(FORMATIONS[count]).mean(0)
     height = 9 + 2.2 * numbers[:, COLUMNS["radius"]]
-    legs = .2 * height if person and scale > 1 else 0. # px, where the mask holds no legs
+    legs = .2 * height if person and area_factor > 1 else 0. # px, where the mask holds no legs
     for k in range(1, count + 1):
         numbers[:, COLUMNS[f"x{k}"]] = (first.across[:, 0] - middle[0]).clamp(-5, 5)
         numbers[:, COLUMNS[f"y{k}"]] = (first.down[:, 0] + legs - middle[1]).clamp(-5, 5)
@@ -271,13 +271,13 @@ def search_kind(
     at:Sample, # Pixels of all clips
     rows:Int[Tensor, "some"], # Which clips
     rounds:int, # Steps from the best form; 0 only compares the forms
-    scale:float=1., # Of the area, see `hypothesis`
+    area_factor:float=1., # Of the area, see `hypothesis`
 ) -> tuple[Float[Tensor, "some numbers"], Float[Tensor, "some"]]: # Numbers, mean squared difference
     "The best start of one kind, improved"
     seen, least = at[rows], torch.full((len(rows),), math.inf)
     best = torch.zeros(len(rows), len(COLUMNS))
     for form in forms or range(len(FORMS[kind[1]])):
-        numbers = hypothesis(first, kind, form, scale)[rows]
+        numbers = hypothesis(first, kind, form, area_factor)[rows]
         drawn = draw(numbers, *kind, seen.ground, seen.x, seen.y)
         off = (seen.colour - drawn).square().flatten(1).mean(1)
         best = torch.where((off < least)[:, None], numbers, best)
@@ -316,13 +316,13 @@ def search(
         if not len(rows): continue
         found[rows, k], off[rows, k] = search_kind(kind, (), first, few, rows, 5)
     bare = (few.colour - few.ground).square().flatten(1).mean(1)
-    for scale, form in itertools.product((1., .6, 1.6), range(4)):
+    for area_factor, form in itertools.product((1., .6, 1.6), range(4)):
         poor = off.amin(1) > POOR * bare
         likely = off.argsort(1)[:, :2]
         for k, kind in enumerate(KINDS):
             rows = (poor & (likely == k).any(1)).nonzero()[:, 0]
             if not len(rows) or form >= len(FORMS[kind[1]]): continue
-            again, less = search_kind(kind, [form], first, few, rows, 6, scale)
+            again, less = search_kind(kind, [form], first, few, rows, 6, area_factor)
             better = less < off[rows, k]
             found[rows[better], k], off[rows[better], k] = again[better], less[better]
     return polish(found, off.argmin(1), many)

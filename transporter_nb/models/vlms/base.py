@@ -284,3 +284,8 @@ def answer_loss(
 def freeze(self:VideoLanguageModel) -> VideoLanguageModel: # The same object
     "Stop all learning: the VLM is what is explained"
     return self.eval().requires_grad_(False)
+
+@patch
+def learned_parts(self:VideoLanguageModel) -> nn.Module: # Its parameters are those that change
+    "What a training changes: the whole VLM, unless an adapter keeps a part as published"
+    return self

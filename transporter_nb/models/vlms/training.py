@@ -212,7 +212,8 @@ def vlm_optimizer(
 
 # %% ../../../nbs/2_models/13_vlms.training.ipynb #38d0d7b2
 def training_step(
-    student:nn.ModuleDict, # "vlm" and "locator"
+    vlm:VideoLanguageModel, # In training
+    learned:nn.ModuleDict, # "vlm": its learned parts, and "locator"
     optimizer:MuonAdamW, # Over both
     batch:WorldBatch, # What to learn
     settings:VLMTraining, # How
@@ -221,10 +222,10 @@ def training_step(
 ) -> float: # The loss of this step, in nats an answer token once words are learned
     "One step of training"
     optimizer.set_share(settings.rate(step))
-    embeddings = student["vlm"].embed(batch.video.to(next(student.parameters()).device))
-    loss = student["locator"](embeddings, batch.scenes)
+    embeddings = vlm.embed(batch.video.to(next(learned.parameters()).device))
+    loss = learned["locator"](embeddings, batch.scenes)
     if step >= settings.locate_steps:
-        answers = answer_loss(student["vlm"], embeddings, batch.turns)
+        answers = answer_loss(vlm, embeddings, batch.turns)
         loss = answers + settings.locate_weight * loss
     optimizer.zero_grad()
     loss.backward()
@@ -249,27 +250,29 @@ def train_vlm(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         locator = make_locator(vlm).to(next(vlm.parameters()).device)
-    student = nn.ModuleDict({"vlm": vlm, "locator": locator}).train().requires_grad_(True)
-    optimizer = vlm_optimizer(student, settings)
-    average = {name: value.detach().clone() for name, value in vlm.named_parameters()}
+    parts = vlm.train().learned_parts()
+    learned = nn.ModuleDict({"vlm": parts, "locator": locator}).train().requires_grad_(True)
+    optimizer = vlm_optimizer(learned, settings)
+    average = {name: value.detach().clone() for name, value in parts.named_parameters()}
     losses, step = [], 0
     if resume_path and Path(resume_path).exists():
         state = load_training(resume_path)
-        step, losses = state.restore(student, optimizer, average), list(state.extra["losses"])
+        step, losses = state.restore(learned, optimizer, average), list(state.extra["losses"])
     def save():
         if resume_path:
-            save_training(resume_path, step, student, optimizer, average, extra={"losses": losses})
+            save_training(resume_path, step, learned, optimizer, average, extra={"losses": losses})
     start = time.monotonic()
     with matmul_precision(settings.matmul):
         while step < settings.steps and time.monotonic() - start < 60 * minutes:
             batch = batches(step)
-            losses.append(training_step(student, optimizer, batch, settings, step, answer_loss))
-            update_average(average, vlm, step, settings.ema_decay)
+            taught = vlm, learned, optimizer, batch, settings, step, answer_loss
+            losses.append(training_step(*taught))
+            update_average(average, parts, step, settings.ema_decay)
             step += 1
             if report: report(step, losses[-1])
             if step % save_every == 0: save()
     save()
-    vlm.load_state_dict(average, strict=False) # buffers keep their own values
+    parts.load_state_dict(average, strict=False) # buffers keep their own values
     vlm.freeze()
     return losses
 
