@@ -198,7 +198,7 @@ def main():
     for path, where, rule, what in places if given.list else broken if given.gate else []:
         kind = "line" if rule == "twice" else "cell"
         print(f"{path.relative_to(ROOT)} {kind} {where}: {rule}: {what}")
-    if given.gate and broken: sys.exit(f"{len(broken)} places break the rules of width, size and copies")
+    if given.gate and broken: sys.exit(f"{len(broken)} places are too wide, too long or copies")
 
 
 if __name__ == "__main__": main()

@@ -8,7 +8,7 @@ __all__ = ['short_type', 'parameter_lines', 'documented', 'section']
 # %% ../../nbs/0_core/05_docstrings.ipynb #102a4527
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from textwrap import dedent, indent
 
@@ -27,12 +27,20 @@ def short_type(
         return f'{kind}[{annotation.array_type.__name__}, "{annotation.dim_str}"]'
     return re.sub(r"\b(?:[A-Za-z_]\w*\.)+(?=\w)", "", text) # without the names of modules
 
+# %% ../../nbs/0_core/05_docstrings.ipynb #02e40afd
+def _starred_comments(f):
+    "Comments behind `**options`, which `docments` passes over"
+    try: signature = inspect.getsource(f).split("\n)", 1)[0]
+    except (OSError, TypeError): return {} # no source, as of a class made by a call
+    return dict(re.findall(r"^\s*\*\*(\w+)[^#\n]*# (.+)$", signature, re.M))
+
 # %% ../../nbs/0_core/05_docstrings.ipynb #e3d3750c
 def parameter_lines(
     f:Callable, # A function with docments
 ) -> list[str]: # Two lines a documented parameter; none of `self` and `cls`
     "The parameters of a function in numpydoc's layout"
-    comments, lines = docments(f, returns=False), []
+    comments = docments(f, returns=False) | _starred_comments(f)
+    lines = []
     for name, parameter in inspect.signature(f).parameters.items():
         if name in ("self", "cls"): continue
         said = [short_type(parameter.annotation)]
@@ -46,8 +54,9 @@ def parameter_lines(
 # %% ../../nbs/0_core/05_docstrings.ipynb #0c1884ca
 def documented(
     example:str="", # Lines of Python that a reader would type; indented as in the source
+    raises:Mapping[str, str]|None=None, # Errors by their class, and when each is raised
 ) -> Callable: # Decorates a function or a class; returns the same object
-    "Put parameters, result and an example into a docstring"
+    "Put parameters, result, errors and an example into a docstring"
     def decorate(thing):
         fields = is_dataclass(thing) or not inspect.isclass(thing)
         f = thing if fields else thing.__init__
@@ -59,6 +68,8 @@ def documented(
         if result and not inspect.isclass(thing):
             kind = short_type(inspect.signature(f).return_annotation)
             parts.append(section("Returns", [kind, indent(" ".join(result.split()), "    ")]))
+        for error, when in (raises or {}).items():
+            parts.append(section("Raises", [error, indent(when, "    ")]))
         if example:
             typed = [f">>> {line}" for line in dedent(example).strip().split("\n")]
             parts.append(section("Examples", typed))

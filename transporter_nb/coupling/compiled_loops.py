@@ -129,3 +129,14 @@ def refuse_second_derivatives():
             'second derivatives (create_graph=True) are not there in backend "scan". '
             'Use backend="reference".'
         )
+
+# %% ../../nbs/3_coupling/04_compiled_loops.ipynb #4b0d0a47
+def differentiate(operator, adjoint):
+    "Let `adjoint(gradient, *inputs)` compute the gradients of `operator(*inputs)`"
+    @adjoint.register_fake
+    def _(gradient, *inputs):
+        return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+    def backward(ctx, gradient):
+        refuse_second_derivatives()
+        return tuple(adjoint(gradient, *ctx.saved_tensors))
+    operator.register_autograd(backward, setup_context=keep_inputs)

@@ -15,7 +15,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from transporter_nb.coupling.compiled_loops import (
-    compiled, compiled_sum, exp, keep_inputs, refuse_second_derivatives, share_lines,
+    compiled, compiled_sum, differentiate, exp, share_lines,
 )
 from .sinkhorn_reference import MASKED
 
@@ -266,16 +266,7 @@ def scan_plan_adjoint(
         collected.append(plan.gradients(*sums))
     return stack_clips(collected, inputs)
 
-@scan_plan_adjoint.register_fake
-def _(plan_bar, *inputs):
-    return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs]
-
-def plan_backward(ctx, plan_bar):
-    "Gradients through `scan_plan`"
-    refuse_second_derivatives()
-    return tuple(scan_plan_adjoint(plan_bar, *ctx.saved_tensors))
-
-scan_plan.register_autograd(plan_backward, setup_context=keep_inputs)
+differentiate(scan_plan, scan_plan_adjoint)
 
 # %% ../../nbs/3_coupling/07_line_plan.ipynb #6bbba92b
 def mean_plan(

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ..core.base import as_config, count_parameters, load_checkpoint, save_checkpoint
+from ..core.docstrings import documented
 from .gromov import SlicedGromovTransport
 from .projection import GlobalProjection, check_flow_time
 from .structure import TokenStructure
@@ -101,10 +102,14 @@ def _warn_unrecorded(path):
         "made_for=pairing.made_for(generator, vlm)).", stacklevel=3)
 
 # %% ../../nbs/3_coupling/17_network.ipynb #ce1c2ff5
+@documented("""
+    network = CouplingNetwork(CouplingConfig.mini(vlm_tokens=vlm.n_tokens, vlm_dim=vlm.vlm_dim))
+    network(latents, condition.embeds, condition.mask, vlm.embed(clips)).transported
+""", {"ValueError": "A setting has no such value, or sizes do not divide one another."})
 class CouplingNetwork(nn.Module):
     "Both branches and rho-OT (paper §3.2 and Fig. 2b)"
     def __init__(self,
-        config:CouplingConfig, # Sizes and settings, kept as `network.config`
+        config:CouplingConfig, # Sizes and settings, see its fields; kept as `network.config`
     ):
         super().__init__()
         self.config = c = config

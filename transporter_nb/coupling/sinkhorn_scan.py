@@ -14,8 +14,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from transporter_nb.coupling.compiled_loops import (
-    as_lines, compiled, compiled_sum, exp, inlined, keep_inputs, refuse_second_derivatives,
-    share_lines,
+    as_lines, compiled, compiled_sum, differentiate, exp, inlined, share_lines,
 )
 from .line_plan import ROW_TILE, ClipPlan, mean_plan, split, stack_clips
 # potentials: the backend's first function
@@ -348,16 +347,7 @@ def scan_apply_adjoint(
     with torch.autocast("cpu", enabled=False):
         return adjoint(out_bar.detach().to(values.dtype).contiguous(), inputs, values.detach())
 
-@scan_apply_adjoint.register_fake
-def _(out_bar, *inputs):
-    return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs]
-
-def apply_backward(ctx, out_bar):
-    "Gradients through `scan_apply`"
-    refuse_second_derivatives()
-    return tuple(scan_apply_adjoint(out_bar, *ctx.saved_tensors))
-
-scan_apply.register_autograd(apply_backward, setup_context=keep_inputs)
+differentiate(scan_apply, scan_apply_adjoint)
 
 # %% ../../nbs/3_coupling/08_sinkhorn_scan.ipynb #8cff7b09
 def apply_plan(

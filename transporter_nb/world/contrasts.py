@@ -16,7 +16,13 @@ from typing import NamedTuple
 
 from fastcore.basics import patch
 
+from ..core.docstrings import documented
+
 # %% ../../nbs/1_world/01_contrasts.ipynb #0344752b
+@documented("""
+    pair = ContrastPair("red", "blue")
+    pair.apply("one large red ball") # 'one large blue ball'
+""", {"ValueError": "The sides have unequal numbers of words, or a word changes into itself or twice."})
 @dataclass(frozen=True)
 class ContrastPair:
     "One change of an answer: source words, and the words that take their place"
@@ -49,9 +55,13 @@ class ContrastPair:
     def __str__(self) -> str: return self.name
 
 # %% ../../nbs/1_world/01_contrasts.ipynb #f55cc010
+@documented("""
+    parse_contrast("red -> blue")
+    parse_contrast("two+small -> one+large").words # [('two', 'one'), ('small', 'large')]
+""", {"ValueError": "There is not one arrow, or the pair is none, see `ContrastPair`."})
 def parse_contrast(
-    text:str|ContrastPair, # `"red -> blue"`, `"two+small -> one+large"`; a pair is kept
-) -> ContrastPair: # The pair
+    text:str|ContrastPair, # `"source -> target"`, several words joined by `+`; a pair is kept
+) -> ContrastPair: # Source words, and the words that take their place
     "Read a contrast as a person writes it"
     if isinstance(text, ContrastPair): return text
     sides = text.split("->")

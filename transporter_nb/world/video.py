@@ -37,6 +37,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..core.base import widen, write_aside
+from ..core.docstrings import documented
 from ..core.pages import html_block, html_image
 
 # %% ../../nbs/1_world/02_video.ipynb #562f0b9e
@@ -665,11 +666,16 @@ def sample_video(
     return SampledVideo(video, torch.tensor([time - times[0] for time in taken]))
 
 # %% ../../nbs/1_world/02_video.ipynb #5d268171
+@documented("""
+    clip = load_video("ball.mp4", n_frames=9, size=32) # 9 frames of 32 x 32 px
+    clip = load_video("ball.mp4", frames_per_second=4, size=(48, 64), start=1.5, fit="pad")
+""", {"ValueError": "The file is damaged, empty or too long, or more is asked for than it has.",
+      "FileNotFoundError": "There is no such file."})
 def load_video(
-    path:str|Path, # As in `sample_video`
+    path:str|Path, # mp4, webm, gif, mkv, avi, mov or another file that FFmpeg decodes
     n_frames:int|None=None, # Frames to take, evenly in time, the first and the last included
     size:Size|None=None, # Height and width in pixels; None keeps the size of the file
-    **options, # As in `sample_video`, for example `frames_per_second`, `start`, `fit`
+    **options, # As in `sample_video`: `frames_per_second`, `start` and `end` in seconds, `fit`, ...
 ) -> Float[Tensor, "1 frames 3 height width"]: # Values in [0, 1]
     "Read one clip in our convention"
     return sample_video(path, n_frames, size, **options).video

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ...world.contrasts import PLURALS
 from ...core.base import (
     checkpoint_path, load_checkpoint, resolve_device, save_checkpoint)
+from ...core.hints import did_you_mean
 from ...world.words import FRAMES, SIZE, SLOTS
 
 # %% ../../../nbs/2_models/14_encoders.networks.ipynb #b6c3649c
@@ -207,8 +208,8 @@ def caption_ids(
         raise ValueError(f"need at least one caption, each with at least one word, got {texts!r}.")
     unknown = sorted({word for row in rows for word in row} - set(numbers))
     if unknown:
-        raise ValueError(f"the text tower does not know {', '.join(map(repr, unknown))}. "
-                         f"Its words are: {', '.join(numbers)}.")
+        raise ValueError(f"the text tower does not know {', '.join(map(repr, unknown))}."
+                         f"{did_you_mean(unknown, numbers)} Its words are: {', '.join(numbers)}.")
     longest = max(map(len, rows))
     if longest > max_words:
         raise ValueError(f"a caption has at most {max_words} words, got {longest}. "

@@ -31,6 +31,7 @@ from transformers import (AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBas
 from ...core.base import (as_config, check_scale, checkpoint_path, load_checkpoint,
                                  resolve_device, save_checkpoint, tensor_digest, widen)
 from .base import PromptCondition, VideoGenerator, per_clip
+from ...core.hints import did_you_mean
 from ...core.hub import DTYPES, SOURCES, LoadOptions, find_source, require
 from ...world.words import FRAMES, SIZE, SLOTS
 
@@ -270,9 +271,10 @@ def _check_prompt(
     "Refuse unknown words and prompts longer than the window"
     unknown = [prompt[a:b] for i, (a, b) in zip(ids, offsets) if i == tokenizer.unk_token_id]
     if unknown:
-        strange, known = ", ".join(map(repr, unknown)), " ".join(sorted(tokenizer.get_vocab()))
-        raise ValueError(f"the text encoder does not know {strange} in {prompt!r}. "
-                         f"Its words: {known}")
+        strange = ", ".join(map(repr, unknown))
+        known = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
+        raise ValueError(f"the text encoder does not know {strange} in {prompt!r}."
+                         f"{did_you_mean(unknown, known)} Its words: {' '.join(known)}")
     if len(ids) > prompt_tokens:
         raise ValueError(f"a prompt may have {prompt_tokens} tokens with the end token, "
                          f"got {len(ids)}: {prompt!r}. Shorten it.")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from ...core.base import seeded_generator
+from ...core.hints import did_you_mean
 from ...world.words import FRAMES, SIZE, SLOTS
 
 # %% ../../../nbs/2_models/05_vlms.base.ipynb #da64370f
@@ -154,9 +155,10 @@ def word_ids(
     ids, stand_in = ids_of(text), self.tokenizer.unk_token_id
     if stand_in is not None and stand_in in ids:
         unknown = [word for word in text.replace("?", " ").split() if stand_in in ids_of(word)]
-        known = sorted(word for word in self.tokenizer.get_vocab() if word.isalpha())
-        raise ValueError(f"{self.name} has no token for {', '.join(map(repr, unknown))} "
-                         f"in {text!r}. Its words: {' '.join(known)}.")
+        words = set(self.tokenizer.get_vocab()) - set(self.tokenizer.all_special_tokens)
+        known = sorted(word for word in words if word.isalpha())
+        raise ValueError(f"{self.name} has no token for {', '.join(map(repr, unknown))} in {text!r}."
+                         f"{did_you_mean(unknown, known)} Its words: {' '.join(known)}.")
     return ids
 
 @patch

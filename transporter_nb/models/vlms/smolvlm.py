@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
-from .hub import HubVLM, VLMSettings
+from .hub import HubVLM, VLMSettings, text_sizes, vision_sizes
 from .preprocessing import normalise, take_frames
 
 # %% ../../../nbs/2_models/12_vlms.smolvlm.ipynb #73ae68da
@@ -21,16 +21,10 @@ def _mini_config(
 ) -> SmolVLMConfig:
     "The class's configuration of a small model"
     text = dict(
-        model_type="llama", vocab_size=vocab_size,
-        hidden_size=settings.hidden_size, intermediate_size=3 * settings.hidden_size,
-        num_hidden_layers=settings.n_layers, num_attention_heads=settings.n_heads,
-        num_key_value_heads=settings.n_heads, max_position_embeddings=512,
-        pad_token_id=ids["<pad>"], bos_token_id=ids["<|im_start|>"],
-        eos_token_id=ids["<end_of_utterance>"])
-    vision = dict(
-        hidden_size=settings.vision_size, intermediate_size=3 * settings.vision_size,
-        num_hidden_layers=settings.vision_layers, num_attention_heads=settings.vision_heads,
-        image_size=settings.image_size, patch_size=settings.patch_size)
+        model_type="llama", vocab_size=vocab_size, pad_token_id=ids["<pad>"],
+        bos_token_id=ids["<|im_start|>"], eos_token_id=ids["<end_of_utterance>"],
+        **text_sizes(settings))
+    vision = dict(image_size=settings.image_size, **vision_sizes(settings))
     return SmolVLMConfig(
         text_config=text, vision_config=vision, image_token_id=ids["<image>"], scale_factor=2,
         tie_word_embeddings=True)
