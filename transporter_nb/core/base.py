@@ -27,7 +27,8 @@ def package_path(
     *parts:str, # Names below the package folder, for example `"checkpoints", "mini"`
 ) -> Path: # Absolute path; it need not exist
     "A path inside the installed package"
-    if "__file__" not in globals(): return repo_path("transporter_nb", *parts)
+    if "__file__" not in globals():
+        return repo_path("transporter_nb", *parts)
     return Path(__file__).resolve().parents[1].joinpath(*parts)
 
 def repo_path(
@@ -129,7 +130,8 @@ WANTED:ContextVar[Callable[[], Any]|None] = ContextVar("WANTED", default=None)
 
 def still_wanted():
     "End the work of this thread here if it is no longer needed"
-    if (ask := WANTED.get()) is not None: ask()
+    if (ask := WANTED.get()) is not None:
+        ask()
 
 # %% ../../nbs/0_core/01_base.ipynb #2f6c81d4
 STALE = 3600. # seconds since the last change; chosen: writers pause for seconds
@@ -153,10 +155,12 @@ def sweep_aside(
     with suppress(OSError), os.scandir(path.parent) as entries: # writing goes on if this fails
         for entry in entries:
             found = ours.fullmatch(entry.name)
-            if not found or may_be_alive(int(found[1])): continue
+            if not found or may_be_alive(int(found[1])):
+                continue
             facts = entry.stat(follow_symlinks=False)
             old = time.time() - facts.st_mtime > STALE
-            if old and stat.S_ISREG(facts.st_mode): os.unlink(entry.path)
+            if old and stat.S_ISREG(facts.st_mode):
+                os.unlink(entry.path)
 
 # %% ../../nbs/0_core/01_base.ipynb #7e32d67c
 @contextmanager

@@ -19,7 +19,8 @@ def short_type(
     annotation:object, # Of a parameter, or `inspect.Parameter.empty`
 ) -> str: # "" where there is none
     "A type as a reader would write it"
-    if annotation is inspect.Parameter.empty or annotation is None: return ""
+    if annotation is inspect.Parameter.empty or annotation is None:
+        return ""
     if isinstance(annotation, str): return annotation
     text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
     if getattr(annotation, "dim_str", None): # of jaxtyping
@@ -44,11 +45,13 @@ def parameter_lines(
     for name, parameter in inspect.signature(f).parameters.items():
         if name in ("self", "cls"): continue
         said = [short_type(parameter.annotation)]
-        if parameter.default is not parameter.empty: said.append(f"default {parameter.default!r}")
+        if parameter.default is not parameter.empty:
+            said.append(f"default {parameter.default!r}")
         stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
         lines.append(f"{stars}{name} : {', '.join(filter(None, said))}".rstrip(" :"))
         comment = comments.get(name)
-        if comment: lines.append(indent(" ".join(comment.split()), "    "))
+        if comment:
+            lines.append(indent(" ".join(comment.split()), "    "))
     return lines
 
 # %% ../../nbs/0_core/05_docstrings.ipynb #0c1884ca
@@ -63,13 +66,15 @@ def documented(
         if not thing.__doc__: raise ValueError(
             f"{thing.__name__} has no docstring to add its parameters to. Write one sentence.")
         parts = [inspect.cleandoc(thing.__doc__)]
-        if lines := parameter_lines(f): parts.append(section("Parameters", lines))
+        if lines := parameter_lines(f):
+            parts.append(section("Parameters", lines))
         result = docments(f).get("return")
         if result and not inspect.isclass(thing):
             kind = short_type(inspect.signature(f).return_annotation)
             parts.append(section("Returns", [kind, indent(" ".join(result.split()), "    ")]))
-        for error, when in (raises or {}).items():
-            parts.append(section("Raises", [error, indent(when, "    ")]))
+        errors = [f"{error}\n    {when}" for error, when in (raises or {}).items()]
+        if errors:
+            parts.append(section("Raises", errors))
         if example:
             typed = [f">>> {line}" for line in dedent(example).strip().split("\n")]
             parts.append(section("Examples", typed))

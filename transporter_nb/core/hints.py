@@ -17,5 +17,6 @@ def did_you_mean(
     "The nearest accepted word for each refused one"
     known, hints = list(known), {}
     for word in strange:
-        for near in get_close_matches(word.lower(), known, n=1): hints[near] = None
+        for near in get_close_matches(word.lower(), known, n=1):
+            hints[near] = None
     return f" Did you mean {' and '.join(map(repr, hints))}?" if hints else ""

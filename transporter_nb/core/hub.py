@@ -132,7 +132,8 @@ def find_source(
 ) -> HubSource: # Ours where the repository is listed; else all its weights, of unknown size
     "A source by the name of its repository"
     listed = [source for source in SOURCES.values() if source.repo == repo]
-    if listed: return replace(listed[0], revision=revision)
+    if listed:
+        return replace(listed[0], revision=revision)
     files, licence = ("*.json", "*.safetensors"), "see the repository's page"
     return HubSource(repo, revision, files, 0, "unknown", licence)
 

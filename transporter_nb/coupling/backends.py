@@ -151,14 +151,17 @@ def log_weights(
     name:str, # For the error: `"source"` or `"target"`
 ) -> Float64[Tensor, "batch tokens"]: # `MASKED` where there is no weight
     "Logarithm of a side's marginal"
-    if weights is None and mask is None: return torch.zeros_like(scores[:, 0], dtype=torch.float64)
-    if weights is None: weights = torch.ones_like(scores[:, 0])
+    if weights is None and mask is None:
+        return torch.zeros_like(scores[:, 0], dtype=torch.float64)
+    if weights is None:
+        weights = torch.ones_like(scores[:, 0])
     if weights.shape != scores[:, 0].shape or weights.device != scores.device:
         raise ValueError(
             f"{name}_weights must be {tuple(scores[:, 0].shape)} on {scores.device}, got "
             f"{tuple(weights.shape)} on {weights.device}."
         )
-    if mask is not None: weights = torch.where(mask, weights, 0)
+    if mask is not None:
+        weights = torch.where(mask, weights, 0)
     def fitting():
         in_range = weights.isfinite().all() and (weights >= 0).all()
         return in_range and (weights > 0).any(-1).all()

@@ -87,7 +87,8 @@ def log(x):
     s = (m - 1.0) / (m + 1.0)
     z = s * s
     p = 1 / 21
-    for odd in (19, 17, 15, 13, 11, 9, 7, 5, 3, 1): p = p * z + 1 / odd
+    for odd in (19, 17, 15, 13, 11, 9, 7, 5, 3, 1):
+        p = p * z + 1 / odd
     k_number = as_number(k + 0x4338000000000000) - ROUND # k as a float64, by its bits
     return 2.0 * s * p + k_number * 0.6931471805599453
 
@@ -103,7 +104,8 @@ def share_lines(n_lines, multiple, task):
     n_threads = max(1, min(torch.get_num_threads(), n_blocks))
     per_thread = multiple * -(-n_blocks // n_threads)
     ranges = [(start, min(start + per_thread, n_lines)) for start in range(0, n_lines, per_thread)]
-    if len(ranges) == 1: return [task(*ranges[0])]
+    if len(ranges) == 1:
+        return [task(*ranges[0])]
     pool = thread_pool(torch.get_num_threads(), os.getpid())
     rest = [pool.submit(task, *both) for both in ranges[1:]]
     return [task(*ranges[0]), *(future.result() for future in rest)]

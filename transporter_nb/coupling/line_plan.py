@@ -28,7 +28,8 @@ def line_factors(
 ):
     "Fill exp(r -+ y) and exp(c +- x), shifted to within +-limit; False when no shift does it"
     origin = 0.
-    for i in range(len(columns)): origin += columns[i] / len(columns)
+    for i in range(len(columns)):
+        origin += columns[i] / len(columns)
     for side in range(2):
         slope = inverse_reg if side == 0 else -inverse_reg
         row_low = np.inf
@@ -87,7 +88,8 @@ def plan_entries(j, rows, row_potentials, columns, column_potentials, inverse_re
 @no_type_check
 def add_product(a, u, b, v, out):
     "out += min(a u, b v)"
-    for i in range(len(out)): out[i] += min(a * u[i], b * v[i])
+    for i in range(len(out)):
+        out[i] += min(a * u[i], b * v[i])
 
 # %% ../../nbs/3_coupling/07_line_plan.ipynb #21b04c81
 @compiled
@@ -116,14 +118,16 @@ def sum_plans(
                     else:
                         e = entries[:right - left]
                         plan_entries(j, rows[k], row_potentials[k], x, c, inverse_reg[k], e)
-                        for i in range(len(o)): o[i] += e[i]
+                        for i in range(len(o)):
+                            o[i] += e[i]
 
 # %% ../../nbs/3_coupling/07_line_plan.ipynb #ae45ee90
 @compiled
 @no_type_check
 def weighted_products(g, a, u, b, v, out):
     "out = g min(a u, b v)"
-    for i in range(len(out)): out[i] = g[i] * min(a * u[i], b * v[i])
+    for i in range(len(out)):
+        out[i] = g[i] * min(a * u[i], b * v[i])
 
 @compiled_sum
 @no_type_check
@@ -131,7 +135,8 @@ def tally(w, signed, y, x, column, pull):
     "Sums of w and of w sign(x - y), which are also added to column and subtracted from pull"
     total = w[0] * 0
     moved = w[0] * 0
-    for i in range(len(w)): signed[i] = w[i] if x[i] > y else (-w[i] if x[i] < y else w[i] * 0)
+    for i in range(len(w)):
+        signed[i] = w[i] if x[i] > y else (-w[i] if x[i] < y else w[i] * 0)
     for i in range(len(w)):
         total += w[i]
         moved += signed[i]
@@ -168,12 +173,15 @@ def plan_adjoint(
                         weighted_products(g, row_factors[k, 0, j], u, row_factors[k, 1, j], v, w)
                     else:
                         plan_entries(j, rows[k], row_potentials[k], x, c, inverse_reg[k], w)
-                        for i in range(n): w[i] *= g[i]
+                        for i in range(n):
+                            w[i] *= g[i]
                     total, moved = tally(w, signed, rows[k, j], x, column, pull)
                     by_row[0, k, j] += total
                     by_row[1, k, j] += moved
-                for i in range(n): by_column[0, k, left + i] += column[i]
-                for i in range(n): by_column[1, k, left + i] += pull[i]
+                for i in range(n):
+                    by_column[0, k, left + i] += column[i]
+                for i in range(n):
+                    by_column[1, k, left + i] += pull[i]
 
 # %% ../../nbs/3_coupling/07_line_plan.ipynb #41e3609e
 # Exponents that keep every factor in range, and no factor denormal
@@ -189,14 +197,16 @@ class ClipPlan:
         row_factors = np.empty((n_lines, 2, rows.shape[1]), dtype)
         column_factors = np.empty((n_lines, 2, columns.shape[1]), dtype)
         self.factors = row_factors, column_factors, np.empty(n_lines, bool)
-        def fill(start, stop): all_factors(*self.lines, LIMIT[dtype], start, stop, *self.factors)
+        def fill(start, stop):
+            all_factors(*self.lines, LIMIT[dtype], start, stop, *self.factors)
         share_lines(n_lines, 4, fill)
 
     @no_type_check
     def band(self, first_row, n_rows):
         "Mean plan, n_rows rows from first_row on"
         out = np.zeros((n_rows, self.lines[2].shape[1]), self.lines[0].dtype)
-        def add(start, stop): sum_plans(*self.lines, *self.factors, first_row, start, stop, out)
+        def add(start, stop):
+            sum_plans(*self.lines, *self.factors, first_row, start, stop, out)
         share_lines(n_rows, ROW_TILE, add)
         out *= 1 / len(self.lines[0])
         return torch.from_numpy(out)
@@ -208,7 +218,8 @@ class ClipPlan:
             part = np.zeros(by_column.shape)
             plan_adjoint(*self.lines, *self.factors, plan_bar, first_row, start, stop, by_row, part)
             return part
-        for part in share_lines(len(plan_bar), ROW_TILE, task): by_column += part
+        for part in share_lines(len(plan_bar), ROW_TILE, task):
+            by_column += part
 
 # %% ../../nbs/3_coupling/07_line_plan.ipynb #1971ced0
 @patch

@@ -88,8 +88,10 @@ def potentials_backward(ctx, f_bar, g_bar, _):
     "Gradients through `scan_potentials`"
     refuse_second_derivatives()
     kept, first, last, *rest = ctx.saved_tensors
-    if f_bar is None: f_bar = torch.zeros_like(first, dtype=torch.float64)
-    if g_bar is None: g_bar = torch.zeros_like(last, dtype=torch.float64)
+    if f_bar is None:
+        f_bar = torch.zeros_like(first, dtype=torch.float64)
+    if g_bar is None:
+        g_bar = torch.zeros_like(last, dtype=torch.float64)
     bars = scan_potentials_adjoint(f_bar, g_bar, kept, first, last, *rest, ctx.numbers[0])
     return *bars, None, None
 

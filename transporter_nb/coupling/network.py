@@ -26,6 +26,7 @@ from .transport import ProjectedTransport
 from ..core.pages import html_block, html_table
 
 # %% ../../nbs/3_coupling/17_network.ipynb #533f66c6
+@documented("CouplingConfig.mini(vlm_tokens=65, vlm_dim=12).n_projections # 32")
 @dataclass(frozen=True)
 class CouplingConfig:
     "Sizes and settings of a coupling network"
@@ -83,7 +84,8 @@ class CouplingOutput(NamedTuple):
 # %% ../../nbs/3_coupling/17_network.ipynb #57ada868
 def _make_transport(c):
     "The transport that a configuration names"
-    if c.transport == "gromov": return SlicedGromovTransport(c.vlm_dim, c.n_projections)
+    if c.transport == "gromov":
+        return SlicedGromovTransport(c.vlm_dim, c.n_projections)
     if c.transport == "projected":
         return ProjectedTransport(
             c.vlm_dim, c.n_projections, c.entropy_reg, c.n_iterations, c.average,
@@ -187,7 +189,8 @@ def forward(
     projected = self.projection(latents, condition_embeds, condition_mask, t)
     structured = self.structure(self.normalise(reencoded), t)
     branches = projected, structured
-    if self.config.detach_branches: branches = projected.detach(), structured.detach()
+    if self.config.detach_branches:
+        branches = projected.detach(), structured.detach()
     transported, plan = self.transport(*branches, self.places)
     tokens = projected, structured, transported
     return CouplingOutput(*(self.scale * part + self.centre for part in tokens), plan)
@@ -219,7 +222,8 @@ def _transport_in_words(c):
 def _spread_in_words(network):
     "Scale of the VLM's tokens"
     if network.scale.is_meta: return "unknown, the weights are on the meta device"
-    if network.scale == 1 and not network.centre.any(): return "not calibrated"
+    if network.scale == 1 and not network.centre.any():
+        return "not calibrated"
     return f"{network.scale.item():.3g} around the mean token"
 
 # %% ../../nbs/3_coupling/17_network.ipynb #930b5807

@@ -161,7 +161,8 @@ def tiles(
     limit:int, # Entries of one tile; a single row may exceed it
 ) -> product: # Triples of slices: clips, rows, projections
     "Cut all plans into tiles: by rows first, then by projections, then by clips"
-    def cut(total, size): return [slice(start, start + size) for start in range(0, total, size)]
+    def cut(total, size):
+        return [slice(start, start + size) for start in range(0, total, size)]
     height = min(rows, max(1, limit // columns))
     depth = min(projections, max(1, limit // (columns * height)))
     clips = cut(batch, max(1, limit // (columns * height * depth)))
@@ -203,7 +204,8 @@ def _plan_adjoint(inputs, grad, needs_reg):
         mass *= gap.sign() # before any scaling: only equal scores are a tie
         dx[clips, lines, rows] -= mass.sum(-1)
         dy[clips, lines] += mass.sum(-2)
-        if needs_reg: dreg[clips, lines] -= mass.mul_(gap).sum((-1, -2))
+        if needs_reg:
+            dreg[clips, lines] -= mass.mul_(gap).sum((-1, -2))
     dx, dy = dx * inverse_reg[..., None], dy * inverse_reg[..., None]
     return dx.to(x.dtype), df, dy.to(y.dtype), dg, dreg
 
@@ -268,6 +270,7 @@ def apply_plan(
         return AveragedPlan.apply(some, f, columns, column_potentials, inverse_reg) @ carried
     height = max(1, BAND // (values.shape[0] * values.shape[1]))
     bands = list(zip(rows.split(height, -1), row_potentials.split(height, -1)))
-    if len(bands) == 1: return band(*bands[0]).to(values.dtype)
+    if len(bands) == 1:
+        return band(*bands[0]).to(values.dtype)
     settings = dict(use_reentrant=False, preserve_rng_state=False)
     return torch.cat([checkpoint(band, *each, **settings) for each in bands], 1).to(values.dtype)

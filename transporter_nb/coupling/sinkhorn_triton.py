@@ -167,7 +167,8 @@ def triton_mean_plan_backward(
     sides = *inputs[:2], rows, *inputs[2:4], columns
     with torch.cuda.device_of(row_scores):
         mean_plan_backward_kernel[grid](*made, *sides, inputs[4], fits, **settings)
-    def mean(sums): return sums.sum(0, dtype=torch.float64).div(row_scores.shape[1]).unbind(-2)
+    def mean(sums):
+        return sums.sum(0, dtype=torch.float64).div(row_scores.shape[1]).unbind(-2)
     row_push, row_position = mean(row_sums)
     column_push, column_position = mean(column_sums)
     anchor = origin(row_scores, row_potentials)

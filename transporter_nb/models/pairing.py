@@ -35,7 +35,8 @@ def sketch_distance(
     found:Sequence[float], # Another
 ) -> float: # 0 or more: 0 for the same answer, about 1.4 for an unrelated one of the same spread
     "How far two answers are apart, in units of the spread of the recorded one"
-    if len(recorded) != len(found): return float("inf")
+    if len(recorded) != len(found):
+        return float("inf")
     record, other = torch.tensor([list(recorded), list(found)], dtype=torch.float64)
     apart, spread = (record - other).norm().item(), (record - record.mean()).norm().item()
     return apart / max(spread, 1e-12) # 1e-12: an answer may be constant
@@ -50,9 +51,12 @@ def probe(
     kind:str, # One of `GENERATOR_PROBES` or `VLM_PROBES`
 ) -> list[float]: # A sketch of the answer
     "Ask a model one fixed question"
-    if kind == "tokens": return sketch(vlm.embed(vlm.probe_clip()))
-    if kind == "prompt": return sketch(generator.null_condition(1).embeds)
-    if kind == "decoded": return sketch(generator.decode(generator.probe_latents()))
+    if kind == "tokens":
+        return sketch(vlm.embed(vlm.probe_clip()))
+    if kind == "prompt":
+        return sketch(generator.null_condition(1).embeds)
+    if kind == "decoded":
+        return sketch(generator.decode(generator.probe_latents()))
     if kind != "velocity":
         raise ValueError(f"a probe is one of {[*GENERATOR_PROBES, *VLM_PROBES]}, got {kind!r}.")
     edge = generator.boundary
@@ -167,4 +171,5 @@ def check_concepts(
         record = meta.get("made_for")
         if not record: continue
         check_probes(record, present, CONCEPT_PROBES, f"the concept {name!r}", anew)
-        if answers: check_probes(record, present, VLM_PROBES, f"the divergence of {name!r}", adopt)
+        if answers:
+            check_probes(record, present, VLM_PROBES, f"the divergence of {name!r}", adopt)

@@ -48,7 +48,8 @@ def find_adapter(
     "Look a name up and import its adapter"
     if name not in table:
         raise ValueError(f"there is no {kind} named {name!r}; choose one of: {', '.join(table)}")
-    if isinstance(table[name], type): return table[name]
+    if isinstance(table[name], type):
+        return table[name]
     module, cls = table[name].split(":")
     return getattr(import_module(module), cls)
 

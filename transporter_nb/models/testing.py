@@ -67,7 +67,8 @@ def _colours_in(generator, video):
 
 def _colours_out(generator, latents):
     "Latents as clips"
-    if generator.clip_size is None: return latents.transpose(1, 2)
+    if generator.clip_size is None:
+        return latents.transpose(1, 2)
     enlarged = nn.functional.interpolate(latents[:, :3], generator.clip_size)
     return enlarged.sigmoid().transpose(1, 2)
 
@@ -140,7 +141,8 @@ def tiny_generator(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if spread > 0:
-            for weights in wan.parameters(): weights.add_(spread * torch.randn_like(weights))
+            for weights in wan.parameters():
+                weights.add_(spread * torch.randn_like(weights))
     return wan
 
 # %% ../../nbs/2_models/22_testing.ipynb #7120cbdf

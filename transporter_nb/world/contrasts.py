@@ -151,7 +151,8 @@ def apply(
         before, word, after = changed[:place.start], place.target, changed[place.end:]
         article = "an" if word[:1].lower() in "aeiou" else "a"
         before = re.sub(r"\b(a|an)(\s+)$", rf"{article}\2", before)
-        if place.source[0].isupper(): word = word[0].upper() + word[1:]
+        if place.source[0].isupper():
+            word = word[0].upper() + word[1:]
         changed = before + word + after
     counts = {target for source, target in self.words if {source, target} == {"one", "two"}}
     return agree(changed, counts.pop()) if counts else changed
@@ -190,7 +191,8 @@ def word_span(
     last:int, # One past the last word; equal to `first` for a place where a word is missing
 ) -> tuple[int, int]: # First and one-past-last character
     "From words to characters"
-    if first < last: return places[first][0], places[last - 1][1]
+    if first < last:
+        return places[first][0], places[last - 1][1]
     here = places[first][0] if first < len(places) else len(caption)
     return here, here
 
@@ -214,7 +216,8 @@ def changed_words(
     for kind, i, j, k, l in SequenceMatcher(None, *words, autojunk=False).get_opcodes():
         if kind == "equal": continue
         steps = [(i, j, k, l)]
-        if j - i == l - k: steps = [(i + n, i + n + 1, k + n, k + n + 1) for n in range(j - i)]
+        if j - i == l - k:
+            steps = [(i + n, i + n + 1, k + n, k + n + 1) for n in range(j - i)]
         for a, b, c, d in steps:
             gone = word_span(source_caption, sources, a, b)
             come = word_span(target_caption, targets, c, d)

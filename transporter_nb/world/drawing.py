@@ -367,7 +367,8 @@ def draw(
         place = x - across, y - down + lift
         if person: layers = person_layers(*place, values, colour)
         else: layers = [thing_layer(*place, values, colour)]
-        for shade, cover in layers: canvas = canvas + cover[..., None] * (shade - canvas)
+        for shade, cover in layers:
+            canvas = canvas + cover[..., None] * (shade - canvas)
     return canvas.clamp(0, 1)
 
 # %% ../../nbs/1_world/06_drawing.ipynb #4f5574aa

@@ -294,7 +294,8 @@ def polish(
     numbers = found[torch.arange(len(found)), best]
     for k, kind in enumerate(KINDS):
         rows = (best == k).nonzero()[:, 0]
-        if len(rows): numbers[rows] = improve(numbers[rows], kind, many[rows], 8)[0]
+        if len(rows):
+            numbers[rows] = improve(numbers[rows], kind, many[rows], 8)[0]
     return numbers, best
 
 # %% ../../nbs/1_world/07_reading.ipynb #8382ad21
@@ -321,7 +322,8 @@ def search(
         likely = off.argsort(1)[:, :2]
         for k, kind in enumerate(KINDS):
             rows = (poor & (likely == k).any(1)).nonzero()[:, 0]
-            if not len(rows) or form >= len(FORMS[kind[1]]): continue
+            if not len(rows) or form >= len(FORMS[kind[1]]):
+                continue
             again, less = search_kind(kind, [form], first, few, rows, 6, scale)
             better = less < off[rows, k]
             found[rows[better], k], off[rows[better], k] = again[better], less[better]

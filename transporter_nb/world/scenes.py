@@ -210,7 +210,8 @@ def best_words(
     "The most probable word of every slot"
     said = [{} for _ in scenes]
     for slot, p in naming(scenes).items():
-        for words, k in zip(said, p.argmax(-1).tolist()): words[slot] = SLOTS[slot][k]
+        for words, k in zip(said, p.argmax(-1).tolist()):
+            words[slot] = SLOTS[slot][k]
     return said
 
 # %% ../../nbs/1_world/05_scenes.ipynb #c6a2c29f
@@ -222,15 +223,21 @@ def word_numbers(
     "The numbers in the middle of a word's region"
     if word not in SLOTS[slot]:
         raise ValueError(f"{slot} must be one of {', '.join(SLOTS[slot])}, got {word!r}.")
-    if slot == "count": return {"count": SLOTS["count"].index(word) + 1}
-    if slot == "size": return {"radius": RADII[word]}
-    if slot == "colour": return {"hue": SLOTS["colour"].index(word) / len(SLOTS["colour"])}
-    if slot == "floor": return {"ground": tuple(float(name == word) for name in GROUNDS)}
+    if slot == "count":
+        return {"count": SLOTS["count"].index(word) + 1}
+    if slot == "size":
+        return {"radius": RADII[word]}
+    if slot == "colour":
+        return {"hue": SLOTS["colour"].index(word) / len(SLOTS["colour"])}
+    if slot == "floor":
+        return {"ground": tuple(float(name == word) for name in GROUNDS)}
     if slot == "direction":
         sign = 1 if word == "right" else -1
         return {"travel": sign * max(abs(scene.travel), .01)} # also from rest
-    if slot == "pace": return {"travel": math.copysign(PACES[word], scene.travel)}
-    if slot == "shape" and word == "person": return {"person": True, "roundness": 1., "hole": 0.}
+    if slot == "pace":
+        return {"travel": math.copysign(PACES[word], scene.travel)}
+    if slot == "shape" and word == "person":
+        return {"person": True, "roundness": 1., "hole": 0.}
     group = "shape" if slot == "shape" else "thing" if word in THING_MOTIONS else "gait"
     names, scales, words = CORNERS[group]
     values = {name: float(scale * c) for name, scale, c in zip(names, scales, words[word])}
@@ -263,7 +270,8 @@ def do(
     unused = ("rise",) if said["shape"] == "person" else ("run", "wave")
     numbers = dict.fromkeys(unused, 0.) | numbers
     scene = replace(scene, **numbers)
-    for slot, word in words.items(): scene = replace(scene, **word_numbers(slot, word, scene))
+    for slot, word in words.items():
+        scene = replace(scene, **word_numbers(slot, word, scene))
     return scene
 
 # %% ../../nbs/1_world/05_scenes.ipynb #b70eb45b
@@ -277,7 +285,8 @@ def between(
         raise ValueError(
             "between needs two scenes with as many sprites of the same kind, got counts "
             f"{source.count} and {target.count}, person {source.person} and {target.person}.")
-    if not 0 <= level <= 1: raise ValueError(f"level must be from 0 to 1, got {level!r}.")
+    if not 0 <= level <= 1:
+        raise ValueError(f"level must be from 0 to 1, got {level!r}.")
     a, b = to_numbers([source, target]).double()
     step = b - a
     step[COLUMNS["hue"]] = (step[COLUMNS["hue"]] + .5).remainder(1.) - .5
@@ -313,7 +322,8 @@ def draw_words(
     for slot, p in naming(scenes).items():
         below = p.double().cumsum(-1).numpy()
         chosen = (rng.random((len(scenes), 1)) * below[:, -1:] > below).sum(-1)
-        for row, k in zip(rows, chosen): row[slot] = SLOTS[slot][k]
+        for row, k in zip(rows, chosen):
+            row[slot] = SLOTS[slot][k]
     return rows
 
 # %% ../../nbs/1_world/05_scenes.ipynb #735d8446
@@ -333,7 +343,8 @@ def parse_caption(
         "motion": words[4] + "s" if many else words[4],
         "direction": words[5], "pace": words[6], "floor": words[9],
     }
-    for slot, word in said.items(): word_numbers(slot, word, EXAMPLE)
+    for slot, word in said.items():
+        word_numbers(slot, word, EXAMPLE)
     scene = do(Scene(offsets=offsets), **said)
     if spell(said).split()[1:] != words[1:]:
         raise ValueError(f"expected {spell(said)!r}, got {text!r}.")
@@ -388,7 +399,8 @@ def draw_scene(
     "A random scene"
     person = bool(rng.random() < PEOPLE)
     numbers = draw_corner("gait" if person else "thing", rng)
-    if not person: numbers |= draw_corner("shape", rng)
+    if not person:
+        numbers |= draw_corner("shape", rng)
     step = math.log(RADII["huge"] / RADII["tiny"]) / 4
     radius = RADII["tiny"] * math.exp(step * draw_line(5, rng))
     root = [v**.5 for v in PACES.values()]

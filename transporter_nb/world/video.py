@@ -165,7 +165,8 @@ def save_gif(
 ) -> Path: # Where the file is
     "Save one clip as a looping GIF, whole or not at all"
     content = encode_gif(clip, fps, enlarge)
-    with write_aside(path) as aside: aside.write_bytes(content)
+    with write_aside(path) as aside:
+        aside.write_bytes(content)
     return Path(path)
 
 # %% ../../nbs/1_world/02_video.ipynb #b6a7e773
@@ -235,7 +236,8 @@ def show_gif(
     if isinstance(captions, str) or len(captions) not in (0, len(clips)):
         raise ValueError("captions must be a list with one text for each of "
                          f"{len(clips)} clips, or empty, got {captions!r}.")
-    if enlarge < 1: raise ValueError(f"enlarge must be at least 1, got {enlarge}.")
+    if enlarge < 1:
+        raise ValueError(f"enlarge must be at least 1, got {enlarge}.")
     gap = torch.ones_like(clips[0, ..., :1])
     parts = [part for clip in clips for part in (clip, gap)][:-1]
     data = encode_gif(torch.cat(parts, dim=-1), fps, 1)
@@ -261,7 +263,8 @@ def frame_at(
 ) -> int: # Its place in `times`
     "The frame on screen at a moment; none comes early by more than its share of the gap before it"
     k = max(bisect_right(times, moment + early) - 1, 0)
-    while k > 0 and times[k] > moment + EARLY * (times[k] - times[k - 1]): k -= 1
+    while k > 0 and times[k] > moment + EARLY * (times[k] - times[k - 1]):
+        k -= 1
     return k
 
 # %% ../../nbs/1_world/02_video.ipynb #3579a240
@@ -315,7 +318,8 @@ def pick_frames(
             yield shown
         if not waiting: return
         shown = arriving
-    if shown is not None: yield from [shown] * len(waiting)
+    if shown is not None:
+        yield from [shown] * len(waiting)
 
 # %% ../../nbs/1_world/02_video.ipynb #a952b483
 def put_upright(
@@ -388,8 +392,10 @@ def fit_picture(
         picture = picture[:, top:top + keep_high, left:left + keep_wide]
     scale = min(height / high, width / wide)
     inner = (height, width)
-    if fit == "pad": inner = (max(1, round(high * scale)), max(1, round(wide * scale)))
-    if picture.shape[1:] != inner: picture = resize_video(picture[None, None], inner)[0, 0]
+    if fit == "pad":
+        inner = (max(1, round(high * scale)), max(1, round(wide * scale)))
+    if picture.shape[1:] != inner:
+        picture = resize_video(picture[None, None], inner)[0, 0]
     if inner == (height, width): return picture
     canvas = background_colour(background).repeat(1, height, width)
     top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
@@ -574,7 +580,8 @@ def scan_video(
             if known and float(packet.dts * packet.time_base) - stamps[0] > far: break
         sorts = None not in stamps and len(set(stamps)) == len(stamps)
         sorts = sorts and (stamps == sorted(stamps) or track.codec_context.has_b_frames)
-    if sorts: return Timeline(sorted(stamps), aspect, declared)
+    if sorts:
+        return Timeline(sorted(stamps), aspect, declared)
     times = []
     for time, _ in decode_frames(path, Damage(), max_frames):
         times.append(time)
@@ -595,7 +602,8 @@ def collect_pictures(
     "Turn frames into one tensor as they come; None if there are none"
     video, times, before = None, [], None
     for time, frame in picked:
-        if frame is not before: picture, before = frame_picture(frame, background, aspect), frame
+        if frame is not before:
+            picture, before = frame_picture(frame, background, aspect), frame
         if video is None:
             size = tuple(picture.shape[1:]) if size is None else both_sides(size)
             n_bytes = 12 * n_frames * size[0] * size[1]

@@ -75,7 +75,8 @@ def caption(
 ) -> str: # Such as "two small blue rings bounce right quickly over a sandy floor"
     "The caption of a scene, in plain English"
     noun, verb = scene.shape, scene.motion
-    if scene.count == "two": noun, verb = noun + "s", verb[:-1]
+    if scene.count == "two":
+        noun, verb = noun + "s", verb[:-1]
     return (f"{scene.count} {scene.size} {scene.colour} {noun} {verb} {scene.direction} "
             f"{scene.pace} over a {scene.floor} floor")
 
@@ -89,7 +90,8 @@ def parse_caption(
         f"a caption has 11 words like {caption(EXAMPLE)!r}, got {len(words)}: {text!r}")
     count, size, colour, noun, verb, direction, pace = words[:7]
     if count == "a": count = "one"
-    if count == "two": noun, verb = noun.removesuffix("s"), verb + "s"
+    if count == "two":
+        noun, verb = noun.removesuffix("s"), verb + "s"
     scene = Scene(count, size, colour, noun, verb, direction, pace, words[9], place)
     if caption(scene).split()[1:] != words[1:]:
         raise ValueError(f"expected {caption(scene)!r}, got {text!r}")
@@ -117,7 +119,8 @@ def sample_scenes(
     while len(scenes) < n:
         words = {slot: options[rng.integers(len(options))] for slot, options in SLOTS.items()}
         scene = Scene(**words, place=tuple(float(x) for x in rng.uniform(-1, 1, 4)))
-        if split == "all" or is_held_out(scene) == (split == "heldout"): scenes.append(scene)
+        if split == "all" or is_held_out(scene) == (split == "heldout"):
+            scenes.append(scene)
     return scenes
 
 # %% ../../nbs/1_world/04_words.ipynb #d7696e1b
@@ -165,7 +168,8 @@ def sprite_centres(
     rise = vertical_paths()[SLOTS["motion"].index(scene.motion)]
     x_first, x_second, y_both, _ = scene.place
     rows = [(x_first, 8 + 0.3 * y_both), (x_second, 24 + 0.3 * y_both)]
-    if scene.count == "one": rows = [(x_first, SIZE / 2 + 4 * y_both)]
+    if scene.count == "one":
+        rows = [(x_first, SIZE / 2 + 4 * y_both)]
     way = sign * TRAVEL[scene.pace] * u
     paths = [torch.stack([SIZE / 2 + 2.5 * x + way, y + rise], -1) for x, y in rows]
     return torch.stack(paths)
@@ -178,7 +182,8 @@ def shape_distance(
     radius:float, # px, half the width
 ) -> Float[Tensor, "*grid"]: # px, negative inside
     "Signed distance to the border of a sprite"
-    if shape == "ball": return (x**2 + y**2).sqrt() - radius
+    if shape == "ball":
+        return (x**2 + y**2).sqrt() - radius
     if shape == "ring":
         half_width = 0.27 * radius + 0.1
         return ((x**2 + y**2).sqrt() - (radius - half_width)).abs() - half_width
@@ -286,7 +291,8 @@ def find_blobs(
     for k in range(1, n + 1):
         region = ndimage.binary_dilation(labels == k, iterations=1)
         inside = np.where(region & ((labels == k) | (labels == 0)), cover, 0.0)
-        if inside.sum() >= smallest and (inside > 0.5).any(): blobs.append(measure_blob(inside))
+        if inside.sum() >= smallest and (inside > 0.5).any():
+            blobs.append(measure_blob(inside))
     return sorted(blobs, key=lambda b: b.y)
 
 # %% ../../nbs/1_world/04_words.ipynb #d0bc8e53
@@ -308,7 +314,8 @@ def read_colour(
     distance = (torch.tensor(list(COLOURS.values())) - colour).norm(dim=1)
     order = distance.argsort()
     nearest, second = distance[order[:2]]
-    if not nearest <= farthest or nearest > 0.6 * second: return UNREADABLE
+    if not nearest <= farthest or nearest > 0.6 * second:
+        return UNREADABLE
     return list(COLOURS)[order[0]]
 
 # %% ../../nbs/1_world/04_words.ipynb #2775e11a
@@ -357,7 +364,8 @@ def read_clip(
     frames = [find_blobs(cover) for cover in coverage.numpy()]
     numbers = [len(blobs) for blobs in frames]
     count = max((1, 2), key=numbers.count)
-    if numbers.count(count) < FRAMES - 2: return words
+    if numbers.count(count) < FRAMES - 2:
+        return words
     words |= {"count": SLOTS["count"][count - 1], "colour": read_colour(colour)}
     seen = np.array([k for k in range(FRAMES) if numbers[k] == count])
     words |= read_form([blob for k in seen for blob in frames[k]])

@@ -106,7 +106,8 @@ class Trunk(nn.Module):
     def forward(self, x:Float[Tensor, "batch 3 *grid"]) -> tuple:
         colours = x.to(self.stem.weight.dtype) # clips come in any float type
         layers = [self.norm(self.stem(2 * colours - 1)).relu()] # colours around 0
-        for block in self.blocks: layers.append(block(layers[-1]))
+        for block in self.blocks:
+            layers.append(block(layers[-1]))
         return self.to_features(layers[-1].float().flatten(2).mean(-1)), layers[1:]
 
 # %% ../../../nbs/2_models/14_encoders.networks.ipynb #069a2da3
@@ -301,6 +302,7 @@ def load_encoder(
                          f"{caption_words()}. Train it again with "
                          "`nbs/training/train_encoders.ipynb`.")
     config = EncoderConfig(**kept["config"] | {"widths": tuple(kept["config"]["widths"])})
-    with torch.random.fork_rng(devices=[]): encoder = ENCODERS[name](config) # overwritten below
+    with torch.random.fork_rng(devices=[]):
+        encoder = ENCODERS[name](config) # overwritten below
     encoder.load_state_dict(tensors)
     return encoder.to(resolve_device(device)).eval().requires_grad_(False)

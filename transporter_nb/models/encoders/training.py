@@ -65,7 +65,8 @@ def change_in_training(
     rng:np.random.Generator, # Chooses slot and word
 ) -> Scene: # Another training combination
     "Change one word, and stay among the combinations that may be learned from"
-    while is_held_out(changed := change_one(scene, str(rng.choice(list(SLOTS))), rng)): pass
+    while is_held_out(changed := change_one(scene, str(rng.choice(list(SLOTS))), rng)):
+        pass
     return changed
 
 # %% ../../../nbs/2_models/15_encoders.training.ipynb #6e61b5a0
@@ -85,7 +86,8 @@ def encoder_batch(
     key = 2**44 + seed * 2**24 + step
     rng = np.random.default_rng(key)
     scenes = sample_scenes(batch_size // 2 if paired else batch_size, key)
-    if paired: scenes = scenes + [change_in_training(scene, rng) for scene in scenes]
+    if paired:
+        scenes = scenes + [change_in_training(scene, rng) for scene in scenes]
     return EncoderBatch(wear(render(scenes), seeded_generator(key)), scenes, rng)
 
 # %% ../../../nbs/2_models/15_encoders.training.ipynb #96c8fcfa
@@ -123,7 +125,8 @@ def same_words(
     columns:Sequence[Scene], # Others
 ) -> Bool[Tensor, "rows columns"]: # True where all eight words agree
     "Which captions say the same"
-    def numbers(scenes): return torch.tensor([_slot_indices(scenes, slot) for slot in SLOTS]).T
+    def numbers(scenes):
+        return torch.tensor([_slot_indices(scenes, slot) for slot in SLOTS]).T
     return (numbers(rows)[:, None] == numbers(columns)[None]).all(-1)
 
 def contrast_loss(
@@ -142,7 +145,8 @@ def with_article(
 ) -> str: # Its caption
     "The caption, now and then with an article instead of a count"
     text = caption(scene)
-    if scene.count == "one" and rng.random() < share: return "a " + text.removeprefix("one ")
+    if scene.count == "one" and rng.random() < share:
+        return "a " + text.removeprefix("one ")
     return text
 
 def contrastive_loss(
@@ -226,7 +230,8 @@ def channels_last(
     "Keep kernels with the channels last: the numbers stay, their order in memory changes"
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     for p in encoder.parameters():
-        if p.ndim in formats: p.data = p.data.contiguous(memory_format=formats[p.ndim])
+        if p.ndim in formats:
+            p.data = p.data.contiguous(memory_format=formats[p.ndim])
     return encoder
 
 # %% ../../../nbs/2_models/15_encoders.training.ipynb #98958b20
@@ -250,7 +255,8 @@ def train_encoder(
             save_training(resume_path, step, encoder, optimizer, extra={"losses": losses})
     start = time.monotonic()
     while step < settings.steps and time.monotonic() - start < 60 * minutes:
-        for group in optimizer.param_groups: group["lr"] = settings.rate * settings.share(step)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.rate * settings.share(step)
         with torch.autocast(device, torch.bfloat16) if settings.autocast else nullcontext():
             loss = encoder_loss(encoder, step, settings)
         optimizer.zero_grad()
@@ -259,7 +265,8 @@ def train_encoder(
         optimizer.step()
         losses.append(loss.item())
         step += 1
-        if report: report(step, losses[-1])
+        if report:
+            report(step, losses[-1])
         if step % save_every == 0: save()
     save()
     encoder.eval().requires_grad_(False)
@@ -308,5 +315,6 @@ def one_word_accuracy(
         wrong = [change_one(scene, slot, rng) for scene in scenes]
         found = {"wrong caption": cosine(clips, read(wrong)),
                  "wrong clip": cosine(look(wrong), texts)}
-        for side, other in found.items(): shares[side][slot] = (fits > other).double().mean().item()
+        for side, other in found.items():
+            shares[side][slot] = (fits > other).double().mean().item()
     return shares

@@ -124,7 +124,8 @@ class WanConfig:
 
     def __post_init__(self):
         errors = size_errors(self)
-        if errors: raise ValueError("; ".join(errors) + ". These follow from the other sizes.")
+        if errors:
+            raise ValueError("; ".join(errors) + ". These follow from the other sizes.")
     @classmethod
     def mini(cls, words:Sequence[str]|None=None, **changes) -> "WanConfig":
         return cls(words=tuple(words or world_words()), **changes)
@@ -380,7 +381,8 @@ class _WanParts(VideoGenerator):
         self.runs_on = None # Where it computes when its weights wait elsewhere, see `place`
 
     @property
-    def device(self) -> torch.device: return self.runs_on or next(self.parameters()).device
+    def device(self) -> torch.device:
+        return self.runs_on or next(self.parameters()).device
 
 # %% ../../../nbs/2_models/02_generators.wan.ipynb #757bfd4e
 class WanGenerator(_WanParts):
@@ -401,7 +403,8 @@ class WanGenerator(_WanParts):
     def load(cls, scale:str="mini", device:str|torch.device="auto",
              options:LoadOptions|None=None) -> "WanGenerator":
         "Trained weights, frozen: the shipped miniature, or the hub's, placed as `options` say"
-        if check_scale(scale) == "mini": return load_files(device=device)
+        if check_scale(scale) == "mini":
+            return load_files(device=device)
         return load_hub(device=device, options=options)
 
     @classmethod
@@ -460,8 +463,10 @@ def wan_velocity(
     timestep = to_timestep(t)
     early = t <= (1 if generator.boundary is None else generator.boundary)
     experts = generator.transformer, generator.transformer_2
-    if bool(early.all()): return run_expert(experts[0], latents, embeds, timestep)
-    if not bool(early.any()): return run_expert(experts[1], latents, embeds, timestep)
+    if bool(early.all()):
+        return run_expert(experts[0], latents, embeds, timestep)
+    if not bool(early.any()):
+        return run_expert(experts[1], latents, embeds, timestep)
     out = torch.empty_like(latents)
     for expert, rows in zip(experts, (early, ~early)):
         velocity = run_expert(expert, latents[rows], embeds[rows], timestep[rows])
@@ -489,7 +494,8 @@ def encode_video(
     "Latents of videos: the mode of the posterior, normalised"
     check_clip(generator.config, video.shape)
     colours = (2 * widen(video) - 1).transpose(1, 2).to(compute_dtype(generator.vae))
-    with VAE_LOCK: latents = generator.vae.encode(colours).latent_dist.mode().float()
+    with VAE_LOCK:
+        latents = generator.vae.encode(colours).latent_dist.mode().float()
     mean, std = latent_scale(generator, latents)
     return (latents - mean) / std
 
@@ -502,7 +508,8 @@ def decode_latents(
     latents = widen(latents)
     mean, std = latent_scale(generator, latents)
     own = (latents * std + mean).to(compute_dtype(generator.vae))
-    with VAE_LOCK: video = generator.vae.decode(own).sample.float()
+    with VAE_LOCK:
+        video = generator.vae.decode(own).sample.float()
     return ((video + 1) / 2).transpose(1, 2)
 
 # %% ../../../nbs/2_models/02_generators.wan.ipynb #89372ef1
@@ -554,7 +561,8 @@ def fit_tensors(
         raise ValueError(f"{part}.safetensors does not fit its own sizes: {len(names)} tensors "
                          f"{problem}, first {names[0]}. Restore the file, or train it again.")
     with torch.no_grad():
-        for name, value in given.items(): wanted[name].copy_(value)
+        for name, value in given.items():
+            wanted[name].copy_(value)
 
 def load_files(
     folder:str|Path|None=None, # With the two files; None is the place of the shipped weights
@@ -584,7 +592,8 @@ class OneAtATime(ModelHook):
 
     def pre_forward(self, module:nn.Module, *args, **kwargs) -> tuple:
         if not any(other is module for other in self.resident):
-            while self.resident: self.resident.pop().to("cpu")
+            while self.resident:
+                self.resident.pop().to("cpu")
             self.resident.append(module.to(self.device))
         return args, kwargs
 
@@ -627,7 +636,8 @@ def load_hub(
     vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=vae_dtype)
     text_encoder = UMT5EncoderModel.from_pretrained(
         folder, subfolder="text_encoder", dtype=dtype, **spread)
-    if options.device_map: vae = vae.to(resolve_device(device))
+    if options.device_map:
+        vae = vae.to(resolve_device(device))
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     generator = WanGenerator(config, vae, experts[0], text_encoder, tokenizer, *experts[1:])
     return place(generator.freeze(), options, device)
@@ -642,7 +652,8 @@ def widen_kept(
     "Give a blank network the types that it would be loaded with"
     kept = set(kept_in_float32(network, dtype))
     for name, value in network.named_parameters():
-        if not kept.isdisjoint(name.split(".")): value.data = value.data.float()
+        if not kept.isdisjoint(name.split(".")):
+            value.data = value.data.float()
 
 def _blank_part(
     part:str, # One of `PARTS`
@@ -655,7 +666,8 @@ def _blank_part(
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device(device): network = build(config)
+        with torch.device(device):
+            network = build(config)
     finally: torch.set_default_dtype(before)
     widen_kept(network, dtype)
     return network
@@ -677,7 +689,8 @@ def blank_generator(
     built = {part: nn.Identity() for part in PARTS} | {"transformer_2": None}
     for part in PARTS:
         dtype = DTYPES[options.vae_dtype if part == "vae" else options.dtype]
-        if part in parts: built[part] = _blank_part(part, config, dtype, device)
+        if part in parts:
+            built[part] = _blank_part(part, config, dtype, device)
     generator = WanGenerator(config, tokenizer=word_tokenizer(config.words), **built).freeze()
     generator.runs_on = torch.device(device)
     if options.vae_tiling and "vae" in parts:

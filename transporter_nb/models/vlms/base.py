@@ -168,7 +168,8 @@ def token_id(
     prefix:str="", # The words before it; "" for a word that starts the answer
 ) -> int: # Its first token there
     "The token by which the VLM starts to say a word"
-    if not word.strip(): raise ValueError(f"token_id needs a word, got {word!r}.")
+    if not word.strip():
+        raise ValueError(f"token_id needs a word, got {word!r}.")
     said = self.word_ids(prefix) if prefix else []
     return self.word_ids(f"{prefix} {word}".strip())[len(said)]
 
@@ -242,7 +243,8 @@ def caption(
         best = logits[:, packed.last[0, 0]].argmax(-1).tolist()
         for words, word in zip(said, best):
             words.append(self.end_id if self.end_id in words else word)
-        if all(self.end_id in words for words in said): break
+        if all(self.end_id in words for words in said):
+            break
     ended = [words[:words.index(self.end_id)] if self.end_id in words else words for words in said]
     return [self.tokenizer.decode(words, skip_special_tokens=True) for words in ended]
 
@@ -256,7 +258,8 @@ def answer_ids(
     said = self.word_ids(turn.prefix) if turn.prefix else []
     ids = self.word_ids(f"{turn.prefix} {turn.answer}".strip())[len(said):]
     ids = ids + [self.end_id] * turn.complete
-    if not ids: raise ValueError(f"a turn to learn needs an answer, got {turn}.")
+    if not ids:
+        raise ValueError(f"a turn to learn needs an answer, got {turn}.")
     return ids
 
 @patch

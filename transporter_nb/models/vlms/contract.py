@@ -38,7 +38,8 @@ def require(
     fix:str, # Where to look
 ):
     "Refuse an adapter that breaks a rule"
-    if not kept: raise ValueError(f"adapter {vlm.name!r}: {broken}. {fix}")
+    if not kept:
+        raise ValueError(f"adapter {vlm.name!r}: {broken}. {fix}")
 
 def gap(
     a:Float[Tensor, "*shape"], # Any numbers
@@ -122,7 +123,8 @@ def check_injection(
     if pixels is None: return "not checked: give `pixels`, the class's own path"
     ours = vlm.next_token_log_probs(vlm.embed(video), DESCRIBE, "two large")
     turn = vlm.prompt_ids(DESCRIBE, "two large")
-    with torch.no_grad(): theirs = pixels(vlm, video, turn).float().log_softmax(-1)
+    with torch.no_grad():
+        theirs = pixels(vlm, video, turn).float().log_softmax(-1)
     apart = gap(ours, theirs)
     require(apart <= tolerance, vlm,
             "injected embeddings must answer as pixels do, "
@@ -250,7 +252,8 @@ def check_saving(
     tolerance:float, # Not used: the second copy is equal, the first to half precision
 ) -> str: # What was measured
     "What is loaded answers as what was saved"
-    def answer(some): return some.next_token_log_probs(some.embed(video), DESCRIBE).exp().cpu()
+    def answer(some):
+        return some.next_token_log_probs(some.embed(video), DESCRIBE).exp().cpu()
     with tempfile.TemporaryDirectory() as folder:
         first, second = (Path(folder) / f"{name}.safetensors" for name in ("first", "second"))
         vlm.save(first)
@@ -296,6 +299,7 @@ def check_adapter(
         raise ValueError("check_adapter compares clips: give two or more different ones, "
                          f"got {len(video)}. Render some scenes.")
     def measure(check):
-        if check is check_injection: return check(vlm, video, tolerance, pixels=pixels)
+        if check is check_injection:
+            return check(vlm, video, tolerance, pixels=pixels)
         return check(vlm, video, tolerance)
     return ContractReport(Measured(rule, measure(check)) for rule, check in RULES.items())

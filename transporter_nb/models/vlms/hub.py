@@ -215,7 +215,8 @@ def start_weights(
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d, nn.Embedding)):
             nn.init.normal_(module.weight, std=module.weight[0].numel()**-0.5)
         for value in module.parameters(recurse=False):
-            if value.ndim == 2 and not value.any(): nn.init.normal_(value, std=len(value)**-0.5)
+            if value.ndim == 2 and not value.any():
+                nn.init.normal_(value, std=len(value)**-0.5)
 
 # %% ../../../nbs/2_models/07_vlms.hub.ipynb #6730969b
 @patch_to(HubVLM, cls_method=True)
@@ -268,7 +269,8 @@ def load(
     options:LoadOptions|None=None, # Of the paper scale: types and places of the weights
 ) -> HubVLM: # Frozen
     "A trained VLM"
-    if check_scale(scale) == "paper": return cls.from_hub(settings or cls.paper, device, options)
+    if check_scale(scale) == "paper":
+        return cls.from_hub(settings or cls.paper, device, options)
     shipped = checkpoint_path(f"vlm_{cls.name}")
     if path is None and not shipped.exists():
         raise FileNotFoundError(
@@ -301,8 +303,10 @@ def place(
 ) -> HubVLM: # The same object
     "Put a VLM on a machine as the options say"
     device = resolve_device(device)
-    if options.offload == "none" and not options.device_map: return vlm.to(device)
-    if options.offload != "none": cpu_offload(vlm.model, device, preload_module_classes=WHOLE)
+    if options.offload == "none" and not options.device_map:
+        return vlm.to(device)
+    if options.offload != "none":
+        cpu_offload(vlm.model, device, preload_module_classes=WHOLE)
     vlm.preamble = vlm.preamble.to(device)
     vlm.blocks = vlm.blocks.to(device)
     return vlm

@@ -36,8 +36,10 @@ def forms(
     many:bool=False, # Whether the caption counts more than one
 ) -> tuple[str, ...]: # One form for each word of the slot, in the order of `SLOTS`
     "The words of a slot as a caption spells them"
-    if many and slot == "shape": return tuple(PLURALS.get(w, w + "s") for w in SLOTS["shape"])
-    if many and slot == "motion": return tuple(w.removesuffix("s") for w in SLOTS["motion"])
+    if many and slot == "shape":
+        return tuple(PLURALS.get(w, w + "s") for w in SLOTS["shape"])
+    if many and slot == "motion":
+        return tuple(w.removesuffix("s") for w in SLOTS["motion"])
     return SLOTS[slot]
 
 def lesson_words() -> list[str]: # In a fixed order
@@ -53,7 +55,8 @@ def whole_turn(
 ) -> Turn: # Three captions in ten that count one begin with "a"
     "The whole caption as an answer"
     text = spell(words)
-    if words["count"] != "one" or rng.random() >= .3: return Turn(DESCRIBE, "", text)
+    if words["count"] != "one" or rng.random() >= .3:
+        return Turn(DESCRIBE, "", text)
     return Turn(DESCRIBE, "a", text.removeprefix("one "))
 
 def contrary_turn(
@@ -88,7 +91,8 @@ def slots_of(
     "Which words of an answer belong to which slot"
     words = turn.answer.split()
     for slot, question in QUESTIONS.items():
-        if turn.question == question: return [slot] * len(words), False
+        if turn.question == question:
+            return [slot] * len(words), False
     at, said = len(turn.prefix.split()), f"{turn.prefix} {turn.answer}".split()
     named = {place: slot for slot, place in PLACES.items()}
     return [named.get(at + k) for k in range(len(words))], said[0] in ("two", "three")
@@ -121,12 +125,14 @@ def ideal_tokens(
     for word, slot in zip(turn.answer.split(), slots):
         pieces = word_pieces(vlm, word, said)
         may, p = pieces[:1], [1.]
-        if slot: may = [word_pieces(vlm, other, said)[0] for other in forms(slot, many)]
+        if slot:
+            may = [word_pieces(vlm, other, said)[0] for other in forms(slot, many)]
         if slot: p = chances[slot]
         tokens.append((pieces[0], may, p))
         tokens += [(piece, [piece], [1.]) for piece in pieces[1:]]
         said = f"{said} {word}".strip()
-    if turn.complete: tokens.append((vlm.end_id, [vlm.end_id], [1.]))
+    if turn.complete:
+        tokens.append((vlm.end_id, [vlm.end_id], [1.]))
     return tokens
 
 # %% ../../../nbs/2_models/20_vlms.lessons.ipynb #b09bb3fe

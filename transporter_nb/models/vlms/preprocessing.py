@@ -46,7 +46,8 @@ def byte_product(
     smooth = (images @ weights.T.to(images)).clamp(0, 1)
     with torch.no_grad():
         top, bits = weights.max().item(), 0
-        while bits < 22 and int(.5 + top * 2**(bits + 1)) < 2**15: bits += 1
+        while bits < 22 and int(.5 + top * 2**(bits + 1)) < 2**15:
+            bits += 1
         in_bits = (weights * 2**bits).round().T.to(images.device)
         whole = (images * 255).round().double() @ in_bits
         exact = (whole / 2**bits + .5).floor().clamp(0, 255) / 255
@@ -143,7 +144,8 @@ def paced_frames(
     count = max(1, min(round(fps * duration), most))
     if skip > 0 and duration - 2 * skip > most * fps:
         first, last = int(skip * rate), min(int(n_total - skip * rate), last)
-    if first >= last: first, last = 0, n_total - 1
+    if first >= last:
+        first, last = 0, n_total - 1
     step = (last - first) / max(count - 1, 1)
     chosen = {math.floor(k * step + first) for k in range(max(count - 1, 1))}
     return sorted(chosen | {last} if count > 1 else chosen)
@@ -156,7 +158,8 @@ SLACK = 1e-3
 def _check_colours(video:Float[Tensor, "batch frames 3 height width"]) -> None:
     "Refuse a video that is not in [0, 1]"
     low, high = (value.item() for value in video.detach().aminmax())
-    if low >= -SLACK and high <= 1 + SLACK: return
+    if low >= -SLACK and high <= 1 + SLACK:
+        return
     raise ValueError(f"a video has colours in [0, 1], got {low:.3g} to {high:.3g}. From [-1, 1], "
                      "use (video + 1) / 2; clamp what a decoder overshoots; NaN comes from the "
                      "model before.")
@@ -226,7 +229,8 @@ def smol_squares(
     def fit(images, height, width):
         return resize(images, height, width, "lanczos", rounded=rounded)
     fitted = fit(images, *fit_longest_edge(*images.shape[-2:], edge))
-    if not split: return fit(fitted, square, square)[:, None]
+    if not split:
+        return fit(fitted, square, square)[:, None]
     height, width = fitted.shape[-2:]
     if width >= height:
         wide = math.ceil(width / square)
@@ -235,7 +239,8 @@ def smol_squares(
         high = math.ceil(height / square)
         wide = math.ceil(int(high * square * (width / height)) / square)
     fitted = fit(fitted, high * square, wide * square)
-    if high == wide == 1: return fitted[:, None]
+    if high == wide == 1:
+        return fitted[:, None]
     grid = fitted.unflatten(-2, (high, square)).unflatten(-1, (wide, square))
     cut = grid.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
     return torch.cat([cut, fit(fitted, square, square)[:, None]], 1)
@@ -249,14 +254,17 @@ def crop_grid(
 ) -> tuple[int, int]: # Rows and columns
     "The grid of crops for a frame, as Phi-4 chooses it"
     rows, columns = math.ceil(height / size), math.ceil(width / size)
-    if rows * columns <= most: return rows, columns
-    def off(grid): return abs(width / height - grid[1] / grid[0])
+    if rows * columns <= most:
+        return rows, columns
+    def off(grid):
+        return abs(width / height - grid[1] / grid[0])
     grids = [(j, i) for i in range(1, most + 1) for j in range(1, most // i + 1)]
     grids.sort(key=lambda grid: grid[0] * grid[1])
     nearest = min(map(off, grids))
     first, *larger = [grid for grid in grids if off(grid) == nearest]
     for rows, columns in larger: # the same aspect with more crops, if the frame has the pixels
-        if height * width > .5 * size**2 * rows * columns: first = (rows, columns)
+        if height * width > .5 * size**2 * rows * columns:
+            first = (rows, columns)
     return first
 
 # %% ../../../nbs/2_models/04_vlms.preprocessing.ipynb #597a2191

