@@ -89,9 +89,11 @@ def as_config(
 ) -> Any: # The same content as dicts with string keys, lists, strings, numbers, booleans, None
     "Settings as plain JSON values"
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        config = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        config = {field.name: getattr(config, field.name)
+                  for field in dataclasses.fields(config)}
     if isinstance(config, Mapping):
-        return {str(key): as_config(value) for key, value in config.items()}
+        return {str(key): as_config(value)
+                for key, value in config.items()}
     if isinstance(config, (list, tuple)):
         return [as_config(value) for value in config]
     if isinstance(config, (torch.dtype, torch.device, Path)):
@@ -115,7 +117,8 @@ def count_parameters(
     trainable_only:bool=False, # Leave out frozen parameters
 ) -> int: # Number of scalars
     "How many parameters a module has"
-    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable_only)
+    return sum(p.numel()
+               for p in module.parameters() if p.requires_grad or not trainable_only)
 
 # %% ../../nbs/0_core/01_base.ipynb #9b7c41e2
 def widen(
@@ -203,7 +206,8 @@ def save_checkpoint(
 ) -> Path: # Where the file is
     "Save tensors with their configuration and a SHA-256 of both, whole or not at all"
     config_text = json.dumps(as_config({} if config is None else config), sort_keys=True)
-    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    copies = {name: tensor.detach().cpu().contiguous().clone()
+              for name, tensor in tensors.items()}
     digest = tensor_digest(copies, config_text)
     metadata = {"format": "pt", "config": config_text, "sha256": digest}
     try:
@@ -243,7 +247,8 @@ def load_checkpoint(
     if found != stored: raise ValueError(
         f"{path.name} was altered: SHA-256 is {found[:12]}..., saved as {stored[:12]}.... {fix}")
     device = resolve_device(device)
-    moved = {name: tensor.to(device) for name, tensor in tensors.items()}
+    moved = {name: tensor.to(device)
+             for name, tensor in tensors.items()}
     return Checkpoint(moved, json.loads(metadata["config"]))
 
 # %% ../../nbs/0_core/01_base.ipynb #5bc819a3
@@ -287,7 +292,8 @@ def unflatten_optimizer(
     optimizer:torch.optim.Optimizer, # Built the same way as the one that was saved
 ):
     "Put saved moments and settings back into an optimizer"
-    slots = {int(index): dict(values) for index, values in state.optimizer["plain"].items()}
+    slots = {int(index): dict(values)
+             for index, values in state.optimizer["plain"].items()}
     for key, value in state.part("optimizer").items():
         index, slot = key.split("/", 1)
         own = slots.setdefault(int(index), {})
@@ -308,14 +314,17 @@ def save_training(
 ) -> Path: # Where the file is
     "Save everything the next training step depends on, whole or not at all"
     tensors, plain = flatten_optimizer(optimizer)
-    tensors |= {f"model/{name}": value for name, value in model.state_dict().items()}
+    tensors |= {f"model/{name}": value
+                for name, value in model.state_dict().items()}
     averages = ema.state_dict() if isinstance(ema, nn.Module) else ema or {}
-    tensors |= {f"ema/{name}": value for name, value in averages.items()}
+    tensors |= {f"ema/{name}": value
+                for name, value in averages.items()}
     for name, generator in (generators or {}).items():
         tensors[f"generator/{name}"] = generator.get_state()
     tensors["global/cpu"] = torch.get_rng_state()
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    tensors |= {f"global/cuda{i}": state for i, state in enumerate(on_gpus)}
+    tensors |= {f"global/cuda{i}": state
+                for i, state in enumerate(on_gpus)}
     return save_checkpoint(path, tensors, {"step": step, "optimizer": plain, "extra": extra})
 
 def load_training(

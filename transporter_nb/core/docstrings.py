@@ -72,11 +72,13 @@ def documented(
         if result and not inspect.isclass(thing):
             kind = short_type(inspect.signature(f).return_annotation)
             parts.append(section("Returns", [kind, indent(" ".join(result.split()), "    ")]))
-        errors = [f"{error}\n    {when}" for error, when in (raises or {}).items()]
+        errors = [f"{error}\n    {when}"
+                  for error, when in (raises or {}).items()]
         if errors:
             parts.append(section("Raises", errors))
         if example:
-            typed = [f">>> {line}" for line in dedent(example).strip().split("\n")]
+            typed = [f">>> {line}"
+                     for line in dedent(example).strip().split("\n")]
             parts.append(section("Examples", typed))
         thing.__doc__ = "\n\n".join(parts)
         return thing

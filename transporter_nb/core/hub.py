@@ -72,12 +72,14 @@ def missing_files(
 ) -> list[str]: # Patterns without a match, and shards an index names; empty if complete
     "The files that a snapshot lacks"
     folder = Path(folder)
-    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    names = {path.relative_to(folder).as_posix()
+             for path in folder.rglob("*") if path.is_file()}
     missing = [pattern for pattern in source.files
                if not any(fnmatch(name, pattern) for name in names)]
     for index in (name for name in names if name.endswith(".index.json")):
         shards = set(json.loads((folder / index).read_text())["weight_map"].values())
-        beside = [(Path(index).parent / shard).as_posix() for shard in shards]
+        beside = [(Path(index).parent / shard).as_posix()
+                  for shard in shards]
         missing += sorted(shard for shard in beside if shard not in names)
     return missing
 

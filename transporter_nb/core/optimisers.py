@@ -87,12 +87,14 @@ class MuonAdamW(torch.optim.Optimizer):
     ):
         whole = isinstance(parameters, nn.Module)
         named = parameters.named_parameters() if whole else parameters
-        trained = [(name, p) for name, p in named if p.requires_grad]
+        trained = [(name, p)
+                   for name, p in named if p.requires_grad]
         if not trained: raise ValueError(
             "there is nothing to train: every parameter is frozen, or none was given. "
             "Call requires_grad_(True) first.")
         layers = parameters.modules() if whole else ()
-        tables = {id(layer.weight) for layer in layers if isinstance(layer, nn.Embedding)}
+        tables = {id(layer.weight)
+                  for layer in layers if isinstance(layer, nn.Embedding)}
         kinds = {"adamw": [], "muon": []}
         for name, p in trained:
             muon = muon_rate > 0 and id(p) not in tables and matrices(name, p)
@@ -119,7 +121,8 @@ def parameters_of(
     kind:str, # `"adamw"` or `"muon"`
 ) -> list[Tensor]: # For example to clip gradients; Muon's step does not depend on their size
     "All parameters that learn by one rule"
-    return [p for group in self.param_groups if group["kind"] == kind for p in group["params"]]
+    return [p
+            for group in self.param_groups if group["kind"] == kind for p in group["params"]]
 
 # %% ../../nbs/0_core/02_optimisers.ipynb #fc141e34
 @patch

@@ -40,7 +40,8 @@ def html_table(
         return f'<{tag} style="{style}">{escape(text)}</{tag}>'
     def line(texts, tag):
         return "<tr>" + "".join(cell(text, tag) for text in texts) + "</tr>"
-    lines = [line(texts, "td" if k else "th") for k, texts in enumerate(rows)]
+    lines = [line(texts, "td" if k else "th")
+             for k, texts in enumerate(rows)]
     return "<table>" + "".join(lines) + "</table>"
 
 # %% ../../nbs/0_core/04_pages.ipynb #2b192d95

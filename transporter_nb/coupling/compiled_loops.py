@@ -103,7 +103,8 @@ def share_lines(n_lines, multiple, task):
     n_blocks = -(-n_lines // multiple)
     n_threads = max(1, min(torch.get_num_threads(), n_blocks))
     per_thread = multiple * -(-n_blocks // n_threads)
-    ranges = [(start, min(start + per_thread, n_lines)) for start in range(0, n_lines, per_thread)]
+    ranges = [(start, min(start + per_thread, n_lines))
+              for start in range(0, n_lines, per_thread)]
     if len(ranges) == 1:
         return [task(*ranges[0])]
     pool = thread_pool(torch.get_num_threads(), os.getpid())

@@ -93,7 +93,8 @@ def share_rows(
     tokens:Float[Tensor, "batch rows channels"], # The tokens that the rows belong to
 ) -> Float[Tensor, "batch rows columns"]: # Rows of equal tokens replaced by their mean
     "Let equal tokens of a clip have equal rows"
-    if all(len(clip.unique()) == len(clip) for clip in tokens[..., 0]):
+    if all(len(clip.unique()) == len(clip)
+           for clip in tokens[..., 0]):
         return plan # one channel separates all tokens: the usual case, and cheap to test
     shared = []
     for clip_plan, clip in zip(plan, tokens):
@@ -131,7 +132,8 @@ def make_plan(
 ) -> Float[Tensor, "batch structured_tokens projected_tokens"]: # Rows sum to 1; no gradient
     "The plan from projected to structured tokens, averaged over lines"
     with torch.autocast(projected.device.type, enabled=False):
-        pair = [tokens.to(self.directions.dtype) for tokens in (projected, structured)]
+        pair = [tokens.to(self.directions.dtype)
+                for tokens in (projected, structured)]
         scores = [self.directions @ tokens.transpose(1, 2) for tokens in pair]
         for name, values in zip(("projected", "structured"), scores):
             if not values.isfinite().all():

@@ -231,7 +231,8 @@ def gradients(self:ClipPlan, by_row, by_column):
     reg_bar = ((rows - origin) * by_row[1]).sum(1) + ((columns - origin) * by_column[1]).sum(1)
     by_rows = by_row[1] * inverse_reg[:, None], by_row[0]
     by_columns = by_column[1] * inverse_reg[:, None], by_column[0]
-    return [array / len(rows) for array in (*by_rows, *by_columns, reg_bar)]
+    return [array / len(rows)
+            for array in (*by_rows, *by_columns, reg_bar)]
 
 # %% ../../nbs/3_coupling/07_line_plan.ipynb #2a58b21e
 def split(tensors):
@@ -250,7 +251,8 @@ def scan_plan(
 ) -> Tensor:
     "Mean plan of every clip"
     clips = split((rows, row_potentials, columns, column_potentials, inverse_reg))
-    return torch.stack([ClipPlan(*clip).band(0, rows.shape[-1]) for clip in clips])
+    return torch.stack([ClipPlan(*clip).band(0, rows.shape[-1])
+                        for clip in clips])
 
 @scan_plan.register_fake
 def _(rows, row_potentials, columns, column_potentials, inverse_reg):
@@ -260,7 +262,8 @@ def _(rows, row_potentials, columns, column_potentials, inverse_reg):
 def stack_clips(collected, inputs):
     "Gradients of each clip, stacked, in the types of the inputs"
     together = zip(zip(*collected), inputs)
-    return [torch.from_numpy(np.stack(parts)).to(tensor.dtype) for parts, tensor in together]
+    return [torch.from_numpy(np.stack(parts)).to(tensor.dtype)
+            for parts, tensor in together]
 
 @torch.library.custom_op("transporter_nb::scan_plan_adjoint", mutates_args=())
 def scan_plan_adjoint(

@@ -62,7 +62,8 @@ def scan_potentials_adjoint(
     tensors = first, last, inverse_reg, first_log, last_log, f_bar, g_bar
     x, y, reg, u, v, *by_potentials = (as_lines(tensor) for tensor in tensors)
     ys = kept.detach().numpy()
-    out = [np.empty(shape) for shape in (x.shape, y.shape, len(x), x.shape, y.shape)]
+    out = [np.empty(shape)
+           for shape in (x.shape, y.shape, len(x), x.shape, y.shape)]
     def solve(start, stop):
         given = x, y, reg.ravel(), u, v, merged_order(x[start:stop], y[start:stop])
         solve_lines_adjoint(*given, n_iterations, start, stop, ys, *by_potentials, *out)

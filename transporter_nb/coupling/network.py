@@ -94,7 +94,8 @@ def _make_transport(c):
 
 def _as_settings(config):
     "A configuration from a file: lists are tuples"
-    return {name: tuple(x) if isinstance(x, list) else x for name, x in config.items()}
+    return {name: tuple(x) if isinstance(x, list) else x
+            for name, x in config.items()}
 
 def _warn_unrecorded(path):
     "Say that a file names no models"
@@ -193,7 +194,8 @@ def forward(
         branches = projected.detach(), structured.detach()
     transported, plan = self.transport(*branches, self.places)
     tokens = projected, structured, transported
-    return CouplingOutput(*(self.scale * part + self.centre for part in tokens), plan)
+    return CouplingOutput(*(self.scale * part + self.centre
+                            for part in tokens), plan)
 
 # %% ../../nbs/3_coupling/17_network.ipynb #ed7e2b42
 @patch

@@ -276,7 +276,8 @@ def walks(n_rows, n_columns, n_lines, n_channels, direction):
 def bands(n_rows, n_columns):
     "First row and number of rows of each band"
     step = max(ROW_TILE, BAND_ENTRIES // n_columns)
-    return [(start, min(step, n_rows - start)) for start in range(0, n_rows, step)]
+    return [(start, min(step, n_rows - start))
+            for start in range(0, n_rows, step)]
 
 # %% ../../nbs/3_coupling/08_sinkhorn_scan.ipynb #089927ea
 def apply_forward(inputs, values):

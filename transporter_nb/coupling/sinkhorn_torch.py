@@ -97,7 +97,8 @@ def log_sum_near(
         scale = (top - queries * (sign * inverse_reg)).exp()
         gathered.append([running.gather(0, place) * scale for place in places])
     # at least exp(-range / tau): the point at the level is no farther
-    sums = [(left + right).log() for left, right in zip(*gathered)]
+    sums = [(left + right).log()
+            for left, right in zip(*gathered)]
     return sum(sums) / len(sums) + level
 
 # %% ../../nbs/3_coupling/09_sinkhorn_torch.ipynb #5341433e
@@ -139,7 +140,8 @@ def potentials(
     weights = first_log_weights.detach(), last_log_weights.detach()
     near = is_near(torch.cat([x, y], -1).detach(), inverse_reg.detach(), *weights)
     method = log_sum_near if near else log_sum_at
-    x, y, u, v = (side.movedim(-1, 0).contiguous() for side in (x, y, u, v))
+    x, y, u, v = (side.movedim(-1, 0).contiguous()
+                  for side in (x, y, u, v))
     def log_sum(*arguments):
         settings = dict(use_reentrant=False, preserve_rng_state=False)
         return checkpoint(method, *arguments, inverse_reg, **settings)
@@ -162,7 +164,8 @@ def tiles(
 ) -> product: # Triples of slices: clips, rows, projections
     "Cut all plans into tiles: by rows first, then by projections, then by clips"
     def cut(total, size):
-        return [slice(start, start + size) for start in range(0, total, size)]
+        return [slice(start, start + size)
+                for start in range(0, total, size)]
     height = min(rows, max(1, limit // columns))
     depth = min(projections, max(1, limit // (columns * height)))
     clips = cut(batch, max(1, limit // (columns * height * depth)))
@@ -194,7 +197,8 @@ def _plan_adjoint(inputs, grad, needs_reg):
         )
     x, f, y, g, inverse_reg = inputs
     grad = grad / x.shape[1]
-    dx, df, dy, dg, dreg = (torch.zeros_like(like) for like in (f, f, g, g, inverse_reg))
+    dx, df, dy, dg, dreg = (torch.zeros_like(like)
+                            for like in (f, f, g, g, inverse_reg))
     for clips, rows, lines in _tiles_of(x, y):
         mass = _tile_of(inputs, clips, rows, lines, grad.dtype)
         mass *= grad[clips, None, rows]

@@ -89,7 +89,8 @@ def triton_potentials_backward(
 @triton_potentials_backward.register_fake
 @no_type_check
 def _(f_grad, g_grad, *rest):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in rest[:5])
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format)
+                 for x in rest[:5])
 
 # %% ../../nbs/3_coupling/12_sinkhorn_triton.ipynb #276accc6
 SECOND_DERIVATIVES = (

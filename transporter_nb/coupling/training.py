@@ -65,7 +65,8 @@ class CouplingBatch(NamedTuple):
         device:str|torch.device, # Where to
     ) -> "CouplingBatch": # The batch there
         "Move a batch"
-        return CouplingBatch(*(None if tensor is None else tensor.to(device) for tensor in self))
+        return CouplingBatch(*(None if tensor is None else tensor.to(device)
+                               for tensor in self))
 
 # %% ../../nbs/3_coupling/18_training.ipynb #fd16003e
 @dataclass(frozen=True)
@@ -177,7 +178,8 @@ class TrainingResult(NamedTuple):
         first = self.curve[0]
         last = self.curve[-1]
         names = [name for name in last if name != "step"]
-        rows = [[name, f"{first[name]:.3f}", f"{last[name]:.3f}"] for name in names]
+        rows = [[name, f"{first[name]:.3f}", f"{last[name]:.3f}"]
+                for name in names]
         return [["", f"step {first['step']}", f"step {last['step']}"], *rows]
 
     def __repr__(self) -> str: # For a terminal

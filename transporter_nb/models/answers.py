@@ -32,7 +32,8 @@ def pair_ids(
 ) -> Int[Tensor, "words 2"]: # Source token and target token of each word
     "The two tokens between which each answer decides"
     rows = zip(pair.prefixes(caption), pair.words_in(caption))
-    return torch.tensor([[vlm.token_id(word, prefix) for word in words] for prefix, words in rows])
+    return torch.tensor([[vlm.token_id(word, prefix) for word in words]
+                         for prefix, words in rows])
 
 def word_answers(
     vlm:VideoLanguageModel, # Frozen

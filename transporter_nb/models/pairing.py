@@ -28,7 +28,8 @@ def sketch(
     "A few numbers of a tensor"
     flat = values.detach().float().cpu().flatten()
     places = torch.randint(len(flat), (PROBES,), generator=seeded_generator(0))
-    return [float(f"{value:.5g}") for value in flat[places].tolist()]
+    return [float(f"{value:.5g}")
+            for value in flat[places].tolist()]
 
 def sketch_distance(
     recorded:Sequence[float], # A sketch
@@ -139,7 +140,8 @@ def check_coupling(
            "Or give coupling=None: answers then go through decode and re-encode alone.")
     present = model_sizes(generator, vlm)
     config = getattr(coupling, "config", None)
-    sizes = {name: getattr(config, name) for name in present if hasattr(config, name)}
+    sizes = {name: getattr(config, name)
+             for name in present if hasattr(config, name)}
     check_sizes(sizes, present, "the coupling", fix)
     record = getattr(coupling, "made_for", None)
     if record:

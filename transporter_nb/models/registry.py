@@ -38,7 +38,8 @@ def shipped_vlm_names() -> list[str]: # A part of `vlm_names()`, in the same ord
     "The VLMs that can explain at once: miniature, coupling and concepts are in the package"
     parts = ("vlm", "coupling", "concepts")
     return [name for name in VLMS
-            if all(checkpoint_path(f"{part}_{name}").exists() for part in parts)]
+            if all(checkpoint_path(f"{part}_{name}").exists()
+                   for part in parts)]
 
 def find_adapter(
     kind:str, # "generator" or "vlm", for the message

@@ -35,7 +35,8 @@ class ContrastPair:
         if n_source != n_target or not filled:
             raise ValueError("source and target need the same number of words joined by '+', "
                              f"got {self.source!r} and {self.target!r}.")
-        unchanged = [source for source, target in self.words if source == target]
+        unchanged = [source
+                     for source, target in self.words if source == target]
         if unchanged:
             raise ValueError(f"a contrast changes every word it names, got {unchanged[0]!r} "
                              f"on both sides of {self.name!r}. Leave it out.")
@@ -68,7 +69,8 @@ def parse_contrast(
     if len(sides) != 2:
         raise ValueError(f"a contrast is written 'source -> target', got {text!r}. "
                          "For several words: 'two+small -> one+large'.")
-    source, target = ("+".join(word.strip() for word in side.split("+")) for side in sides)
+    source, target = ("+".join(word.strip() for word in side.split("+"))
+                      for side in sides)
     return ContrastPair(source, target)
 
 ContrastPair.parse = staticmethod(parse_contrast)
@@ -154,7 +156,8 @@ def apply(
         if place.source[0].isupper():
             word = word[0].upper() + word[1:]
         changed = before + word + after
-    counts = {target for source, target in self.words if {source, target} == {"one", "two"}}
+    counts = {target
+              for source, target in self.words if {source, target} == {"one", "two"}}
     return agree(changed, counts.pop()) if counts else changed
 
 # %% ../../nbs/1_world/01_contrasts.ipynb #921f98e5
@@ -165,7 +168,8 @@ def prefixes(
 ) -> list[str]: # One for each word of the pair; empty where the word opens the caption
     "The beginning of the answer that makes each word the next token"
     self.occurrences(caption) # refuses a caption that lacks a word
-    places = [find_word(caption, source, target)[0] for source, target in self.words]
+    places = [find_word(caption, source, target)[0]
+              for source, target in self.words]
     return [caption[:place.start].rstrip() for place in places]
 
 # %% ../../nbs/1_world/01_contrasts.ipynb #d9a04411
@@ -210,14 +214,16 @@ def changed_words(
 ) -> list[ChangedSpan]: # Left to right; by words where as many come as go, else a span a group
     "The words that differ between two captions"
     captions = (source_caption, target_caption)
-    sources, targets = ([m.span() for m in re.finditer(r"\S+", text)] for text in captions)
+    sources, targets = ([m.span() for m in re.finditer(r"\S+", text)]
+                        for text in captions)
     words = (source_caption.split(), target_caption.split())
     spans = []
     for kind, i, j, k, l in SequenceMatcher(None, *words, autojunk=False).get_opcodes():
         if kind == "equal": continue
         steps = [(i, j, k, l)]
         if j - i == l - k:
-            steps = [(i + n, i + n + 1, k + n, k + n + 1) for n in range(j - i)]
+            steps = [(i + n, i + n + 1, k + n, k + n + 1)
+                     for n in range(j - i)]
         for a, b, c, d in steps:
             gone = word_span(source_caption, sources, a, b)
             come = word_span(target_caption, targets, c, d)

@@ -246,8 +246,10 @@ def arms_of(
         lower = (lower[0] + (.9 * tilt.sin() - lower[0]) * raised,
                  lower[1] + (-tilt.cos() - lower[1]) * raised)
         shoulder = (neck[0] + 1.3 * sign * side, neck[1] + .05 * height)
-        elbow = tuple(a + .155 * height * b for a, b in zip(shoulder, upper))
-        hand = tuple(a + .155 * height * b for a, b in zip(elbow, lower))
+        elbow = tuple(a + .155 * height * b
+                      for a, b in zip(shoulder, upper))
+        hand = tuple(a + .155 * height * b
+                     for a, b in zip(elbow, lower))
         joints |= {f"{name} shoulder": shoulder, f"{name} elbow": elbow, f"{name} hand": hand}
     return joints
 
@@ -388,7 +390,8 @@ def render(
     kinds = [(scene.count, scene.person) for scene in scenes]
     x, y = (axis[None, None] for axis in pixel_grid())
     for kind in sorted(set(kinds)):
-        rows = [row for row, other in enumerate(kinds) if other == kind]
+        rows = [row
+                for row, other in enumerate(kinds) if other == kind]
         for at in range(0, len(rows), chunk):
             some = rows[at:at + chunk]
             numbers = to_numbers([scenes[row] for row in some])

@@ -29,7 +29,8 @@ def first_mixture(
     pixels:Float[Tensor, "batch frames pixels 3"], # Of clips, in [0, 1]
 ) -> Float[Tensor, "batch grounds"]: # Shares in quarters
     "The mixture of grounds that agrees with most pixels"
-    shares = [c for c in itertools.product(range(5), repeat=len(GROUNDS)) if sum(c) == 4]
+    shares = [c
+              for c in itertools.product(range(5), repeat=len(GROUNDS)) if sum(c) == 4]
     grid = torch.tensor(shares) / 4
     some = torch.arange(0, SIZE**2, 3) # a third of the pixels is enough
     pictures = torch.einsum("gk,kcp->gpc", grid, ground_pictures())[:, some]
@@ -120,7 +121,8 @@ def guess(
     return Guess(shares, vote_for_hue(pixels, mask), area.median(1).values, across, down)
 
 # %% ../../nbs/1_world/07_reading.ipynb #74e42be5
-KINDS = [(count, person) for count in (1, 2, 3) for person in (False, True)]
+KINDS = [(count, person)
+         for count in (1, 2, 3) for person in (False, True)]
 
 # %% ../../nbs/1_world/07_reading.ipynb #409a3a05
 FORMS = { # of things and of people: (numbers, area of a sprite in squared radii or squared heights)
@@ -212,7 +214,8 @@ def free_numbers(
     "Which numbers a search may move, and how far"
     count, person = kind
     names = [name for name in RANGES if name not in UNUSED[person]]
-    names += [f"{axis}{k}" for k in range(1, count + 1) for axis in "xy"]
+    names += [f"{axis}{k}"
+              for k in range(1, count + 1) for axis in "xy"]
     limits = {**RANGES, "hue": (-9., 9.)} # the circle has no ends
     low, high = torch.tensor([limits.get(name, (-8., 8.)) for name in names]).T # px: a spot's
     steps = torch.tensor([STEPS.get(name, .05) for name in names])
@@ -308,7 +311,8 @@ def search(
 ) -> tuple[Float[Tensor, "batch numbers"], Int[Tensor, "batch"]]: # Numbers, and which of `KINDS`
     "The scene whose drawing is nearest to each clip"
     n, everyone = len(first.hue), torch.arange(len(first.hue))
-    rough = [search_kind(kind, (), first, few, everyone, 0)[1] for kind in KINDS]
+    rough = [search_kind(kind, (), first, few, everyone, 0)[1]
+             for kind in KINDS]
     order = torch.stack(rough, 1).argsort(1)
     found = torch.zeros(n, len(KINDS), len(COLUMNS))
     off = torch.full((n, len(KINDS)), math.inf)
@@ -396,10 +400,12 @@ def read_video(
         behind = torch.einsum("bk,kcp->bpc", shares, ground_pictures())
         salience = salience_of(pixels, behind)
         first = guess(pixels, shares, sprite_mask(salience))
-        samples = [sample_pixels(pixels, behind, choose_pixels(salience, n)) for n in (200, 360)]
+        samples = [sample_pixels(pixels, behind, choose_pixels(salience, n))
+                   for n in (200, 360)]
         numbers, kinds = search(first, *samples)
         share, stray = explained_share(pixels, numbers, kinds)
-        scenes = [to_scene(row, *KINDS[k]) for row, k in zip(numbers.tolist(), kinds.tolist())]
+        scenes = [to_scene(row, *KINDS[k])
+                  for row, k in zip(numbers.tolist(), kinds.tolist())]
         for scene, words, *rest in zip(scenes, best_words(scenes), share.tolist(), stray.tolist()):
             reading = Reading(scene, *rest, words)
             unread = Reading(scene, *rest, dict.fromkeys(SLOTS, UNREADABLE))

@@ -88,7 +88,8 @@ class Scene:
 
 # %% ../../nbs/1_world/05_scenes.ipynb #5cc5e75a
 SPOTS = ("x1", "y1", "x2", "y2", "x3", "y3") # px, the offsets
-COLUMNS = {name: k for k, name in enumerate((*RANGES, *GROUNDS, *SPOTS))} # column of each number
+COLUMNS = {name: k
+           for k, name in enumerate((*RANGES, *GROUNDS, *SPOTS))} # column of each number
 
 def to_numbers(
     scenes:Sequence[Scene], # One a clip
@@ -107,10 +108,12 @@ def to_scene(
 ) -> Scene: # Numbers are clipped to their ranges, shares of the ground normalised
     "A scene from a row of numbers"
     values = dict(zip(COLUMNS, map(float, numbers)))
-    clipped = {name: min(max(values[name], low), high) for name, (low, high) in RANGES.items()}
+    clipped = {name: min(max(values[name], low), high)
+               for name, (low, high) in RANGES.items()}
     clipped["hue"] = values["hue"] % 1
     shares = np.maximum([values[name] for name in GROUNDS], 0)
-    offsets = tuple((values[f"x{k}"], values[f"y{k}"]) for k in (1, 2, 3))
+    offsets = tuple((values[f"x{k}"], values[f"y{k}"])
+                    for k in (1, 2, 3))
     ground = tuple(map(float, shares / max(shares.sum(), 1e-9)))
     return Scene(count, person, **clipped, ground=ground, offsets=offsets)
 
@@ -240,7 +243,8 @@ def word_numbers(
         return {"person": True, "roundness": 1., "hole": 0.}
     group = "shape" if slot == "shape" else "thing" if word in THING_MOTIONS else "gait"
     names, scales, words = CORNERS[group]
-    values = {name: float(scale * c) for name, scale, c in zip(names, scales, words[word])}
+    values = {name: float(scale * c)
+              for name, scale, c in zip(names, scales, words[word])}
     return values | ({"person": False} if slot == "shape" else {})
 
 def check_kind(
@@ -263,8 +267,10 @@ def do(
     if unknown: raise ValueError(
         f"no attribute {', '.join(sorted(unknown))}; the slots are {', '.join(SLOTS)}, "
         f"the numbers {', '.join(RANGES)}.")
-    words = {name: v for name, v in changes.items() if name in SLOTS and isinstance(v, str)}
-    numbers = {name: v for name, v in changes.items() if name not in words}
+    words = {name: v
+             for name, v in changes.items() if name in SLOTS and isinstance(v, str)}
+    numbers = {name: v
+               for name, v in changes.items() if name not in words}
     said = best_words([scene])[0] | words
     check_kind(said["shape"], said["motion"])
     unused = ("rise",) if said["shape"] == "person" else ("run", "wave")
@@ -336,7 +342,8 @@ def parse_caption(
     if len(words) != 11: raise ValueError(
         f"a caption has 11 words like {caption(EXAMPLE)!r}, got {len(words)}: {text!r}")
     many = words[0] in ("two", "three")
-    singular = {PLURALS.get(word, word + "s"): word for word in SLOTS["shape"]}
+    singular = {PLURALS.get(word, word + "s"): word
+                for word in SLOTS["shape"]}
     said = {
         "count": "one" if words[0] == "a" else words[0], "size": words[1], "colour": words[2],
         "shape": singular.get(words[3], words[3]) if many else words[3],
@@ -423,8 +430,10 @@ def sample_scenes(
         raise ValueError(f"split must be {', '.join(SPLITS)} or all, got {split!r}.")
     rng, scenes = np.random.default_rng([seed, (*SPLITS, "all").index(split)]), []
     while len(scenes) < n:
-        some = [draw_scene(rng) for _ in range(max(16, n - len(scenes)))]
-        scenes += [s for s, w in zip(some, best_words(some)) if split in ("all", split_of(w))]
+        some = [draw_scene(rng)
+                for _ in range(max(16, n - len(scenes)))]
+        scenes += [s
+                   for s, w in zip(some, best_words(some)) if split in ("all", split_of(w))]
     return scenes[:n]
 
 # %% ../../nbs/1_world/05_scenes.ipynb #87f6ab44
@@ -442,6 +451,7 @@ def draw_captions(
         fits = [split in ("all", split_of(words)) for words in drawn]
         for row, words, good in zip(open_rows, drawn, fits):
             if good: said[row] = words
-        open_rows = [row for row, good in zip(open_rows, fits) if not good]
+        open_rows = [row
+                     for row, good in zip(open_rows, fits) if not good]
         if not open_rows: break
     return said

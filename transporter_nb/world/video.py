@@ -330,7 +330,8 @@ def put_upright(
     a, b, _, c, d, *_ = matrix
     if abs(a) + abs(d) < abs(b) + abs(c): picture, across, down = picture.transpose(1, 2), c, b
     else: across, down = a, d
-    return picture.flip([axis for axis, sign in ((1, down), (2, across)) if sign < 0])
+    return picture.flip([axis
+                         for axis, sign in ((1, down), (2, across)) if sign < 0])
 
 def background_colour(
     background:int|float|tuple[int|float, ...], # A grey, or red, green and blue, each in [0, 1]
@@ -370,7 +371,8 @@ def frame_picture(
     if clear:
         colour, opacity = picture[:3], picture[3:]
         picture = colour * opacity + background_colour(background) * (1 - opacity)
-    notes = [bytes(part) for part in frame.side_data if part.type.name == "DISPLAYMATRIX"]
+    notes = [bytes(part)
+             for part in frame.side_data if part.type.name == "DISPLAYMATRIX"]
     return put_upright(picture, np.frombuffer(notes[0], np.int32).tolist()) if notes else picture
 
 # %% ../../nbs/1_world/02_video.ipynb #bd4359c6
@@ -461,7 +463,8 @@ def open_video(
     "Open a file and find its first track of moving pictures"
     path, cover = check_file(path), av.stream.Disposition.attached_pic
     with open_container(path, max_pixels=str(MAX_PIXELS)) as container:
-        tracks = [track for track in container.streams.video if not track.disposition & cover]
+        tracks = [track
+                  for track in container.streams.video if not track.disposition & cover]
         if not tracks:
             kinds = {track.type for track in container.streams}
             found = {"a cover picture" if kind == "video" else kind for kind in kinds}
@@ -516,7 +519,8 @@ def track_decoder(
     track:av.VideoStream, # Open
 ) -> av.VideoCodecContext: # Takes packets
     "The decoder of a track, with transparency where it has any"
-    notes = {key.lower(): value for key, value in track.metadata.items()}
+    notes = {key.lower(): value
+             for key, value in track.metadata.items()}
     libraries = {"vp8": "libvpx", "vp9": "libvpx-vp9"} if notes.get("alpha_mode") == "1" else {}
     name = libraries.get(track.codec_context.name)
     if name not in av.codecs_available: return track.codec_context

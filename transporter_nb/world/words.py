@@ -117,7 +117,8 @@ def sample_scenes(
         raise ValueError(f"split must be train, heldout or all, got {split!r}")
     rng, scenes = np.random.default_rng(seed), []
     while len(scenes) < n:
-        words = {slot: options[rng.integers(len(options))] for slot, options in SLOTS.items()}
+        words = {slot: options[rng.integers(len(options))]
+                 for slot, options in SLOTS.items()}
         scene = Scene(**words, place=tuple(float(x) for x in rng.uniform(-1, 1, 4)))
         if split == "all" or is_held_out(scene) == (split == "heldout"):
             scenes.append(scene)
@@ -140,7 +141,8 @@ def floor_images() -> Float[Tensor, "floors 3 height width"]: # In [0, 1], in th
             * torch.sin(y / 2.6 + 1.1 * torch.sin(x / 4.3)),
     ]
     bases = torch.tensor([[.43, .44, .48], [.86, .90, .95], [.83, .71, .52], [.33, .20, .11]])
-    pictures = [base[:, None, None] + pattern for base, pattern in zip(bases, patterns)]
+    pictures = [base[:, None, None] + pattern
+                for base, pattern in zip(bases, patterns)]
     return torch.stack([picture.clamp(0, 1) for picture in pictures])
 
 # %% ../../nbs/1_world/04_words.ipynb #bbae25ca
@@ -171,7 +173,8 @@ def sprite_centres(
     if scene.count == "one":
         rows = [(x_first, SIZE / 2 + 4 * y_both)]
     way = sign * TRAVEL[scene.pace] * u
-    paths = [torch.stack([SIZE / 2 + 2.5 * x + way, y + rise], -1) for x, y in rows]
+    paths = [torch.stack([SIZE / 2 + 2.5 * x + way, y + rise], -1)
+             for x, y in rows]
     return torch.stack(paths)
 
 # %% ../../nbs/1_world/04_words.ipynb #5de8961a
@@ -244,8 +247,10 @@ def fit_sprites(
     far = distance.flatten(1).topk(40).values[:, -1].clamp_min(0.3)
     core = distance > 0.6 * far[:, None, None, None]
     unseen = torch.full((3,), float("nan"))
-    inside = [clip.permute(0, 2, 3, 1)[own] for clip, own in zip(video, core)]
-    colour = torch.stack([px.median(0).values if len(px) else unseen for px in inside])
+    inside = [clip.permute(0, 2, 3, 1)[own]
+              for clip, own in zip(video, core)]
+    colour = torch.stack([px.median(0).values if len(px) else unseen
+                          for px in inside])
     direction = colour[:, None, :, None, None] - background[:, None]
     coverage = (away * direction).sum(2) / (direction**2).sum(2).clamp_min(0.03)
     return coverage.nan_to_num().clamp(0, 1), colour
@@ -367,11 +372,13 @@ def read_clip(
     if numbers.count(count) < FRAMES - 2:
         return words
     words |= {"count": SLOTS["count"][count - 1], "colour": read_colour(colour)}
-    seen = np.array([k for k in range(FRAMES) if numbers[k] == count])
+    seen = np.array([k
+                     for k in range(FRAMES) if numbers[k] == count])
     words |= read_form([blob for k in seen for blob in frames[k]])
     path = []
     for axis in "xy":
-        middles = [np.mean([getattr(blob, axis) for blob in frames[k]]) for k in seen]
+        middles = [np.mean([getattr(blob, axis) for blob in frames[k]])
+                   for k in seen]
         path.append(torch.tensor(np.interp(np.arange(FRAMES), seen, middles), dtype=torch.float32))
     return words | read_path(*path)
 
@@ -391,7 +398,8 @@ def read_video(
                          f"got {len(video)} clips{span}")
     mixture, background = fit_floor(video)
     coverage, colour = fit_sprites(video, background)
-    return [read_clip(*parts) for parts in zip(coverage, colour, mixture)]
+    return [read_clip(*parts)
+            for parts in zip(coverage, colour, mixture)]
 
 # %% ../../nbs/1_world/04_words.ipynb #837051c3
 def agreement(
@@ -401,7 +409,8 @@ def agreement(
     "How often readings agree with scenes, slot by slot"
     scores = {}
     for slot in SLOTS:
-        right = [r[slot] == getattr(s, slot) for r, s in zip(readings, scenes, strict=True)]
+        right = [r[slot] == getattr(s, slot)
+                 for r, s in zip(readings, scenes, strict=True)]
         unread = [r[slot] == UNREADABLE for r in readings]
         scores[slot] = float(np.mean(right)), float(np.mean(unread))
     return scores

@@ -97,7 +97,8 @@ class Trunk(nn.Module):
         padding = tuple(k // 2 for k in kernel)
         self.stem = conv(3, widths[0], kernel, half, padding, bias=False)
         self.norm = norm(widths[0])
-        strides = [stride[-n:] for stride in ((1, 1, 1), (1, 2, 2), (2, 2, 2))]
+        strides = [stride[-n:]
+                   for stride in ((1, 1, 1), (1, 2, 2), (2, 2, 2))]
         sizes = zip((widths[0], *widths), widths, strides)
         self.blocks = nn.ModuleList([ResidualBlock(*size) for size in sizes])
         self.to_features = nn.Linear(widths[-1], config.n_features)
@@ -146,7 +147,8 @@ class WordHead(nn.Module):
     def forward(
         self, features:Float[Tensor, "batch features"]) -> dict[str, Float[Tensor, "batch words"]]:
         parts = self.map(features.float()).split(self.sizes, -1)
-        return {slot: logits.log_softmax(-1) for slot, logits in zip(self.slots, parts)}
+        return {slot: logits.log_softmax(-1)
+                for slot, logits in zip(self.slots, parts)}
 
 # %% ../../../nbs/2_models/14_encoders.networks.ipynb #bd4f155b
 class VideoEncoder(nn.Module):
@@ -280,7 +282,8 @@ def save_encoder(
     path:str|Path, # Ends in `.safetensors`
 ) -> Path: # Where the file is
     "Write an encoder's weights with its settings"
-    name = next(name for name, cls in ENCODERS.items() if isinstance(encoder, cls))
+    name = next(name
+                for name, cls in ENCODERS.items() if isinstance(encoder, cls))
     config = {"encoder": name, "config": encoder.config, "words": caption_words()}
     return save_checkpoint(path, encoder.state_dict(), config)
 

@@ -57,7 +57,8 @@ def change_one(
     rng:np.random.Generator, # Chooses the new word
 ) -> Scene: # The same clip with another word there
     "Change one word of a scene"
-    others = [word for word in SLOTS[slot] if word != getattr(scene, slot)]
+    others = [word
+              for word in SLOTS[slot] if word != getattr(scene, slot)]
     return do(scene, **{slot: str(rng.choice(others))})
 
 def change_in_training(
@@ -96,7 +97,8 @@ def _slot_indices(
     slot:str, # Name of a slot
 ) -> list[int]: # Places of their words in `SLOTS[slot]`
     "The right word of each scene, as a number"
-    return [SLOTS[slot].index(getattr(scene, slot)) for scene in scenes]
+    return [SLOTS[slot].index(getattr(scene, slot))
+            for scene in scenes]
 
 def naming_loss(
     log_probs:dict[str, Float[Tensor, "batch words"]], # Of an encoder
@@ -106,7 +108,8 @@ def naming_loss(
     def loss(slot, given):
         right = torch.tensor(_slot_indices(scenes, slot), device=given.device)
         return nn.functional.nll_loss(given, right)
-    return sum(loss(slot, given) for slot, given in log_probs.items()) / len(log_probs)
+    return sum(loss(slot, given)
+               for slot, given in log_probs.items()) / len(log_probs)
 
 def pick_frames(
     batch:EncoderBatch, # Clips
@@ -114,7 +117,8 @@ def pick_frames(
 ) -> tuple[Float[Tensor, "images 3 height width"], list[Scene]]: # Images, and the scene of each
     "Some frames of every clip"
     n_frames = batch.video.shape[1]
-    chosen = np.stack([batch.rng.permutation(n_frames)[:n] for _ in batch.scenes])
+    chosen = np.stack([batch.rng.permutation(n_frames)[:n]
+                       for _ in batch.scenes])
     rows = torch.arange(len(batch.scenes))[:, None]
     images = batch.video[rows, torch.from_numpy(chosen)].flatten(0, 1)
     return images, [scene for scene in batch.scenes for _ in range(n)]
@@ -158,7 +162,8 @@ def contrastive_loss(
     Each clip adds eight captions that are wrong in one word; these are ours.
     """
     # held-out captions do not occur even as wrong ones
-    wrong = [change_in_training(scene, batch.rng) for scene in batch.scenes for _ in range(8)]
+    wrong = [change_in_training(scene, batch.rng)
+             for scene in batch.scenes for _ in range(8)]
     offered, n = [*batch.scenes, *wrong], len(batch.scenes)
     text = encoder.embed_text([with_article(scene, batch.rng) for scene in offered])
     scale = encoder.log_scale.clamp(max=math.log(100)).exp() # 100: CLIP's own limit
@@ -283,10 +288,12 @@ def naming_accuracy(
     "How often the right word is the most probable one"
     video = render(scenes) if video is None else video
     if isinstance(encoder, FrameEncoder):
-        scenes = [scene for scene in scenes for _ in range(0, video.shape[1], 3)]
+        scenes = [scene
+                  for scene in scenes for _ in range(0, video.shape[1], 3)]
         video = video[:, ::3].flatten(0, 1)
     device = next(encoder.parameters()).device
-    said = [encoder(part.to(device)).log_probs for part in video.split(64)]
+    said = [encoder(part.to(device)).log_probs
+            for part in video.split(64)]
     def share(slot):
         best = torch.cat([part[slot] for part in said]).argmax(1).cpu()
         return (best == torch.tensor(_slot_indices(scenes, slot))).double().mean().item()
@@ -304,7 +311,8 @@ def one_word_accuracy(
     "How often one wrong word is noticed"
     rng, device = np.random.default_rng(seed), next(encoder.parameters()).device
     def look(seen):
-        parts = [distort(render(seen[at:at + 64])) for at in range(0, len(seen), 64)]
+        parts = [distort(render(seen[at:at + 64]))
+                 for at in range(0, len(seen), 64)]
         return torch.cat([encoder.embed_video(part.to(device)) for part in parts])
     def read(seen): return encoder.embed_text([caption(scene) for scene in seen])
     def cosine(a, b): return (a * b).sum(1)

@@ -223,7 +223,8 @@ def noise(
         raise ValueError(f"seeds is a list, one seed a clip, got {seeds}. Write [{seeds}].")
     if len(seeds) == 0: raise ValueError("seeds is empty; give one seed a clip")
     shape = self.latent_shape(1)
-    clips = [torch.randn(shape, generator=seeded_generator(int(seed))) for seed in seeds]
+    clips = [torch.randn(shape, generator=seeded_generator(int(seed)))
+             for seed in seeds]
     return torch.cat(clips).to(self.device)
 
 @patch

@@ -143,7 +143,8 @@ def train(
     "Train a module, resumable to the same numbers"
     module.train().requires_grad_(True)
     optimizer, device = wan_optimizer(module, settings), next(module.parameters()).device
-    average = {name: value.detach().clone() for name, value in module.named_parameters()}
+    average = {name: value.detach().clone()
+               for name, value in module.named_parameters()}
     losses, step = [], 0
     if resume_path and Path(resume_path).exists():
         state = load_training(resume_path)
@@ -357,7 +358,8 @@ def flow_loss(
     noise = numbers(latents.shape, "noise")
     t = torch.sigmoid(settings.t_mean + settings.t_std * numbers((n,), "time"))
     dropped = torch.special.ndtr(numbers((n,), "dropout")) < settings.caption_dropout
-    shown = ["" if drop else prompt for drop, prompt in zip(dropped.tolist(), prompts)]
+    shown = ["" if drop else prompt
+             for drop, prompt in zip(dropped.tolist(), prompts)]
     predicted = generator.velocity(mix(noise, latents, t), generator.encode_prompt(shown), t)
     return (predicted - (latents - noise)).square().mean()
 
@@ -371,7 +373,8 @@ def train_generator(
     "Train transformers and text encoder, resumable to the same numbers"
     names = ("transformer", "transformer_2", "text_encoder")
     parts = {name: getattr(generator, name) for name in names}
-    module = nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
+    module = nn.ModuleDict({name: part
+                            for name, part in parts.items() if part is not None})
     on_cpu = generator.device.type == "cpu"
     def loss_fn(step):
         latents, prompts = batches(step)
@@ -379,7 +382,8 @@ def train_generator(
         with sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
             return flow_loss(generator, latents.to(generator.device), prompts, settings, step)
     generator.vae.eval().requires_grad_(False)
-    transformers = [part for name, part in module.items() if name.startswith("transformer")]
+    transformers = [part
+                    for name, part in module.items() if name.startswith("transformer")]
     if settings.compiled:
         for part in transformers: part.compile()
     try: return train(module, loss_fn, settings, **loop)

@@ -190,10 +190,12 @@ def config_from_dict(
         raise ValueError("the configuration has settings this version does not know: "
                          f"{sorted(unknown)}. Update the package, or train the weights again.")
     def revive(value): return tuple(value) if isinstance(value, list) else value
-    revived = {name: revive(value) for name, value in values.items()}
+    revived = {name: revive(value)
+               for name, value in values.items()}
     parts = {"vae": WanVAEConfig, "transformer": WanTransformerConfig, "text": WanTextConfig}
     for name in parts.keys() & values.keys():
-        revived[name] = parts[name](**{key: revive(value) for key, value in values[name].items()})
+        revived[name] = parts[name](**{key: revive(value)
+                                       for key, value in values[name].items()})
     return WanConfig(**revived)
 
 # %% ../../../nbs/2_models/02_generators.wan.ipynb #3a93c74e
@@ -249,7 +251,8 @@ def word_tokenizer(
     words:Sequence[str], # Vocabulary, lower case, each once; ids follow the special tokens
 ) -> PreTrainedTokenizerFast: # One token a word and an end token
     "Word-level tokenizer in T5's manner"
-    ids = {word: i for i, word in enumerate((*SPECIAL_TOKENS, *words))}
+    ids = {word: i
+           for i, word in enumerate((*SPECIAL_TOKENS, *words))}
     if len(ids) != len(SPECIAL_TOKENS) + len(words):
         raise ValueError("words must differ from one another and from the special tokens")
     pad, end, unknown = SPECIAL_TOKENS
@@ -270,7 +273,8 @@ def _check_prompt(
     prompt_tokens:int, # Most tokens allowed
 ) -> None:
     "Refuse unknown words and prompts longer than the window"
-    unknown = [prompt[a:b] for i, (a, b) in zip(ids, offsets) if i == tokenizer.unk_token_id]
+    unknown = [prompt[a:b]
+               for i, (a, b) in zip(ids, offsets) if i == tokenizer.unk_token_id]
     if unknown:
         strange = ", ".join(map(repr, unknown))
         known = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
@@ -311,7 +315,8 @@ def tokens_covering(
     start = start_char + len(stretch) - len(stretch.lstrip())
     end = end_char - len(stretch) + len(stretch.rstrip())
     offsets = tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
-    found = [i for i, (a, b) in enumerate(offsets) if b > a and a < end and b > start]
+    found = [i
+             for i, (a, b) in enumerate(offsets) if b > a and a < end and b > start]
     if not found:
         raise ValueError(f"no token covers {stretch!r} in {prompt!r}: the tokenizer drops it")
     return found
@@ -332,7 +337,8 @@ def check_clip(
         raise ValueError(
             f"the autoencoder holds 1 + {ENCODER_CHUNK}*k frames and would silently drop the "
             f"others, got {frames}. Nearest: {below} or {below + ENCODER_CHUNK}.")
-    cells = [config.vae.scale_factor_spatial * side for side in config.transformer.patch_size[1:]]
+    cells = [config.vae.scale_factor_spatial * side
+             for side in config.transformer.patch_size[1:]]
     if shape[3] % cells[0] or shape[4] % cells[1]:
         raise ValueError(f"height and width must be multiples of {cells[0]} and {cells[1]}, "
                          f"got {shape[3]} and {shape[4]}. Resize the video first.")
@@ -604,7 +610,8 @@ def place(
 ) -> WanGenerator: # The same object
     "Put a generator on a machine as the options say"
     device = resolve_device(device) if str(device) != "meta" else torch.device("meta")
-    experts = [e for e in (generator.transformer, generator.transformer_2) if e is not None]
+    experts = [e
+               for e in (generator.transformer, generator.transformer_2) if e is not None]
     if options.vae_tiling:
         generator.vae.enable_tiling()
         generator.vae.enable_slicing()

@@ -33,8 +33,10 @@ SLOT_QUESTIONS = {
 
 def world_words() -> list[str]: # Every word of captions, questions and answers, in a fixed order
     "The vocabulary of a miniature VLM"
-    nouns = [form for shape in SLOTS["shape"] for form in (shape, shape + "s")]
-    verbs = [form for verb in SLOTS["motion"] for form in (verb, verb.removesuffix("s"))]
+    nouns = [form
+             for shape in SLOTS["shape"] for form in (shape, shape + "s")]
+    verbs = [form
+             for verb in SLOTS["motion"] for form in (verb, verb.removesuffix("s"))]
     others = [word for slot, words in SLOTS.items() if slot not in ("shape", "motion")
               for word in words]
     asked = " ".join([DESCRIBE, *SLOT_QUESTIONS.values()]).replace("?", " ?").split()
@@ -47,7 +49,8 @@ def word_tokenizer(
 ) -> PreTrainedTokenizerFast: # Splits at spaces and punctuation, lower-cases
     "A word-level tokenizer of the real `transformers` class"
     n_given = len(special_tokens) + len(words)
-    vocabulary = {token: k for k, token in enumerate(dict.fromkeys([*special_tokens, *words]))}
+    vocabulary = {token: k
+                  for k, token in enumerate(dict.fromkeys([*special_tokens, *words]))}
     if len(vocabulary) != n_given:
         raise ValueError(f"words and special tokens must all differ, got {n_given} with "
                          f"{len(vocabulary)} different ones.")
@@ -85,7 +88,8 @@ def pack_turns(
     ends = lengths.cumsum(1)
     width = int(ends[:, -1].max())
     flat = [[token for turn in row for token in turn] for row in turns]
-    token_ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in flat])
+    token_ids = torch.tensor([row + [pad_id] * (width - len(row))
+                              for row in flat])
     column = torch.arange(width).expand(len(turns), -1)
     # index of the turn; padding gets one past the last
     owner = torch.searchsorted(ends, column.contiguous(), right=True)
@@ -154,7 +158,8 @@ def word_ids(
     def ids_of(text): return self.tokenizer(text, add_special_tokens=False).input_ids
     ids, stand_in = ids_of(text), self.tokenizer.unk_token_id
     if stand_in is not None and stand_in in ids:
-        unknown = [word for word in text.replace("?", " ").split() if stand_in in ids_of(word)]
+        unknown = [word
+                   for word in text.replace("?", " ").split() if stand_in in ids_of(word)]
         words = set(self.tokenizer.get_vocab()) - set(self.tokenizer.all_special_tokens)
         known = sorted(word for word in words if word.isalpha())
         raise ValueError(f"{self.name} has no token for {', '.join(map(repr, unknown))} in {text!r}."
@@ -196,7 +201,8 @@ def turn_log_probs(
     if len(turns) != len(vlm_embeddings):
         raise ValueError(f"one list of turns a video, got {len(turns)} lists for "
                          f"{len(vlm_embeddings)} videos.")
-    prompts = [[self.prompt_ids(turn.question, turn.prefix) for turn in row] for row in turns]
+    prompts = [[self.prompt_ids(turn.question, turn.prefix) for turn in row]
+               for row in turns]
     packed = pack_turns(prompts, self.tokenizer.pad_token_id)
     packed = PackedTurns(*(part.to(vlm_embeddings.device) for part in packed))
     logits = self.text_logits(vlm_embeddings, packed)
@@ -245,7 +251,8 @@ def caption(
             words.append(self.end_id if self.end_id in words else word)
         if all(self.end_id in words for words in said):
             break
-    ended = [words[:words.index(self.end_id)] if self.end_id in words else words for words in said]
+    ended = [words[:words.index(self.end_id)] if self.end_id in words else words
+             for words in said]
     return [self.tokenizer.decode(words, skip_special_tokens=True) for words in ended]
 
 # %% ../../../nbs/2_models/05_vlms.base.ipynb #5eb21faa
@@ -270,9 +277,11 @@ def answer_loss(
 ) -> Float[Tensor, ""]: # Mean over all answer tokens of the batch, in nats
     "Cross-entropy of the right answers"
     self.check_embeddings(vlm_embeddings)
-    prompts = [[self.prompt_ids(turn.question, turn.prefix) for turn in row] for row in turns]
+    prompts = [[self.prompt_ids(turn.question, turn.prefix) for turn in row]
+               for row in turns]
     answers = [[self.answer_ids(turn) for turn in row] for row in turns]
-    shown = [[prompt + answer[:-1] for prompt, answer in zip(*row)]
+    shown = [[prompt + answer[:-1]
+              for prompt, answer in zip(*row)]
              for row in zip(prompts, answers)]
     packed = pack_turns(shown, self.tokenizer.pad_token_id)
     targets = torch.full_like(packed.token_ids, -100) # -100 is skipped by cross_entropy

@@ -29,7 +29,8 @@ class ContractReport(tuple[Measured, ...]):
     "The rules that an adapter keeps, shown as a table"
     def __repr__(self) -> str:
         width = max(len(row.rule) for row in self)
-        return "\n".join(f"{row.rule:{width}}  {row.found}" for row in self)
+        return "\n".join(f"{row.rule:{width}}  {row.found}"
+                         for row in self)
 
 def require(
     kept:bool, # Whether the rule holds
@@ -143,7 +144,8 @@ def check_questions(
     asked = [Turn(DESCRIBE, "two large"), Turn(SLOT_QUESTIONS["colour"]),
              Turn(DESCRIBE, "one small red ball slides left"), Turn(SLOT_QUESTIONS["count"])]
     n = len(asked)
-    rows = [[asked[(k + j) % n] for j in range(n)] for k in range(len(video))] # orders differ
+    rows = [[asked[(k + j) % n] for j in range(n)]
+            for k in range(len(video))] # orders differ
     def ask(z, turns):
         questions, prefixes = [t.question for t in turns], [t.prefix for t in turns]
         return vlm.next_token_log_probs(z, questions, prefixes)
@@ -199,7 +201,8 @@ def check_gradients(
             "Some embeddings are not written into the prompt.")
     require(frames > 0, vlm,
             "a gradient must reach the pixels, got zeros", "Compute embed from the video itself.")
-    learning = sum(p.requires_grad or p.grad is not None for p in vlm.parameters())
+    learning = sum(p.requires_grad or p.grad is not None
+                   for p in vlm.parameters())
     require(not learning, vlm,
             f"no weight may learn once the VLM is frozen, got {learning} that do", "Freeze it.")
     return f"at all {reached} tokens and {frames} of {video.shape[1]} frames, at no weight"
@@ -211,7 +214,8 @@ def check_determinism(
     tolerance:float, # Not used: equal means equal
 ) -> str: # What was measured
     "Twice the same question, twice the same numbers"
-    once, again = (vlm.next_token_log_probs(vlm.embed(video), DESCRIBE, "two") for _ in range(2))
+    once, again = (vlm.next_token_log_probs(vlm.embed(video), DESCRIBE, "two")
+                   for _ in range(2))
     require(torch.equal(once, again), vlm,
             "the same question must get the same answer, "
             f"got a difference of {gap(once, again):.2g} nats",
@@ -255,7 +259,8 @@ def check_saving(
     def answer(some):
         return some.next_token_log_probs(some.embed(video), DESCRIBE).exp().cpu()
     with tempfile.TemporaryDirectory() as folder:
-        first, second = (Path(folder) / f"{name}.safetensors" for name in ("first", "second"))
+        first, second = (Path(folder) / f"{name}.safetensors"
+                         for name in ("first", "second"))
         vlm.save(first)
         copy = type(vlm).load(path=first)
         copy.save(second)
@@ -302,4 +307,5 @@ def check_adapter(
         if check is check_injection:
             return check(vlm, video, tolerance, pixels=pixels)
         return check(vlm, video, tolerance)
-    return ContractReport(Measured(rule, measure(check)) for rule, check in RULES.items())
+    return ContractReport(Measured(rule, measure(check))
+                          for rule, check in RULES.items())

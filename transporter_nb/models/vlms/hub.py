@@ -229,7 +229,8 @@ def new(
     "A small model of the class, untrained"
     settings, words = settings or cls.mini, list(words or world_words())
     # rotary positions hold distances and no dates, so frames are marked
-    marks = [f"<|t{k}|>" if cls.marked else "" for k in range(1, settings.n_frames + 1)]
+    marks = [f"<|t{k}|>" if cls.marked else ""
+             for k in range(1, settings.n_frames + 1)]
     tokenizer = word_tokenizer(words, [*cls.special_tokens, *filter(None, marks)])
     ids = {token: k for k, token in enumerate(cls.special_tokens)}
     with torch.random.fork_rng(devices=[]):
@@ -252,7 +253,8 @@ def save(
     vocabulary = self.tokenizer.get_vocab()
     words = sorted(vocabulary, key=vocabulary.get)[n_special:]
     state = self.model.state_dict()
-    once = {value.data_ptr(): name for name, value in reversed(state.items())}
+    once = {value.data_ptr(): name
+            for name, value in reversed(state.items())}
     tensors = {name: value.to(dtype) for name, value in state.items()
                if once[value.data_ptr()] == name}
     config = {"vlm": self.name, "settings": self.settings, "words": words}
@@ -283,7 +285,8 @@ def load(
         raise ValueError(f"this file holds weights of {config.get('vlm')!r}, not of {cls.name!r}. "
                          f"Give the file that {cls.__name__}.save wrote.")
     vlm = cls.new(VLMSettings(**config["settings"]), config["words"])
-    weights = {name: value.float() for name, value in tensors.items()}
+    weights = {name: value.float()
+               for name, value in tensors.items()}
     vlm.model.load_state_dict(weights, strict=False)
     state = vlm.model.state_dict()
     filled = {state[name].data_ptr() for name in tensors}
@@ -342,7 +345,8 @@ def from_hub(
     spread = {"device_map": options.device_map} if options.device_map else {}
     local = replace(settings, hub_id=str(folder), revision="")
     model = cls.load_hub_model(local, dtype=DTYPES[options.dtype], **spread)
-    marks = [cls.hub_mark(k) for k in range(1, settings.n_frames + 1)]
+    marks = [cls.hub_mark(k)
+             for k in range(1, settings.n_frames + 1)]
     vlm = cls(settings, model, AutoTokenizer.from_pretrained(folder), marks)
     return place(vlm.freeze(), options, device)
 
@@ -365,7 +369,8 @@ def blank(
     mini = check_scale(scale) == "mini"
     settings = cls.mini if mini else cls.paper
     numbers = range(1, settings.n_frames + 1)
-    marks = [(f"<|t{k}|>" if mini else cls.hub_mark(k)) if cls.marked else "" for k in numbers]
+    marks = [(f"<|t{k}|>" if mini else cls.hub_mark(k)) if cls.marked else ""
+             for k in numbers]
     special = [*cls.special_tokens, *(marks if mini and cls.marked else [])]
     more_words = [] if mini else ["frame", *(f"{k}:" for k in numbers)]
     tokenizer = word_tokenizer([*world_words(), *more_words], special)

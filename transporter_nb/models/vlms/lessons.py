@@ -37,7 +37,8 @@ def forms(
 ) -> tuple[str, ...]: # One form for each word of the slot, in the order of `SLOTS`
     "The words of a slot as a caption spells them"
     if many and slot == "shape":
-        return tuple(PLURALS.get(w, w + "s") for w in SLOTS["shape"])
+        return tuple(PLURALS.get(w, w + "s")
+                     for w in SLOTS["shape"])
     if many and slot == "motion":
         return tuple(w.removesuffix("s") for w in SLOTS["motion"])
     return SLOTS[slot]
@@ -45,7 +46,8 @@ def forms(
 def lesson_words() -> list[str]: # In a fixed order
     "The vocabulary of a miniature VLM: captions, questions and answers"
     asked = " ".join([DESCRIBE, *QUESTIONS.values()]).replace("?", " ?").split()
-    said = [word for slot in SLOTS for many in (False, True) for word in forms(slot, many)]
+    said = [word
+            for slot in SLOTS for many in (False, True) for word in forms(slot, many)]
     return list(dict.fromkeys([*said, "a", "over", "floor", *asked]))
 
 # %% ../../../nbs/2_models/20_vlms.lessons.ipynb #018929c9
@@ -67,7 +69,9 @@ def contrary_turn(
     "A caption that is wrong before a slot, up to that slot"
     before = list(SLOTS)[:list(SLOTS).index(slot)]
     wrong = rng.sample(before, min(len(before), rng.randint(1, 3)))
-    false = {name: rng.choice([w for w in SLOTS[name] if w != words[name]]) for name in wrong}
+    false = {name: rng.choice([w
+                               for w in SLOTS[name] if w != words[name]])
+             for name in wrong}
     said = spell(words | false).split()
     return Turn(DESCRIBE, " ".join(said[:PLACES[slot]]), said[PLACES[slot]], complete=False)
 
@@ -95,7 +99,8 @@ def slots_of(
             return [slot] * len(words), False
     at, said = len(turn.prefix.split()), f"{turn.prefix} {turn.answer}".split()
     named = {place: slot for slot, place in PLACES.items()}
-    return [named.get(at + k) for k in range(len(words))], said[0] in ("two", "three")
+    return [named.get(at + k)
+            for k in range(len(words))], said[0] in ("two", "three")
 
 class Targets(NamedTuple):
     "What a VLM should say at each place of the packed text"
@@ -126,10 +131,12 @@ def ideal_tokens(
         pieces = word_pieces(vlm, word, said)
         may, p = pieces[:1], [1.]
         if slot:
-            may = [word_pieces(vlm, other, said)[0] for other in forms(slot, many)]
+            may = [word_pieces(vlm, other, said)[0]
+                   for other in forms(slot, many)]
         if slot: p = chances[slot]
         tokens.append((pieces[0], may, p))
-        tokens += [(piece, [piece], [1.]) for piece in pieces[1:]]
+        tokens += [(piece, [piece], [1.])
+                   for piece in pieces[1:]]
         said = f"{said} {word}".strip()
     if turn.complete:
         tokens.append((vlm.end_id, [vlm.end_id], [1.]))
@@ -144,7 +151,9 @@ def answer_targets(
     "Ideal answers of a batch"
     packed, places, ids, weights = [], [], [], []
     widest = max(map(len, SLOTS.values()))
-    rows = [{slot: p[row].tolist() for slot, p in chances.items()} for row in range(len(turns))]
+    rows = [{slot: p[row].tolist()
+             for slot, p in chances.items()}
+            for row in range(len(turns))]
     for row, clip in enumerate(turns):
         texts, at = [], 0
         for turn in clip:
@@ -154,7 +163,8 @@ def answer_targets(
                 places.append((row, at + len(prompt) - 1 + k))
                 ids.append(may + may[:1] * (widest - len(may)))
                 weights.append(p + [0.] * (widest - len(p)))
-            texts.append(prompt + [token for token, *_ in answer[:-1]])
+            texts.append(prompt + [token
+                                   for token, *_ in answer[:-1]])
             at += len(texts[-1])
         packed.append(texts)
     text = pack_turns(packed, vlm.tokenizer.pad_token_id)
@@ -199,7 +209,8 @@ def frame_numbers(
     turn = 2 * torch.pi * table[:, COLUMNS["hue"]]
     shape = 2 * table[:, [COLUMNS[name] for name in READ]] - 1
     shape[:, 0] = (table[:, COLUMNS["radius"]] - 6) / 3 # px, the middle and half of its range
-    kind = torch.tensor([[2. * s.person - 1, s.count - 2.] for s in scenes])
+    kind = torch.tensor([[2. * s.person - 1, s.count - 2.]
+                         for s in scenes])
     ground = 2 * table[:, COLUMNS["stone"]:COLUMNS["stone"] + 4] - 1
     still = torch.cat([turn.cos()[:, None], turn.sin()[:, None], shape, kind, ground], -1)
     return torch.cat([places, still[:, None].expand(-1, n_frames, -1)], -1)

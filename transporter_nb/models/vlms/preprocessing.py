@@ -147,7 +147,8 @@ def paced_frames(
     if first >= last:
         first, last = 0, n_total - 1
     step = (last - first) / max(count - 1, 1)
-    chosen = {math.floor(k * step + first) for k in range(max(count - 1, 1))}
+    chosen = {math.floor(k * step + first)
+              for k in range(max(count - 1, 1))}
     return sorted(chosen | {last} if count > 1 else chosen)
 
 # %% ../../../nbs/2_models/04_vlms.preprocessing.ipynb #5d19648b
@@ -200,10 +201,12 @@ def round_to_blocks(
     new = [round(side / block) * block for side in sides]
     if new[0] * new[1] > most:
         shrink = math.sqrt(area / most)
-        return tuple(max(block, math.floor(side / shrink / block) * block) for side in sides)
+        return tuple(max(block, math.floor(side / shrink / block) * block)
+                     for side in sides)
     if new[0] * new[1] < least:
         grow = math.sqrt(least / area)
-        return tuple(math.ceil(side * grow / block) * block for side in sides)
+        return tuple(math.ceil(side * grow / block) * block
+                     for side in sides)
     return tuple(new)
 
 def fit_longest_edge(
@@ -258,7 +261,8 @@ def crop_grid(
         return rows, columns
     def off(grid):
         return abs(width / height - grid[1] / grid[0])
-    grids = [(j, i) for i in range(1, most + 1) for j in range(1, most // i + 1)]
+    grids = [(j, i)
+             for i in range(1, most + 1) for j in range(1, most // i + 1)]
     grids.sort(key=lambda grid: grid[0] * grid[1])
     nearest = min(map(off, grids))
     first, *larger = [grid for grid in grids if off(grid) == nearest]
@@ -347,9 +351,12 @@ class FramesText:
         seconds:Sequence[float|int], # When each frame is shown
     ) -> list[str]: # What stands before the tokens of each frame
         "The mark of each frame"
-        clocks = [f"{int(s // 60):02d}:{int(s % 60):02d}" for s in seconds]
-        filled = [self.mark.format(seconds=s, clock=clock) for s, clock in zip(seconds, clocks)]
-        return [(self.between if k else "") + mark + self.before for k, mark in enumerate(filled)]
+        clocks = [f"{int(s // 60):02d}:{int(s % 60):02d}"
+                  for s in seconds]
+        filled = [self.mark.format(seconds=s, clock=clock)
+                  for s, clock in zip(seconds, clocks)]
+        return [(self.between if k else "") + mark + self.before
+                for k, mark in enumerate(filled)]
 
 # %% ../../../nbs/2_models/04_vlms.preprocessing.ipynb #eaceeb7e
 FRAMES_TEXT = {
@@ -378,6 +385,7 @@ def text(
     whole = int(seconds[-1] if duration is None else duration)
     clock = f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
     count = in_words(len(seconds)) if "{count}" in self.opening else ""
-    frames = [mark + self.token * n_tokens + self.after for mark in self.marks(seconds)]
+    frames = [mark + self.token * n_tokens + self.after
+              for mark in self.marks(seconds)]
     opening = self.opening.format(count=count, duration=clock)
     return opening + "".join(frames) + self.closing

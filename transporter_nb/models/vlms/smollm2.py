@@ -98,7 +98,8 @@ def new(cls:type[SmolLM2VLM],
         nn.init.normal_(projection.weight, std=projection.in_features**-.5)
     model.model.text_model.load_state_dict(language.model.state_dict())
     model.tie_weights()
-    marks = [cls.hub_mark(k) for k in range(1, settings.n_frames + 1)]
+    marks = [cls.hub_mark(k)
+             for k in range(1, settings.n_frames + 1)]
     vlm = cls(settings, model, tokenizer, marks)
     vlm.model.model.text_model.requires_grad_(False)
     return vlm
@@ -116,7 +117,8 @@ def save(self:SmolLM2VLM,
     dtype:torch.dtype=torch.float16, # Of the weights on disk
 ):
     "Save tower, connector and sizes"
-    tensors = {name: value.to(dtype) for name, value in self.learned_parts().state_dict().items()}
+    tensors = {name: value.to(dtype)
+               for name, value in self.learned_parts().state_dict().items()}
     about = {"vlm": self.name, "settings": self.settings, "language_model": FILE}
     return save_checkpoint(path or checkpoint_path(f"vlm_{self.name}"), tensors, about)
 
@@ -136,5 +138,6 @@ def load(cls:type[SmolLM2VLM],
         f"this file holds weights of {config.get('vlm')!r}, not of {cls.name!r}. "
         f"Give the file that {cls.__name__}.save wrote.")
     vlm = cls.new(VLMSettings(**config["settings"]))
-    vlm.learned_parts().load_state_dict({name: x.float() for name, x in tensors.items()})
+    vlm.learned_parts().load_state_dict({name: x.float()
+                                         for name, x in tensors.items()})
     return vlm.to(resolve_device(device)).freeze()

@@ -55,7 +55,8 @@ def contrary_caption(
     before = list(SLOTS)[:list(SLOTS).index(slot)]
     changed = rng.sample(before, min(len(before), rng.randint(1, 3)))
     def wrong(name):
-        return rng.choice([word for word in SLOTS[name] if word != getattr(scene, name)])
+        return rng.choice([word
+                           for word in SLOTS[name] if word != getattr(scene, name)])
     return caption(do(scene, **{name: wrong(name) for name in changed}))
 
 def scene_turns(
@@ -134,9 +135,12 @@ def frame_truth(
 ) -> tuple[Float[Tensor, "batch n_frames 4"], Int[Tensor, "batch 3"]]:
     "Places and words of each frame"
     centres = [sprite_centres(scene) for scene in scenes]
-    places = torch.stack([torch.cat([c[0], c[-1]], -1) for c in centres]) / (SIZE / 2) - 1
+    places = torch.stack([torch.cat([c[0], c[-1]], -1)
+                          for c in centres]) / (SIZE / 2) - 1
     shown = torch.linspace(0, places.shape[1] - 1, n_frames).round().long()
-    words = [[SLOTS[slot].index(getattr(scene, slot)) for slot in LOCATED] for scene in scenes]
+    words = [[SLOTS[slot].index(getattr(scene, slot))
+              for slot in LOCATED]
+             for scene in scenes]
     return places[:, shown], torch.tensor(words)
 
 # %% ../../../nbs/2_models/13_vlms.training.ipynb #121270c9
@@ -156,7 +160,8 @@ class FrameLocator(nn.Module):
         tokens = vlm_embeddings.unflatten(1, (self.n_frames, -1)).flatten(2)
         scale = tokens.detach().square().mean().sqrt()
         predicted, *logits = self.map(tokens / scale).split(self.sizes, -1)
-        targets = [word[:, None].expand(-1, self.n_frames) for word in words.T]
+        targets = [word[:, None].expand(-1, self.n_frames)
+                   for word in words.T]
         missed = sum(nn.functional.cross_entropy(guess.transpose(1, 2), target)
                      for guess, target in zip(logits, targets))
         # 10 (chosen): 2 px cost about as much as one bit
@@ -284,7 +289,8 @@ def reading_turns(
         return [Turn(question, "", getattr(scene, slot))
                 for slot, question in SLOT_QUESTIONS.items()]
     own = through == "prefixes"
-    texts = {slot: caption(scene) if own else contrary_caption(scene, slot, rng) for slot in SLOTS}
+    texts = {slot: caption(scene) if own else contrary_caption(scene, slot, rng)
+             for slot in SLOTS}
     return [Turn(DESCRIBE, slot_prefix(text, slot), slot_word(text, slot))
             for slot, text in texts.items()]
 
@@ -310,6 +316,7 @@ def reading_accuracy(
         turns = [reading_turns(scene, through, rng) for scene in part]
         shown = render(part) if video is None else video[at:at + 100]
         said = vlm.turn_log_probs(vlm.embed(shown.to(device)), turns).argmax(-1).cpu()
-        answers = [[vlm.token_id(turn.answer, turn.prefix) for turn in row] for row in turns]
+        answers = [[vlm.token_id(turn.answer, turn.prefix) for turn in row]
+                   for row in turns]
         right += (said == torch.tensor(answers)).sum(0)
     return dict(zip(SLOTS, (right / len(scenes)).tolist()))
