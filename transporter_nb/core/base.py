@@ -153,7 +153,8 @@ def sweep_aside(
 ):
     "Remove the neighbours that dead writers of a file left behind"
     if os.name != "posix": return # elsewhere signal 0 does not test for existence
-    before, after = re.escape(f".{path.stem}."), re.escape(f".part{path.suffix}")
+    before = re.escape(f".{path.stem}.")
+    after = re.escape(f".part{path.suffix}")
     ours = re.compile(f"{before}([1-9][0-9]*){after}")
     with suppress(OSError), os.scandir(path.parent) as entries: # writing goes on if this fails
         for entry in entries:
@@ -243,7 +244,8 @@ def load_checkpoint(
                          f"{path.stat().st_size} bytes). {fix}") from error
     if "sha256" not in metadata or "config" not in metadata: raise ValueError(
         f"{path.name} has no checksum, so it was not written by save_checkpoint. {fix}")
-    found, stored = tensor_digest(tensors, metadata["config"]), metadata["sha256"]
+    found = tensor_digest(tensors, metadata["config"])
+    stored = metadata["sha256"]
     if found != stored: raise ValueError(
         f"{path.name} was altered: SHA-256 is {found[:12]}..., saved as {stored[:12]}.... {fix}")
     device = resolve_device(device)
@@ -280,7 +282,9 @@ def flatten_optimizer(
     optimizer:torch.optim.Optimizer, # Any optimizer whose state is tensors and plain numbers
 ) -> tuple[dict[str, Tensor], dict]: # Its tensors by name, and the rest as plain values
     "Split an optimizer's state into tensors and JSON"
-    state, tensors, plain = optimizer.state_dict(), {}, {}
+    state = optimizer.state_dict()
+    tensors = {}
+    plain = {}
     for index, slots in state["state"].items():
         for slot, value in slots.items():
             if isinstance(value, Tensor): tensors[f"optimizer/{index}/{slot}"] = value
@@ -346,7 +350,8 @@ def restore(
     generators:Mapping[str, torch.Generator]|None=None, # The same names as at saving
 ) -> int: # Steps already done
     "Continue a training exactly where it was saved"
-    saved, given = set(self.part("generator")), set(generators or {})
+    saved = set(self.part("generator"))
+    given = set(generators or {})
     if saved != given:
         raise ValueError(f"generators {sorted(saved)} were saved and {sorted(given)} were given. "
                          "Pass the same ones, or the draws would differ.")

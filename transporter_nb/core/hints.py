@@ -15,7 +15,8 @@ def did_you_mean(
     known:Iterable[str], # Words that are accepted
 ) -> str: # A question with a space before it; "" where no word is near
     "The nearest accepted word for each refused one"
-    known, hints = list(known), {}
+    known = list(known)
+    hints = {}
     for word in strange:
         for near in get_close_matches(word.lower(), known, n=1):
             hints[near] = None

@@ -136,7 +136,8 @@ def find_source(
     listed = [source for source in SOURCES.values() if source.repo == repo]
     if listed:
         return replace(listed[0], revision=revision)
-    files, licence = ("*.json", "*.safetensors"), "see the repository's page"
+    files = ("*.json", "*.safetensors")
+    licence = "see the repository's page"
     return HubSource(repo, revision, files, 0, "unknown", licence)
 
 # %% ../../nbs/0_core/03_hub.ipynb #a2ced735

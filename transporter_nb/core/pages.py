@@ -23,7 +23,8 @@ def html_image(
     if not alt.strip():
         raise ValueError(f"alt says what there is to see, got {alt!r}. Not everybody sees it.")
     with Image.open(io.BytesIO(image)) as opened:
-        kind, width = opened.format.lower(), opened.width * enlarge
+        kind = opened.format.lower()
+        width = opened.width * enlarge
     source = f"data:image/{kind};base64,{b64encode(image).decode()}"
     scaling = "pixelated" if enlarge > 1 else "auto"
     style = f"width:{width}px;max-width:100%;height:auto;image-rendering:{scaling}"

@@ -282,7 +282,8 @@ def bands(n_rows, n_columns):
 # %% ../../nbs/3_coupling/08_sinkhorn_scan.ipynb #089927ea
 def apply_forward(inputs, values):
     "By bands of the plan, or by walks"
-    rows, columns = inputs[0], inputs[2]
+    rows = inputs[0]
+    columns = inputs[2]
     out = values.new_empty(len(values), rows.shape[-1], values.shape[-1])
     if not walks(rows.shape[-1], columns.shape[-1], rows.shape[1], values.shape[-1], "forward"):
         for item, clip in enumerate(split(inputs)):

@@ -210,7 +210,8 @@ def _plan_adjoint(inputs, grad, needs_reg):
         dy[clips, lines] += mass.sum(-2)
         if needs_reg:
             dreg[clips, lines] -= mass.mul_(gap).sum((-1, -2))
-    dx, dy = dx * inverse_reg[..., None], dy * inverse_reg[..., None]
+    dx = dx * inverse_reg[..., None]
+    dy = dy * inverse_reg[..., None]
     return dx.to(x.dtype), df, dy.to(y.dtype), dg, dreg
 
 # %% ../../nbs/3_coupling/09_sinkhorn_torch.ipynb #7a08b43d

@@ -27,7 +27,8 @@ def triton_potentials(
     scores, order, sides, weights = merge(
         first_scores, last_scores, first_log_weights, last_log_weights,
     )
-    n_turns, shape = 2 * n_iterations, order.shape
+    n_turns = 2 * n_iterations
+    shape = order.shape
     history = weights.new_empty(n_turns + 1 if save else 2, *shape)
     history[0] = 0 # before the first half-step nothing was sent
     balance = weights.new_empty(n_iterations if save else 0, *shape)

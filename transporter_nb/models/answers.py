@@ -73,7 +73,8 @@ def answer_divergence(
     "Distance between a VLM's answers to two videos (paper §3.3, Delta omega), mean over words"
     if over not in ("pair", "vocab"):
         raise ValueError(f"over must be 'pair' or 'vocab', got {over!r}.")
-    measure, both = answer_distance(distance), (source_log_probs, target_log_probs)
+    measure = answer_distance(distance)
+    both = (source_log_probs, target_log_probs)
     if over == "pair":
         if bool((ids[..., 0] == ids[..., 1]).any()):
             raise ValueError("the two words of a pair start with the same token, so this VLM "

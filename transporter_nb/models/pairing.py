@@ -39,11 +39,13 @@ def sketch_distance(
     if len(recorded) != len(found):
         return float("inf")
     record, other = torch.tensor([list(recorded), list(found)], dtype=torch.float64)
-    apart, spread = (record - other).norm().item(), (record - record.mean()).norm().item()
+    apart = (record - other).norm().item()
+    spread = (record - record.mean()).norm().item()
     return apart / max(spread, 1e-12) # 1e-12: an answer may be constant
 
 # %% ../../nbs/2_models/19_pairing.ipynb #a1c0de0a
-GENERATOR_PROBES, VLM_PROBES = ("prompt", "decoded", "velocity"), ("tokens",)
+GENERATOR_PROBES = ("prompt", "decoded", "velocity")
+VLM_PROBES = ("tokens",)
 
 @torch.no_grad()
 def probe(
@@ -62,7 +64,8 @@ def probe(
         raise ValueError(f"a probe is one of {[*GENERATOR_PROBES, *VLM_PROBES]}, got {kind!r}.")
     edge = generator.boundary
     times = [.5] if edge is None else [edge / 2, (1 + edge) / 2]
-    latents, null = generator.probe_latents(), generator.null_condition(1)
+    latents = generator.probe_latents()
+    null = generator.null_condition(1)
     states = torch.randn(null.embeds.shape, generator=seeded_generator(1)).to(null.embeds)
     condition = PromptCondition(states, torch.ones_like(null.mask))
     return sketch(torch.stack([generator.velocity(latents, condition, t) for t in times]))
@@ -162,7 +165,8 @@ def check_concepts(
     recorded = any(concept.meta.get("made_for") for concept in concepts)
     present = made_for(generator, vlm, kinds) if recorded else {}
     for concept in concepts:
-        name, meta = concept.pair.name, concept.meta
+        name = concept.pair.name
+        meta = concept.meta
         if concept.vectors.shape[1] != generator.text_dim:
             width = concept.vectors.shape[1]
             raise ValueError(f"the concept {name!r} holds vectors of width {width}, and the "

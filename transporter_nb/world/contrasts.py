@@ -30,7 +30,8 @@ class ContrastPair:
     target: str # Takes the place of `source`; as many words, in the same order
 
     def __post_init__(self):
-        n_source, n_target = len(self.source.split("+")), len(self.target.split("+"))
+        n_source = len(self.source.split("+"))
+        n_target = len(self.target.split("+"))
         filled = all(word for pair in self.words for word in pair)
         if n_source != n_target or not filled:
             raise ValueError("source and target need the same number of words joined by '+', "
@@ -104,7 +105,8 @@ def find_word(
     "Find a source word in a caption, in the number the caption uses"
     for table in ({}, PLURALS, SINGULARS):
         if table and source not in table: continue
-        form, instead = table.get(source, source), table.get(target, target)
+        form = table.get(source, source)
+        instead = table.get(target, target)
         found = [Occurrence(match.start(), match.end(), match.group(), instead)
                  for match in word_pattern(form).finditer(caption)]
         if found: return found
@@ -150,7 +152,9 @@ def apply(
     changed = caption
     places = sorted(self.occurrences(caption), reverse=True)
     for place in places: # from the right, so that earlier places stay valid
-        before, word, after = changed[:place.start], place.target, changed[place.end:]
+        before = changed[:place.start]
+        word = place.target
+        after = changed[place.end:]
         article = "an" if word[:1].lower() in "aeiou" else "a"
         before = re.sub(r"\b(a|an)(\s+)$", rf"{article}\2", before)
         if place.source[0].isupper():

@@ -33,7 +33,8 @@ SLOTS = {
     "pace": ("slightly", "slowly", "quickly"),
     "floor": ("stone", "snowy", "sandy", "leafy"),
 }
-THING_MOTIONS, PERSON_MOTIONS = SLOTS["motion"][:3], SLOTS["motion"][3:]
+THING_MOTIONS = SLOTS["motion"][:3]
+PERSON_MOTIONS = SLOTS["motion"][3:]
 UNREADABLE = "unreadable"
 
 # %% ../../nbs/1_world/05_scenes.ipynb #fcec8528
@@ -413,7 +414,8 @@ def draw_scene(
     root = [v**.5 for v in PACES.values()]
     speed = np.interp(draw_line(3, rng), [-.2, 0, 1, 2, 2.2], [0., *root, 4.2]) ** 2
     shares = draw_corner("floor", rng)
-    group, own = rng.uniform(-3, 3, 2), rng.uniform(-1.2, 1.2, (3, 2)) # px (chosen)
+    group = rng.uniform(-3, 3, 2)
+    own = rng.uniform(-1.2, 1.2, (3, 2)) # px (chosen)
     return Scene(
         count=int(rng.integers(1, 4)), person=person, hue=draw_line(8, rng, closed=True) / 8,
         radius=radius, travel=float(min(speed, 18) * rng.choice([-1, 1])), **numbers,
@@ -428,7 +430,8 @@ def sample_scenes(
     "Draw scenes of one split"
     if split not in (*SPLITS, "all"):
         raise ValueError(f"split must be {', '.join(SPLITS)} or all, got {split!r}.")
-    rng, scenes = np.random.default_rng([seed, (*SPLITS, "all").index(split)]), []
+    rng = np.random.default_rng([seed, (*SPLITS, "all").index(split)])
+    scenes = []
     while len(scenes) < n:
         some = [draw_scene(rng)
                 for _ in range(max(16, n - len(scenes)))]
@@ -445,7 +448,8 @@ def draw_captions(
 ) -> list[dict[str, str]]: # Slot -> word, one a clip; `spell` makes the sentence
     "Words for clips, drawn as speakers choose them, of one split only"
     rng = np.random.default_rng([seed, 77]) # 77: a stream of its own beside the scenes'
-    said, open_rows = best_words(scenes), list(range(len(scenes)))
+    said = best_words(scenes)
+    open_rows = list(range(len(scenes)))
     for _ in range(tries):
         drawn = draw_words([scenes[row] for row in open_rows], rng)
         fits = [split in ("all", split_of(words)) for words in drawn]

@@ -153,7 +153,8 @@ def encode_gif(
         f"fps must be from 0.1 to 50 and enlarge at least 1, got {fps} and {enlarge}.")
     frames = frames_to_uint8(check_video(clip[None])[0]).repeat(enlarge, 1).repeat(enlarge, 2)
     first, *rest = [Image.fromarray(frame) for frame in frames]
-    buffer, pause = io.BytesIO(), round(100 / fps) * 10
+    buffer = io.BytesIO()
+    pause = round(100 / fps) * 10
     first.save(buffer, format="GIF", save_all=True, append_images=rest, duration=pause, loop=0)
     return buffer.getvalue()
 
@@ -189,7 +190,9 @@ def save_mp4(
     options = {"crf": "16"} # chosen: no visible loss on flat colours
     with write_aside(path) as aside, av.open(str(aside), "w") as container:
         stream = container.add_stream("libx264", rate=rate, options=options)
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        stream.height = height
+        stream.width = width
+        stream.pix_fmt = "yuv420p"
         for array in frames:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
             container.mux(stream.encode(frame))
@@ -284,7 +287,8 @@ def choose_times(
     if not 0 <= start < float("inf") or end is not None and not end >= start:
         raise ValueError("a part has 0 <= start <= end in seconds, "
                          f"got start={start} and end={end}.")
-    early, last = early_share(times), times[-1]
+    early = early_share(times)
+    last = times[-1]
     if start > last + 2.5 * early: # a frame stays about a gap
         raise ValueError(f"{name} shows its last frame {last:.3g} s after its first, and "
                          f"start={start:g} was asked for. Choose an earlier start.")
@@ -293,7 +297,8 @@ def choose_times(
         there = frame_at(times, stop, early) - frame_at(times, start, early) + 1
         if not 1 <= n_frames <= there:
             part = f" from {start:g} to {stop:.4g} s" * (start > 0 or end is not None)
-            many, upto = "s" * (there > 1), f" to {there}" * (there > 1)
+            many = "s" * (there > 1)
+            upto = f" to {there}" * (there > 1)
             raise ValueError(f"{name} has {there} frame{many}{part} and {n_frames} were asked "
                              f"for. Ask for 1{upto}.")
         return np.linspace(start, stop, n_frames).tolist()
@@ -310,7 +315,8 @@ def pick_frames(
     early:float=0., # Seconds a frame may be taken before its time
 ) -> Iterator[tuple[float, Any]]: # One for each moment, the same object where nothing changed
     "The frame on screen at each moment; holds one at a time and stops reading after the last"
-    shown, waiting = None, list(moments)[::-1]
+    shown = None
+    waiting = list(moments)[::-1]
     for arriving in frames:
         ahead = 0. if shown is None else min(early, EARLY * (arriving[0] - shown[0]))
         while shown is not None and waiting and arriving[0] > waiting[-1] + ahead:
@@ -350,7 +356,8 @@ def nameless(
 ) -> SideDataType: # A stand-in, which compares unequal to all that are
     "A kind of note on a frame for which PyAV has no name"
     kind = object.__new__(kinds)
-    kind._value_, kind._name_ = number, f"NUMBER_{number}"
+    kind._value_ = number
+    kind._name_ = f"NUMBER_{number}"
     return kind
 
 SideDataType._missing_ = classmethod(nameless) # only where reading a note would have failed
@@ -369,7 +376,8 @@ def frame_picture(
     array = frame.reformat(width=width, format="rgba" if clear else "rgb24").to_ndarray()
     picture = torch.from_numpy(array).movedim(-1, 0) / 255
     if clear:
-        colour, opacity = picture[:3], picture[3:]
+        colour = picture[:3]
+        opacity = picture[3:]
         picture = colour * opacity + background_colour(background) * (1 - opacity)
     notes = [bytes(part)
              for part in frame.side_data if part.type.name == "DISPLAYMATRIX"]
@@ -390,7 +398,8 @@ def fit_picture(
     if fit == "crop":
         keep_high = min(high, max(1, round(wide * height / width)))
         keep_wide = min(wide, max(1, round(high * width / height)))
-        top, left = (high - keep_high) // 2, (wide - keep_wide) // 2
+        top = (high - keep_high) // 2
+        left = (wide - keep_wide) // 2
         picture = picture[:, top:top + keep_high, left:left + keep_wide]
     scale = min(height / high, width / wide)
     inner = (height, width)
@@ -400,7 +409,8 @@ def fit_picture(
         picture = resize_video(picture[None, None], inner)[0, 0]
     if inner == (height, width): return picture
     canvas = background_colour(background).repeat(1, height, width)
-    top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
+    top = (height - inner[0]) // 2
+    left = (width - inner[1]) // 2
     canvas[:, top:top + inner[0], left:left + inner[1]] = picture
     return canvas
 
@@ -451,7 +461,8 @@ def check_pixels(
     if not height * width:
         with open_container(path) as container:
             codec = container.streams.video[0].codec_context
-            height, width = codec.height, codec.width
+            height = codec.height
+            width = codec.width
     if height * width > MAX_PIXELS:
         raise ValueError(f"a frame has at most {MAX_PIXELS} pixels, those of {path.name} have "
                          f"{width} x {height}. Make it smaller.")
@@ -461,7 +472,8 @@ def open_video(
     path:str|Path, # A file
 ) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]: # Closed when the block ends
     "Open a file and find its first track of moving pictures"
-    path, cover = check_file(path), av.stream.Disposition.attached_pic
+    path = check_file(path)
+    cover = av.stream.Disposition.attached_pic
     with open_container(path, max_pixels=str(MAX_PIXELS)) as container:
         tracks = [track
                   for track in container.streams.video if not track.disposition & cover]
@@ -501,7 +513,8 @@ def read_packets(
     max_frames:int=MAX_FRAMES, # A limit, for files without end
 ) -> Iterator[av.Packet]: # With content
     "The packets of a track, as far as they can be read"
-    packets, count = container.demux(track), 0
+    packets = container.demux(track)
+    count = 0
     while True:
         try: packet = next(packets, None)
         except av.error.FFmpegError as error:
@@ -535,13 +548,15 @@ def decode_frames(
 ) -> Iterator[tuple[float, av.VideoFrame]]: # Rising times on the clock of the file, in seconds
     "All frames that decode, one at a time"
     with open_video(path) as (container, track):
-        decoder, before = track_decoder(track), None
+        decoder = track_decoder(track)
+        before = None
         gap = 1 / float(track.average_rate or 25)
         packets = read_packets(container, track, damage, max_frames)
         for packet in chain(packets, [None]): # None asks for what the decoder still holds
             try: frames = decoder.decode(packet)
             except av.error.FFmpegError:
-                damage.packets, frames = damage.packets + (packet is not None), []
+                damage.packets = damage.packets + (packet is not None)
+                frames = []
             for frame in frames:
                 time = None if frame.pts is None else float(frame.pts * track.time_base)
                 if before is not None:
@@ -604,10 +619,13 @@ def collect_pictures(
     aspect:float, # Width of a stored pixel over its height
 ) -> tuple[Float[Tensor, "1 frames 3 height width"]|None, list[float]]: # And their times
     "Turn frames into one tensor as they come; None if there are none"
-    video, times, before = None, [], None
+    video = None
+    times = []
+    before = None
     for time, frame in picked:
         if frame is not before:
-            picture, before = frame_picture(frame, background, aspect), frame
+            picture = frame_picture(frame, background, aspect)
+            before = frame
         if video is None:
             size = tuple(picture.shape[1:]) if size is None else both_sides(size)
             n_bytes = 12 * n_frames * size[0] * size[1]
@@ -660,7 +678,8 @@ def sample_video(
     fit_picture(torch.zeros(3, 1, 1), 1, fit) # refuses wrong words before a long file is read
     background_colour(background)
     if size is not None: size = both_sides(size)
-    path, damage = Path(path), Damage()
+    path = Path(path)
+    damage = Damage()
     times, aspect, declared = scan_video(path, end, max_frames)
     if not times: raise ValueError(f"no frame of {path.name} can be decoded "
                                    f"({path.stat().st_size} bytes). Is the file complete?")

@@ -74,9 +74,11 @@ def caption(
     scene:Scene, # The clip to describe
 ) -> str: # Such as "two small blue rings bounce right quickly over a sandy floor"
     "The caption of a scene, in plain English"
-    noun, verb = scene.shape, scene.motion
+    noun = scene.shape
+    verb = scene.motion
     if scene.count == "two":
-        noun, verb = noun + "s", verb[:-1]
+        noun = noun + "s"
+        verb = verb[:-1]
     return (f"{scene.count} {scene.size} {scene.colour} {noun} {verb} {scene.direction} "
             f"{scene.pace} over a {scene.floor} floor")
 
@@ -91,7 +93,8 @@ def parse_caption(
     count, size, colour, noun, verb, direction, pace = words[:7]
     if count == "a": count = "one"
     if count == "two":
-        noun, verb = noun.removesuffix("s"), verb + "s"
+        noun = noun.removesuffix("s")
+        verb = verb + "s"
     scene = Scene(count, size, colour, noun, verb, direction, pace, words[9], place)
     if caption(scene).split()[1:] != words[1:]:
         raise ValueError(f"expected {caption(scene)!r}, got {text!r}")
@@ -115,7 +118,8 @@ def sample_scenes(
     "Draw scenes of one split"
     if split not in ("train", "heldout", "all"):
         raise ValueError(f"split must be train, heldout or all, got {split!r}")
-    rng, scenes = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    scenes = []
     while len(scenes) < n:
         words = {slot: options[rng.integers(len(options))]
                  for slot, options in SLOTS.items()}
@@ -198,7 +202,8 @@ def render(
     scenes:list, # `Scene`s, one a clip
 ) -> Float[Tensor, "batch frames 3 height width"]: # Colours in [0, 1]
     "Draw scenes"
-    floors, grid = floor_images(), torch.arange(SIZE) + 0.5
+    floors = floor_images()
+    grid = torch.arange(SIZE) + 0.5
     videos = torch.empty(len(scenes), FRAMES, 3, SIZE, SIZE)
     for video, scene in zip(videos, scenes):
         video[:] = floors[SLOTS["floor"].index(scene.floor)]
@@ -270,15 +275,19 @@ def measure_blob(
     cover:np.ndarray, # "height width" coverage in [0, 1], zero outside the region
 ) -> Blob: # Its measurements
     "Centre, extent and form of one region"
-    mass, rows, cols = cover.sum(), cover.max(1), cover.max(0)
+    mass = cover.sum()
+    rows = cover.max(1)
+    cols = cover.max(0)
     index = np.arange(SIZE) + 0.5
     inside = index[rows > 0.5], index[cols > 0.5]
     (top, bottom), (left, right) = ((own.min(), own.max()) for own in inside)
-    x, y = (left + right) / 2, (top + bottom) / 2
+    x = (left + right) / 2
+    y = (top + bottom) / 2
     near = np.hypot(index[None] - x, index[:, None] - y)
     fullest = np.sort(cover[near <= 7])[-8:].mean()
     hollow = 1 - cover[near <= 1.0].mean() / max(fullest, 1e-6)
-    widths, third = cover.sum(1), (bottom - top) / 3 + 0.01
+    widths = cover.sum(1)
+    third = (bottom - top) / 3 + 0.01
     upper = widths[(index <= top + third) & (index >= top)]
     lower = widths[(index >= bottom - third) & (index <= bottom)]
     taper = upper.mean() / max(lower.mean(), 1e-6)
@@ -329,7 +338,8 @@ def read_form(
 ) -> dict: # Words for size and shape
     "Size and shape from the measurements of all sprites in all frames"
     size = np.median([(b.width + b.height) / 2 for b in blobs])
-    hollow, taper = np.median([b.hollow for b in blobs]), np.median([b.taper for b in blobs])
+    hollow = np.median([b.hollow for b in blobs])
+    taper = np.median([b.taper for b in blobs])
     solid = between(taper, 0.58, 0.63, "cone", "ball")
     return {"size": between(size, 9.1, 9.6, "small", "large"),
             "shape": between(hollow, 0.4, 0.55, solid, "ring")}

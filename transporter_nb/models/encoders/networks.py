@@ -91,9 +91,11 @@ class Trunk(nn.Module):
         over:str, # "clips" (three dimensions) or "frames" (two)
     ):
         super().__init__()
-        n, widths = {"clips": 3, "frames": 2}[over], config.widths
+        n = {"clips": 3, "frames": 2}[over]
+        widths = config.widths
         conv, norm = (nn.Conv3d, nn.BatchNorm3d) if n == 3 else (nn.Conv2d, nn.BatchNorm2d)
-        kernel, half = (3, 5, 5)[-n:], (1, 2, 2)[-n:]
+        kernel = (3, 5, 5)[-n:]
+        half = (1, 2, 2)[-n:]
         padding = tuple(k // 2 for k in kernel)
         self.stem = conv(3, widths[0], kernel, half, padding, bias=False)
         self.norm = norm(widths[0])

@@ -36,7 +36,8 @@ def wear(
     clean:float=0.5, # Share of clips left as they are
 ) -> Float[Tensor, "batch frames 3 height width"]: # In [0, 1] again
     "Soften, coarsen, relight and sprinkle a share of clips"
-    n, size = len(video), video.shape[-2:]
+    n = len(video)
+    size = video.shape[-2:]
     def uniform(): return torch.rand(n, 1, 1, 1, 1, generator=generator)
     def amount(low=0.0): return low + (1 - low) * uniform()
     flat = video.flatten(0, 1)
@@ -164,7 +165,8 @@ def contrastive_loss(
     # held-out captions do not occur even as wrong ones
     wrong = [change_in_training(scene, batch.rng)
              for scene in batch.scenes for _ in range(8)]
-    offered, n = [*batch.scenes, *wrong], len(batch.scenes)
+    offered = [*batch.scenes, *wrong]
+    n = len(batch.scenes)
     text = encoder.embed_text([with_article(scene, batch.rng) for scene in offered])
     scale = encoder.log_scale.clamp(max=math.log(100)).exp() # 100: CLIP's own limit
     scores = scale * encoder.embed_video(batch.video) @ text.T
@@ -250,7 +252,9 @@ def train_encoder(
 ) -> list[float]: # Loss of every step since the very start
     "Teach a measuring network, resumable to the same numbers"
     channels_last(encoder.train().requires_grad_(True))
-    optimizer, losses, step = encoder_optimizer(encoder, settings), [], 0
+    optimizer = encoder_optimizer(encoder, settings)
+    losses = []
+    step = 0
     device = next(encoder.parameters()).device.type
     if resume_path and Path(resume_path).exists():
         state = load_training(resume_path)
@@ -316,7 +320,8 @@ def one_word_accuracy(
         return torch.cat([encoder.embed_video(part.to(device)) for part in parts])
     def read(seen): return encoder.embed_text([caption(scene) for scene in seen])
     def cosine(a, b): return (a * b).sum(1)
-    clips, texts = look(scenes), read(scenes)
+    clips = look(scenes)
+    texts = read(scenes)
     fits = cosine(clips, texts)
     shares = {"wrong caption": {}, "wrong clip": {}}
     for slot in SLOTS:

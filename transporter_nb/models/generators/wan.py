@@ -87,7 +87,8 @@ def _size_rules(
     text:WanTextConfig, # Sizes of the text encoder
 ) -> dict[str, tuple]: # Name of a size -> (its value, the value it must have)
     "The sizes that follow from others"
-    patch, n_halvings = vae.patch_size or 1, len(vae.dim_mult) - 1
+    patch = vae.patch_size or 1
+    n_halvings = len(vae.dim_mult) - 1
     return {
         "vae.scale_factor_spatial": (vae.scale_factor_spatial, patch * 2**n_halvings),
         "vae.scale_factor_temporal": (vae.scale_factor_temporal, 2**sum(vae.temperal_downsample)),
@@ -432,7 +433,8 @@ def latent_size(
     config:WanConfig, # Sizes
 ) -> tuple[int, int, int, int]: # channels, latent frames, latent height, latent width
     "Shape of one clip's latents"
-    vae, cell = config.vae, config.vae.scale_factor_spatial
+    vae = config.vae
+    cell = config.vae.scale_factor_spatial
     frames = 1 + (config.frames - 1) // vae.scale_factor_temporal
     return (vae.z_dim, frames, config.height // cell, config.width // cell)
 
@@ -449,7 +451,8 @@ def encode_words(
 ) -> PromptCondition: # Text tokens, always float32; exactly zero on padding
     "Encode prompts the way Wan's pipeline does"
     ids, mask = tokenize(generator.tokenizer, prompts, generator.config.prompt_tokens)
-    ids, mask = ids.to(generator.device), mask.to(generator.device)
+    ids = ids.to(generator.device)
+    mask = mask.to(generator.device)
     encoded = generator.text_encoder(input_ids=ids, attention_mask=mask.long())
     states = widen(encoded.last_hidden_state)
     return PromptCondition(states * mask.unsqueeze(-1).to(states.dtype), mask)
@@ -633,8 +636,10 @@ def load_hub(
     options:LoadOptions|None=None, # Types and places; None is bfloat16, everything on `device`
 ) -> WanGenerator: # Frozen
     "Load Wan's released weights from the local hub cache"
-    config, options = config or WanConfig.paper(), options or LoadOptions()
-    dtype, vae_dtype = DTYPES[options.dtype], DTYPES[options.vae_dtype]
+    config = config or WanConfig.paper()
+    options = options or LoadOptions()
+    dtype = DTYPES[options.dtype]
+    vae_dtype = DTYPES[options.vae_dtype]
     folder = require(find_source(config.hub, config.revision))
     spread = {"device_map": options.device_map} if options.device_map else {}
     names = ("transformer", "transformer_2")[:1 if config.boundary_ratio is None else 2]

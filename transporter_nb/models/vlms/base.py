@@ -156,7 +156,8 @@ def word_ids(
 ) -> list[int]: # Its token ids
     "Tokenize text, refusing words the VLM has no token for"
     def ids_of(text): return self.tokenizer(text, add_special_tokens=False).input_ids
-    ids, stand_in = ids_of(text), self.tokenizer.unk_token_id
+    ids = ids_of(text)
+    stand_in = self.tokenizer.unk_token_id
     if stand_in is not None and stand_in in ids:
         unknown = [word
                    for word in text.replace("?", " ").split() if stand_in in ids_of(word)]
@@ -185,7 +186,8 @@ def check_embeddings(
     vlm_embeddings:Float[Tensor, "batch vlm_tokens vlm_dim"], # To be checked
 ):
     "Refuse embeddings that are not of this VLM"
-    shape, own = tuple(vlm_embeddings.shape), (self.n_tokens, self.vlm_dim)
+    shape = tuple(vlm_embeddings.shape)
+    own = (self.n_tokens, self.vlm_dim)
     if len(shape) != 3 or shape[1:] != own or not len(vlm_embeddings):
         raise ValueError(f"{self.name} takes embeddings of shape (batch >= 1, {own[0]}, {own[1]}), "
                          f"got {shape}. Use embed(video).")
@@ -241,7 +243,8 @@ def caption(
 ) -> list[str]: # One answer a video
     "The VLM's answer in words"
     self.check_embeddings(vlm_embeddings)
-    prompt, said = self.prompt_ids(question), [[] for _ in vlm_embeddings]
+    prompt = self.prompt_ids(question)
+    said = [[] for _ in vlm_embeddings]
     for _ in range(max_tokens):
         packed = pack_turns([[prompt + words] for words in said], self.tokenizer.pad_token_id)
         packed = PackedTurns(*(part.to(vlm_embeddings.device) for part in packed))

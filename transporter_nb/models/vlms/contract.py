@@ -57,7 +57,8 @@ def check_shapes(
 ) -> str: # What was measured
     "Embeddings have the promised shape, and a clip does not see its neighbours"
     embeddings = vlm.embed(video)
-    shape, got = (len(video), vlm.n_tokens, vlm.vlm_dim), tuple(embeddings.shape)
+    shape = (len(video), vlm.n_tokens, vlm.vlm_dim)
+    got = tuple(embeddings.shape)
     require(got == shape, vlm,
             f"embed must give (batch, n_tokens, vlm_dim) = {shape}, got {got}",
             "Check tokens_per_frame and the reshape at the end of embed.")
@@ -82,7 +83,8 @@ def check_normalisation(
     require(answers.dtype == torch.float32, vlm,
             f"answers must be float32, got {answers.dtype}",
             "Return text_logits(...).float().")
-    n_words, n_needed = answers.shape[-1], len(vlm.tokenizer)
+    n_words = answers.shape[-1]
+    n_needed = len(vlm.tokenizer)
     require(n_words >= n_needed, vlm,
             f"answers must cover the {n_needed} tokens of the tokenizer, got {n_words}",
             "Give vocab_size to the configuration.")
@@ -100,8 +102,10 @@ def check_reading(
 ) -> str: # What was measured
     "Answers depend on the clip and on the order of its frames"
     def answer(clips): return vlm.next_token_log_probs(vlm.embed(clips), DESCRIBE)
-    forwards, backwards = answer(video), answer(video.flip(1))
-    apart, turned = gap(forwards[:-1], forwards[1:]), gap(forwards, backwards)
+    forwards = answer(video)
+    backwards = answer(video.flip(1))
+    apart = gap(forwards[:-1], forwards[1:])
+    turned = gap(forwards, backwards)
     require(apart > 10 * tolerance, vlm,
             f"different clips must get different answers, got a difference of {apart:.2g}",
             "Check that embeddings are written to the places of the image tokens.")
@@ -147,7 +151,8 @@ def check_questions(
     rows = [[asked[(k + j) % n] for j in range(n)]
             for k in range(len(video))] # orders differ
     def ask(z, turns):
-        questions, prefixes = [t.question for t in turns], [t.prefix for t in turns]
+        questions = [t.question for t in turns]
+        prefixes = [t.prefix for t in turns]
         return vlm.next_token_log_probs(z, questions, prefixes)
     alone = torch.stack([torch.cat([ask(z[None], [turn]) for turn in row])
                          for z, row in zip(embeddings, rows)])
@@ -265,7 +270,8 @@ def check_saving(
         copy = type(vlm).load(path=first)
         copy.save(second)
         twice = type(vlm).load(path=second)
-    rounded, apart = gap(answer(vlm), answer(copy)), gap(answer(copy), answer(twice))
+    rounded = gap(answer(vlm), answer(copy))
+    apart = gap(answer(copy), answer(twice))
     # 0.01 (chosen): 20 times the change by half precision, measured in vlms.hub
     require(rounded <= 0.01, vlm,
             "a loaded VLM must answer as the saved one, "

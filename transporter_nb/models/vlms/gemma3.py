@@ -51,7 +51,9 @@ def _mini_config(
 # %% ../../../nbs/2_models/09_vlms.gemma3.ipynb #8a528c6c
 class Gemma3VLM(HubVLM):
     "`Gemma3ForConditionalGeneration` behind the common interface"
-    name, model_class, two_way = "gemma3", Gemma3ForConditionalGeneration, True
+    name = "gemma3"
+    model_class = Gemma3ForConditionalGeneration
+    two_way = True
     mini = VLMSettings(n_frames=5, image_size=32, patch_size=8)
     paper = VLMSettings(
         n_frames=8, image_size=896, patch_size=14,

@@ -139,7 +139,8 @@ def lay_out(
 ) -> tuple[list[int], list[int]]: # Token ids; the frame of each, -1 for no frame
     "The preamble of all frames"
     image_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
-    ids, blocks = self.text_ids(self.opening), []
+    ids = self.text_ids(self.opening)
+    blocks = []
     for k, mark in enumerate(marks):
         before = self.text_ids(mark + self.before_frame)
         blocks += [-1] * (len(ids) + len(before) - len(blocks)) + [k] * self.tokens_per_frame
@@ -192,7 +193,8 @@ def text_logits(
     text:PackedTurns, # What follows the preamble
 ) -> Float[Tensor, "batch text_tokens vocab"]: # Unnormalised, float32
     "Run the language model on preamble and text"
-    table, n_before = self.model.get_input_embeddings(), len(self.preamble)
+    table = self.model.get_input_embeddings()
+    n_before = len(self.preamble)
     n, width = text.token_ids.shape
     inputs = torch.cat([table(self.preamble).expand(n, -1, -1), table(text.token_ids)], 1)
     is_image = nn.functional.pad(self.blocks >= 0, (0, width))[None, :, None]
@@ -227,7 +229,8 @@ def new(
     seed:int=0, # Of the starting weights
 ) -> HubVLM: # Untrained
     "A small model of the class, untrained"
-    settings, words = settings or cls.mini, list(words or world_words())
+    settings = settings or cls.mini
+    words = list(words or world_words())
     # rotary positions hold distances and no dates, so frames are marked
     marks = [f"<|t{k}|>" if cls.marked else ""
              for k in range(1, settings.n_frames + 1)]

@@ -97,7 +97,8 @@ def slots_of(
     for slot, question in QUESTIONS.items():
         if turn.question == question:
             return [slot] * len(words), False
-    at, said = len(turn.prefix.split()), f"{turn.prefix} {turn.answer}".split()
+    at = len(turn.prefix.split())
+    said = f"{turn.prefix} {turn.answer}".split()
     named = {place: slot for slot, place in PLACES.items()}
     return [named.get(at + k)
             for k in range(len(words))], said[0] in ("two", "three")
@@ -126,10 +127,12 @@ def ideal_tokens(
 ) -> list[tuple[int, list[int], list[float]]]: # Of each answer token: it, what may come, how likely
     "What may be said at each place of an answer"
     slots, many = slots_of(turn)
-    said, tokens = turn.prefix, []
+    said = turn.prefix
+    tokens = []
     for word, slot in zip(turn.answer.split(), slots):
         pieces = word_pieces(vlm, word, said)
-        may, p = pieces[:1], [1.]
+        may = pieces[:1]
+        p = [1.]
         if slot:
             may = [word_pieces(vlm, other, said)[0]
                    for other in forms(slot, many)]
@@ -149,7 +152,10 @@ def answer_targets(
     chances:dict[str, Float[Tensor, "batch words"]], # From `naming`
 ) -> Targets: # On the CPU
     "Ideal answers of a batch"
-    packed, places, ids, weights = [], [], [], []
+    packed = []
+    places = []
+    ids = []
+    weights = []
     widest = max(map(len, SLOTS.values()))
     rows = [{slot: p[row].tolist()
              for slot, p in chances.items()}
@@ -250,11 +256,13 @@ def answer_quality(
     "How near a VLM's answers are to the ideal ones"
     if len(video) != len(scenes):
         raise ValueError(f"one clip a scene, got {len(video)} clips and {len(scenes)} scenes.")
-    device, parts = next(vlm.parameters()).device, []
+    device = next(vlm.parameters()).device
+    parts = []
     asked = [Turn(question) for question in QUESTIONS.values()]
     for some in video.split(batch_size):
         parts.append(vlm.turn_log_probs(vlm.embed(some.to(device)), [asked] * len(some)).cpu())
-    said, ideal = torch.cat(parts).exp(), naming(scenes)
+    said = torch.cat(parts).exp()
+    ideal = naming(scenes)
     answers = {slot: said[:, k, [vlm.token_id(w) for w in SLOTS[slot]]]
                for k, slot in enumerate(QUESTIONS)}
     right, error = {}, {}

@@ -45,7 +45,8 @@ def byte_product(
     "One pass of a resize on bytes: weights of 16 bits, rounded, cut at black and white"
     smooth = (images @ weights.T.to(images)).clamp(0, 1)
     with torch.no_grad():
-        top, bits = weights.max().item(), 0
+        top = weights.max().item()
+        bits = 0
         while bits < 22 and int(.5 + top * 2**(bits + 1)) < 2**15:
             bits += 1
         in_bits = (weights * 2**bits).round().T.to(images.device)
@@ -140,12 +141,16 @@ def paced_frames(
     skip:float|int=1, # Seconds left out at each end of a long clip
 ) -> list[int]: # Both ends of what is left are among them
     "Frames as SmolVLM2 chooses them"
-    duration, first, last = n_total / rate, 0, n_total - 1
+    duration = n_total / rate
+    first = 0
+    last = n_total - 1
     count = max(1, min(round(fps * duration), most))
     if skip > 0 and duration - 2 * skip > most * fps:
-        first, last = int(skip * rate), min(int(n_total - skip * rate), last)
+        first = int(skip * rate)
+        last = min(int(n_total - skip * rate), last)
     if first >= last:
-        first, last = 0, n_total - 1
+        first = 0
+        last = n_total - 1
     step = (last - first) / max(count - 1, 1)
     chosen = {math.floor(k * step + first)
               for k in range(max(count - 1, 1))}
@@ -197,7 +202,8 @@ def round_to_blocks(
     if max(height, width) > 200 * min(height, width):
         raise ValueError(f"a frame's sides differ at most 200-fold, got {height} x {width}. "
                          "Crop or pad it first.")
-    sides, area = (height, width), height * width
+    sides = (height, width)
+    area = height * width
     new = [round(side / block) * block for side in sides]
     if new[0] * new[1] > most:
         shrink = math.sqrt(area / most)
@@ -256,7 +262,8 @@ def crop_grid(
     most:int=36, # Crops
 ) -> tuple[int, int]: # Rows and columns
     "The grid of crops for a frame, as Phi-4 chooses it"
-    rows, columns = math.ceil(height / size), math.ceil(width / size)
+    rows = math.ceil(height / size)
+    columns = math.ceil(width / size)
     if rows * columns <= most:
         return rows, columns
     def off(grid):
@@ -283,10 +290,12 @@ def phi4_crops(
     "Frames as Phi-4 sees them"
     height, width = images.shape[-2:]
     rows, columns = crop_grid(height, width, size, most)
-    across, down = columns * size / width, rows * size / height
+    across = columns * size / width
+    down = rows * size / height
     if across < down: new = int(height * across), columns * size
     else: new = rows * size, int(width * down)
-    below, right = rows * size - new[0], columns * size - new[1]
+    below = rows * size - new[0]
+    right = columns * size - new[1]
     fitted = resize(images, *new, rounded=rounded)
     laid = nn.functional.pad(fitted, (0, right, 0, below), value=1)
     patches = rows * size // patch_size, columns * size // patch_size
@@ -296,7 +305,8 @@ def phi4_crops(
 
     def to_grid(x): # "... (rows y) (columns x)" -> "... rows columns y x"
         return x.unflatten(-2, (rows, -1)).unflatten(-1, (columns, -1)).transpose(-3, -2)
-    cut, masks = to_grid(laid), to_grid(shown)
+    cut = to_grid(laid)
+    masks = to_grid(shown)
     overview = resize(laid, size, size, "bicubic", antialias=False, clip=False)[:, None]
     crops = torch.cat([overview, cut.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)], 1)
     mask = torch.cat([torch.ones_like(masks[0, :1]), masks.flatten(0, 1)])
@@ -317,7 +327,8 @@ def flatten_patches(
         raise ValueError("the sides of an image must be multiples of patch_size * merge = "
                          f"{block}, got {height} x {width}. Resize it first.")
     images = torch.cat([images, images[-1:].expand(-n % depth, -1, -1, -1)])
-    high, wide = height // block, width // block
+    high = height // block
+    wide = width // block
     cut = images.reshape(-1, depth, 3, high, merge, patch_size, wide, merge, patch_size)
     return cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, 3 * depth * patch_size**2)
 

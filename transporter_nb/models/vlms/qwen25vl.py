@@ -44,7 +44,9 @@ def _mini_config(
 # %% ../../../nbs/2_models/11_vlms.qwen25vl.ipynb #0717e309
 class Qwen25VLM(HubVLM):
     "`Qwen2_5_VLForConditionalGeneration` behind the common interface"
-    name, model_class, marked = "qwen25vl", Qwen2_5_VLForConditionalGeneration, False
+    name = "qwen25vl"
+    model_class = Qwen2_5_VLForConditionalGeneration
+    marked = False
     mini = VLMSettings(n_frames=5, image_size=32, patch_size=8) # steps of two frames
     paper = VLMSettings(
         n_frames=8, image_size=336, patch_size=14, hidden_size=3584, n_layers=28, n_heads=28,
@@ -100,6 +102,7 @@ def rope_positions(
     positions:Int[Tensor, "batch tokens"], # Of each token in a prompt that held its turn alone
 ) -> Int[Tensor, "3 batch tokens"]: # Time, height and width
     "Positions in the form that the class takes"
-    n_before, lead = len(self.preamble), self.lead.to(positions.device)
+    n_before = len(self.preamble)
+    lead = self.lead.to(positions.device)
     text = positions[:, n_before:] - n_before + lead[0, -1] + 1
     return torch.cat([lead[:, None].expand(-1, len(positions), -1), text.expand(3, -1, -1)], 2)

@@ -59,7 +59,9 @@ class SmolLM2VLM(SmolVLM):
                        vision_size=128, vision_layers=4, vision_heads=4)
     special_tokens = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<file_sep>")
     image_token, end_token = "<file_sep>", "<|im_end|>"
-    opening, before_frame, after_frame = "<|im_start|>user\n", "", "\n"
+    opening = "<|im_start|>user\n"
+    before_frame = ""
+    after_frame = "\n"
     after_frames, closing = "", "<|im_end|>\n<|im_start|>assistant\n"
 
     @classmethod

@@ -41,7 +41,9 @@ class SmolVLM(HubVLM):
     special_tokens = (
         "<pad>", "<unk>", "<|im_start|>", "<end_of_utterance>", "User:", "Assistant:",
         "<fake_token_around_image>", "<global-img>", "<image>")
-    image_token, end_token, opening = "<image>", "<end_of_utterance>", "<|im_start|>User:"
+    image_token = "<image>"
+    end_token = "<end_of_utterance>"
+    opening = "<|im_start|>User:"
     before_frame = "<fake_token_around_image><global-img>"
     after_frame = "<fake_token_around_image>"
     after_frames, closing = "\n\n", "<end_of_utterance>\nAssistant:"
@@ -61,6 +63,7 @@ class SmolVLM(HubVLM):
         settings = self.settings
         frames = take_frames(video, settings.n_frames, settings.image_size, "lanczos")
         images = normalise(frames).flatten(0, 1).to(self.model.dtype)
-        tower, connector = self.model.model.vision_model, self.model.model.connector
+        tower = self.model.model.vision_model
+        connector = self.model.model.connector
         tokens = connector(tower(images).last_hidden_state)
         return tokens.reshape(len(video), self.n_tokens, self.vlm_dim)

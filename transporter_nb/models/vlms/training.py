@@ -66,7 +66,8 @@ def scene_turns(
     n_contrary:int=2, # Turns with a wrong prefix
 ) -> list[Turn]: # Always 1 + n_questions + n_contrary
     "The lessons of one clip"
-    text, slots = caption(scene), list(SLOTS)
+    text = caption(scene)
+    slots = list(SLOTS)
     # 0.3 (chosen): often enough to be understood
     starts_with_a = scene.count == "one" and rng.random() < 0.3
     if starts_with_a: whole = Turn(DESCRIBE, "a", text.removeprefix("one "))
@@ -121,7 +122,8 @@ def world_batch(
 ) -> WorldBatch: # Held-out combinations never occur
     "Training clips with what to learn about them"
     key = 2**40 + seed * 2**24 + step
-    scenes, rng = sample_scenes(batch_size, key), random.Random(key)
+    scenes = sample_scenes(batch_size, key)
+    rng = random.Random(key)
     video = distort(render(scenes), seeded_generator(key))
     return WorldBatch(video, [scene_turns(scene, rng) for scene in scenes], scenes)
 
@@ -309,7 +311,8 @@ def reading_accuracy(
         raise ValueError(f"through must be questions, prefixes or contrary, got {through!r}.")
     if video is not None and len(video) != len(scenes):
         raise ValueError(f"one clip a scene, got {len(video)} clips and {len(scenes)} scenes.")
-    rng, right = random.Random(seed), torch.zeros(len(SLOTS))
+    rng = random.Random(seed)
+    right = torch.zeros(len(SLOTS))
     device = next(vlm.parameters()).device
     for at in range(0, len(scenes), 100): # 100 clips at a time: memory stays small
         part = scenes[at:at + 100]

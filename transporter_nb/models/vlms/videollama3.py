@@ -44,7 +44,9 @@ def _mini_config(
 # %% ../../../nbs/2_models/10_vlms.videollama3.ipynb #94a7b394
 class VideoLlama3VLM(HubVLM):
     "`VideoLlama3ForConditionalGeneration` behind the common interface"
-    name, model_class, merge = "videollama3", VideoLlama3ForConditionalGeneration, 2
+    name = "videollama3"
+    model_class = VideoLlama3ForConditionalGeneration
+    merge = 2
     mini = VLMSettings(n_frames=5, image_size=32, patch_size=8)
     paper = VLMSettings(
         n_frames=16, image_size=336, patch_size=14,
@@ -54,7 +56,8 @@ class VideoLlama3VLM(HubVLM):
     special_tokens = (
         "<|endoftext|>", "<|unknown|>", "<|im_start|>", "<|im_end|>", "user", "assistant",
         "<|image_pad|>", "<|video_pad|>")
-    image_token, end_token = FRAMES_TEXT["videollama3"].token, "<|im_end|>"
+    image_token = FRAMES_TEXT["videollama3"].token
+    end_token = "<|im_end|>"
     # the line break after a video: inferred, as in Qwen's formats
     opening, after_frames = "<|im_start|>user\n", "\n"
     closing = "<|im_end|>\n<|im_start|>assistant\n"
