@@ -242,8 +242,9 @@ def load_checkpoint(
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path.name} is not a complete weight file ({error}; "
                          f"{path.stat().st_size} bytes). {fix}") from error
-    if "sha256" not in metadata or "config" not in metadata: raise ValueError(
-        f"{path.name} has no checksum, so it was not written by save_checkpoint. {fix}")
+    if "sha256" not in metadata or "config" not in metadata:
+        raise ValueError(
+            f"{path.name} has no checksum, so it was not written by save_checkpoint. {fix}")
     found = tensor_digest(tensors, metadata["config"])
     stored = metadata["sha256"]
     if found != stored: raise ValueError(
@@ -287,8 +288,10 @@ def flatten_optimizer(
     plain = {}
     for index, slots in state["state"].items():
         for slot, value in slots.items():
-            if isinstance(value, Tensor): tensors[f"optimizer/{index}/{slot}"] = value
-            else: plain.setdefault(str(index), {})[slot] = as_config(value)
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{index}/{slot}"] = value
+            else:
+                plain.setdefault(str(index), {})[slot] = as_config(value)
     return tensors, {"groups": as_config(state["param_groups"]), "plain": plain}
 
 def unflatten_optimizer(
@@ -336,8 +339,9 @@ def load_training(
 ) -> TrainingState: # Verified content; call `.restore(...)` to continue from it
     "Read a saved training"
     tensors, config = load_checkpoint(path)
-    if "optimizer" not in config: raise ValueError(f"{Path(path).name} holds weights and no "
-                                  "training state. Give the file that save_training wrote.")
+    if "optimizer" not in config:
+        raise ValueError(f"{Path(path).name} holds weights and no "
+                         "training state. Give the file that save_training wrote.")
     return TrainingState(config["step"], config["extra"], tensors, config["optimizer"])
 
 # %% ../../nbs/0_core/01_base.ipynb #d2ffcca4

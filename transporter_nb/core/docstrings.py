@@ -63,8 +63,9 @@ def documented(
     def decorate(thing):
         fields = is_dataclass(thing) or not inspect.isclass(thing)
         f = thing if fields else thing.__init__
-        if not thing.__doc__: raise ValueError(
-            f"{thing.__name__} has no docstring to add its parameters to. Write one sentence.")
+        if not thing.__doc__:
+            raise ValueError(
+                f"{thing.__name__} has no docstring to add its parameters to. Write one sentence.")
         parts = [inspect.cleandoc(thing.__doc__)]
         if lines := parameter_lines(f):
             parts.append(section("Parameters", lines))

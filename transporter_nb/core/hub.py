@@ -159,6 +159,7 @@ class LoadOptions:
             value = getattr(self, name)
             if value not in tuple(allowed):
                 raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}.")
-        if self.device_map is not None and self.offload != "none": raise ValueError(
-            f"device_map={self.device_map!r} places the weights already, so offload must be "
-            f"'none', got {self.offload!r}. Choose one of the two.")
+        if self.device_map is not None and self.offload != "none":
+            raise ValueError(
+                f"device_map={self.device_map!r} places the weights already, so offload must be "
+                f"'none', got {self.offload!r}. Choose one of the two.")

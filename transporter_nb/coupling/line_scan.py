@@ -187,8 +187,10 @@ def solve_lines(
             for m in range(n_points):
                 at = order[line - start, m]
                 q = m * LANES + lane
-                if at < n_first: f[line, at] = weights[0, q] - Y[-2, q]
-                else: g[line, at - n_first] = -Y[-1, q]
+                if at < n_first:
+                    f[line, at] = weights[0, q] - Y[-2, q]
+                else:
+                    g[line, at - n_first] = -Y[-1, q]
 
 # %% ../../nbs/3_coupling/05_line_scan.ipynb #08026ccd
 @compiled
@@ -303,8 +305,10 @@ def gather_bars(order, n_first, f_bar, g_bar, start, begin, stop, bars):
         for m in range(order.shape[1]):
             at = order[begin + lane - start, m]
             q = m * LANES + lane
-            if at < n_first: bars[0, q] = f_bar[begin + lane, at]
-            else: bars[1, q] = g_bar[begin + lane, at - n_first]
+            if at < n_first:
+                bars[0, q] = f_bar[begin + lane, at]
+            else:
+                bars[1, q] = g_bar[begin + lane, at - n_first]
 
 @compiled
 @no_type_check
@@ -351,8 +355,10 @@ def solve_lines_adjoint(
             first, last, inverse_reg, first_log, last_log, order, start, begin,
             gap, position, weights,
         )
-        if len(kept): Y = kept[begin // LANES]
-        else: all_half_steps(gap, weights, n_iterations, work, Y)
+        if len(kept):
+            Y = kept[begin // LANES]
+        else:
+            all_half_steps(gap, weights, n_iterations, work, Y)
         gather_bars(order, first.shape[1], f_bar, g_bar, start, begin, stop, bars)
         adjoint_block(
             gap, weights, n_iterations, bars[0], bars[1], Y, work, weights_bar, moved, ties,

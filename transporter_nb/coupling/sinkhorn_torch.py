@@ -92,8 +92,10 @@ def log_sum_near(
         exponent = (log_mass - level) + points * (sign * inverse_reg)
         top = exponent.detach().amax(0)
         mass = (exponent - top).exp()
-        if sign > 0: running = torch.cat([nothing, mass.cumsum(0)])
-        else: running = torch.cat([mass.flip(0).cumsum(0).flip(0), nothing])
+        if sign > 0:
+            running = torch.cat([nothing, mass.cumsum(0)])
+        else:
+            running = torch.cat([mass.flip(0).cumsum(0).flip(0), nothing])
         scale = (top - queries * (sign * inverse_reg)).exp()
         gathered.append([running.gather(0, place) * scale for place in places])
     # at least exp(-range / tau): the point at the level is no farther

@@ -58,8 +58,10 @@ def answer_gap(
         raise ValueError(f"over must be 'pair' or 'vocab', got {over!r}.")
     ids = ids.to(log_probs.device)
     target = log_probs.gather(-1, ids[..., 1:])[..., 0]
-    if over == "pair": rest = log_probs.gather(-1, ids[..., :1])[..., 0]
-    else: rest = log_probs.scatter(-1, ids[..., 1:], -float("inf")).logsumexp(-1)
+    if over == "pair":
+        rest = log_probs.gather(-1, ids[..., :1])[..., 0]
+    else:
+        rest = log_probs.scatter(-1, ids[..., 1:], -float("inf")).logsumexp(-1)
     return (target - rest).mean(-1)
 
 # %% ../../nbs/2_models/17_answers.ipynb #646434bf

@@ -384,8 +384,10 @@ def draw(
         canvas = canvas * shadow(x - across, y - down, lift, foot, width)[..., None]
     for across, down, lift in paths:
         place = x - across, y - down + lift
-        if person: layers = person_layers(*place, values, colour)
-        else: layers = [thing_layer(*place, values, colour)]
+        if person:
+            layers = person_layers(*place, values, colour)
+        else:
+            layers = [thing_layer(*place, values, colour)]
         for shade, cover in layers:
             canvas = canvas + cover[..., None] * (shade - canvas)
     return canvas.clamp(0, 1)

@@ -389,9 +389,10 @@ def check_clips(
 ) -> None:
     "Refuse clips that the readers cannot take"
     wanted = (FRAMES, 3, SIZE, SIZE)
-    if video.ndim != 5 or tuple(video.shape[1:]) != wanted or not len(video): raise ValueError(
-        f"the readers take clips of shape (batch >= 1, {FRAMES}, 3, {SIZE}, {SIZE}), "
-        f"got {tuple(video.shape)}. Resize the clips first.")
+    if video.ndim != 5 or tuple(video.shape[1:]) != wanted or not len(video):
+        raise ValueError(
+            f"the readers take clips of shape (batch >= 1, {FRAMES}, 3, {SIZE}, {SIZE}), "
+            f"got {tuple(video.shape)}. Resize the clips first.")
     low = video.min().item()
     high = video.max().item()
     if not (-.01 <= low and high <= 1.01): raise ValueError( # NaN fails both comparisons

@@ -254,9 +254,10 @@ def check_kind(
 ) -> None:
     "Refuse a thing that walks and a person that rolls"
     fitting = PERSON_MOTIONS if shape == "person" else THING_MOTIONS
-    if motion not in fitting: raise ValueError(
-        f"{motion!r} does not go with {shape!r}. "
-        f"Set motion to one of {', '.join(fitting)} as well.")
+    if motion not in fitting:
+        raise ValueError(
+            f"{motion!r} does not go with {shape!r}. "
+            f"Set motion to one of {', '.join(fitting)} as well.")
 
 # %% ../../nbs/1_world/05_scenes.ipynb #09e4f5c2
 def do(
@@ -265,9 +266,10 @@ def do(
 ) -> Scene: # The same clip with those set and everything else, offsets included, kept
     "Intervene on a scene: `do(scene, colour='blue')`, `do(scene, travel=3.)`"
     unknown = set(changes) - set(SLOTS) - {f.name for f in fields(Scene)}
-    if unknown: raise ValueError(
-        f"no attribute {', '.join(sorted(unknown))}; the slots are {', '.join(SLOTS)}, "
-        f"the numbers {', '.join(RANGES)}.")
+    if unknown:
+        raise ValueError(
+            f"no attribute {', '.join(sorted(unknown))}; the slots are {', '.join(SLOTS)}, "
+            f"the numbers {', '.join(RANGES)}.")
     words = {name: v
              for name, v in changes.items() if name in SLOTS and isinstance(v, str)}
     numbers = {name: v
@@ -340,8 +342,9 @@ def parse_caption(
 ) -> Scene: # With every number in the middle of its word's region
     "Read a caption back into a scene, or say which word is wrong"
     words = text.lower().rstrip(" .").split()
-    if len(words) != 11: raise ValueError(
-        f"a caption has 11 words like {caption(EXAMPLE)!r}, got {len(words)}: {text!r}")
+    if len(words) != 11:
+        raise ValueError(
+            f"a caption has 11 words like {caption(EXAMPLE)!r}, got {len(words)}: {text!r}")
     many = words[0] in ("two", "three")
     singular = {PLURALS.get(word, word + "s"): word
                 for word in SLOTS["shape"]}
@@ -394,8 +397,10 @@ def draw_line(
     closed:bool=False, # Whether the last borders on the first
 ) -> float: # Position; -.2 to n - .8, or 0 to n where closed
     "A point near a word, or anywhere"
-    if rng.random() < .5: at = rng.integers(n) + rng.normal(0, .18) # chosen: inside its word
-    else: at = rng.uniform(0, n) if closed else rng.uniform(-.2, n - .8)
+    if rng.random() < .5:
+        at = rng.integers(n) + rng.normal(0, .18) # chosen: inside its word
+    else:
+        at = rng.uniform(0, n) if closed else rng.uniform(-.2, n - .8)
     return float(at % n if closed else np.clip(at, -.2, n - .8))
 
 # %% ../../nbs/1_world/05_scenes.ipynb #dd8ce0ce

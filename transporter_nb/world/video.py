@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Size', 'EARLY', 'MAX_FRAMES', 'MAX_PIXELS', 'CONTAINERS', 'SOURCES', 'MAX_BYTES', 'check_video', 'demo_video',
            'both_sides', 'resize_video', 'frames_to_uint8', 'contact_sheet', 'save_png', 'encode_gif', 'save_gif',
-           'save_mp4', 'MovingPicture', 'show_gif', 'early_share', 'frame_at', 'choose_times', 'pick_frames',
+           'save_mp4', 'MovingPicture', 'show_gif', 'early_share', 'frame_at', 'pick_frames', 'choose_times',
            'put_upright', 'background_colour', 'nameless', 'frame_picture', 'fit_picture', 'check_file',
            'open_container', 'check_pixels', 'open_video', 'Damage', 'read_packets', 'track_decoder', 'decode_frames',
            'Timeline', 'track_facts', 'scan_video', 'collect_pictures', 'SampledVideo', 'warn_of_damage',
@@ -50,14 +50,16 @@ def check_video(
         raise ValueError("a video has axes (batch, frames, 3, height, width), "
                          f"got {tuple(getattr(video, 'shape', ()))}. Channels come after frames: "
                          "permute, or add a batch axis with video[None].")
-    if not video.is_floating_point(): raise ValueError(
-        f"a video holds floats in [0, 1], got {video.dtype}. Divide 8-bit values by 255.")
+    if not video.is_floating_point():
+        raise ValueError(
+            f"a video holds floats in [0, 1], got {video.dtype}. Divide 8-bit values by 255.")
     if video.numel() == 0:
         raise ValueError(f"the video is empty, its shape is {tuple(video.shape)}.")
     low, high = (value.item() for value in video.detach().aminmax())
-    if not (low >= -atol and high <= 1 + atol): raise ValueError(
-        f"a video holds values in [0, 1], got {low:.3g} to {high:.3g}. "
-        "From [-1, 1], use (video + 1) / 2; NaN comes from the model before.")
+    if not (low >= -atol and high <= 1 + atol):
+        raise ValueError(
+            f"a video holds values in [0, 1], got {low:.3g} to {high:.3g}. "
+            "From [-1, 1], use (video + 1) / 2; NaN comes from the model before.")
     return video
 
 def demo_video(
@@ -87,9 +89,10 @@ def both_sides(
     both = size if isinstance(size, (tuple, list)) else (size, size)
     try: sides = tuple(index(side) for side in both)
     except TypeError: sides = ()
-    if len(sides) != 2 or min(sides) < 1: raise ValueError(
-        "a size is positive: whole pixels, one number or (height, width), "
-        f"got {size!r}. Round it, or give two numbers.")
+    if len(sides) != 2 or min(sides) < 1:
+        raise ValueError(
+            "a size is positive: whole pixels, one number or (height, width), "
+            f"got {size!r}. Round it, or give two numbers.")
     return sides
 
 def resize_video(
@@ -149,8 +152,9 @@ def encode_gif(
     enlarge:int=4, # Each pixel becomes a square of this many pixels
 ) -> bytes: # A GIF that loops for ever
     "One clip as a looping GIF"
-    if not 0.1 <= fps <= 50 or enlarge < 1: raise ValueError(
-        f"fps must be from 0.1 to 50 and enlarge at least 1, got {fps} and {enlarge}.")
+    if not 0.1 <= fps <= 50 or enlarge < 1:
+        raise ValueError(
+            f"fps must be from 0.1 to 50 and enlarge at least 1, got {fps} and {enlarge}.")
     frames = frames_to_uint8(check_video(clip[None])[0]).repeat(enlarge, 1).repeat(enlarge, 2)
     first, *rest = [Image.fromarray(frame) for frame in frames]
     buffer = io.BytesIO()
@@ -181,8 +185,9 @@ def save_mp4(
     if min(clip.shape[-2:]) * enlarge < 2:
         raise ValueError(f"H.264 needs at least 2 x 2 pixels, got {clip.shape[-2]} x "
                          f"{clip.shape[-1]} with enlarge={enlarge}. Use enlarge=2.")
-    if not .1 <= fps <= 1000 or enlarge < 1: raise ValueError(
-        f"fps must be from 0.1 to 1000 and enlarge at least 1, got {fps} and {enlarge}.")
+    if not .1 <= fps <= 1000 or enlarge < 1:
+        raise ValueError(
+            f"fps must be from 0.1 to 1000 and enlarge at least 1, got {fps} and {enlarge}.")
     frames = frames_to_uint8(check_video(clip[None])[0]).repeat(enlarge, 1).repeat(enlarge, 2)
     height, width = (side // 2 * 2 for side in frames.shape[1:3])
     frames = frames[:, :height, :width] # yuv420p halves both: an odd last row or column is cut
@@ -270,6 +275,24 @@ def frame_at(
         k -= 1
     return k
 
+def pick_frames(
+    frames:Iterable[tuple[float, Any]], # Times in seconds, rising, with the picture from then on
+    moments:Sequence[int|float], # Seconds, rising
+    early:float=0., # Seconds a frame may be taken before its time
+) -> Iterator[tuple[float, Any]]: # One for each moment, the same object where nothing changed
+    "The frame on screen at each moment; holds one at a time and stops reading after the last"
+    shown = None
+    waiting = list(moments)[::-1]
+    for arriving in frames:
+        ahead = 0. if shown is None else min(early, EARLY * (arriving[0] - shown[0]))
+        while shown is not None and waiting and arriving[0] > waiting[-1] + ahead:
+            waiting.pop()
+            yield shown
+        if not waiting: return
+        shown = arriving
+    if shown is not None:
+        yield from [shown] * len(waiting)
+
 # %% ../../nbs/1_world/02_video.ipynb #3579a240
 def choose_times(
     times:Sequence[int|float], # Seconds at which frames appear, rising, the first is 0
@@ -308,25 +331,6 @@ def choose_times(
                          f"in {stop - start:.4g} s, got {frames_per_second}.")
     return (start + np.arange(int(steps) + 1) / frames_per_second).tolist()
 
-# %% ../../nbs/1_world/02_video.ipynb #d006868a
-def pick_frames(
-    frames:Iterable[tuple[float, Any]], # Times in seconds, rising, with the picture from then on
-    moments:Sequence[int|float], # Seconds, rising
-    early:float=0., # Seconds a frame may be taken before its time
-) -> Iterator[tuple[float, Any]]: # One for each moment, the same object where nothing changed
-    "The frame on screen at each moment; holds one at a time and stops reading after the last"
-    shown = None
-    waiting = list(moments)[::-1]
-    for arriving in frames:
-        ahead = 0. if shown is None else min(early, EARLY * (arriving[0] - shown[0]))
-        while shown is not None and waiting and arriving[0] > waiting[-1] + ahead:
-            waiting.pop()
-            yield shown
-        if not waiting: return
-        shown = arriving
-    if shown is not None:
-        yield from [shown] * len(waiting)
-
 # %% ../../nbs/1_world/02_video.ipynb #a952b483
 def put_upright(
     picture:Float[Tensor, "channels height width"], # As stored
@@ -334,8 +338,10 @@ def put_upright(
 ) -> Float[Tensor, "channels new_height new_width"]: # As shown
     "Turn and mirror a picture as its display matrix says"
     a, b, _, c, d, *_ = matrix
-    if abs(a) + abs(d) < abs(b) + abs(c): picture, across, down = picture.transpose(1, 2), c, b
-    else: across, down = a, d
+    if abs(a) + abs(d) < abs(b) + abs(c):
+        picture, across, down = picture.transpose(1, 2), c, b
+    else:
+        across, down = a, d
     return picture.flip([axis
                          for axis, sign in ((1, down), (2, across)) if sign < 0])
 
@@ -429,14 +435,18 @@ def check_file(
     if not path.exists():
         where = "the current folder, " * (path.parent == Path()) + str(path.parent.absolute())
         raise FileNotFoundError(f"there is no video {path.name} in {where}. Check its name.")
-    if path.is_dir(): raise IsADirectoryError(
-        f"a video is one file, got the folder {path.name}. Name a file in it.")
-    if not path.is_file(): raise ValueError(f"a video is a regular file, got {path.name}, a pipe "
-                                            "or a device. Write its content to a file first.")
-    if not os.access(path, os.R_OK): raise PermissionError(
-        f"{path.name} may not be read by this user. Change its permissions: chmod u+r.")
-    if not path.stat().st_size: raise ValueError(
-        f"a video has content, got {path.name} with 0 bytes. Copy or download it again.")
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"a video is one file, got the folder {path.name}. Name a file in it.")
+    if not path.is_file():
+        raise ValueError(f"a video is a regular file, got {path.name}, a pipe "
+                         "or a device. Write its content to a file first.")
+    if not os.access(path, os.R_OK):
+        raise PermissionError(
+            f"{path.name} may not be read by this user. Change its permissions: chmod u+r.")
+    if not path.stat().st_size:
+        raise ValueError(
+            f"a video has content, got {path.name} with 0 bytes. Copy or download it again.")
     return path
 
 def open_container(
@@ -484,8 +494,9 @@ def open_video(
                              f"{', '.join(sorted(found)) or 'nothing'}. "
                              "Give a file with a video track.")
         codec = tracks[0].codec_context
-        if codec is None: raise ValueError(f"the pictures of {path.name} are in a code that this "
-                                           "FFmpeg does not know. Convert it to H.264.")
+        if codec is None:
+            raise ValueError(f"the pictures of {path.name} are in a code that this "
+                             "FFmpeg does not know. Convert it to H.264.")
         check_pixels(path, codec.height, codec.width)
         codec.options = {"max_pixels": str(MAX_PIXELS)} # frames may be larger than the head says
         yield container, tracks[0]
@@ -522,9 +533,10 @@ def read_packets(
             return
         if packet is None: return
         count += 1
-        if count > max_frames: raise ValueError(
-            f"at most {max_frames} frames of a file are read, this one has more. "
-            "Give `end` in seconds, or raise max_frames.")
+        if count > max_frames:
+            raise ValueError(
+                f"at most {max_frames} frames of a file are read, this one has more. "
+                "Give `end` in seconds, or raise max_frames.")
         if packet.size: yield packet
 
 # %% ../../nbs/1_world/02_video.ipynb #4e4a1308
@@ -560,8 +572,10 @@ def decode_frames(
             for frame in frames:
                 time = None if frame.pts is None else float(frame.pts * track.time_base)
                 if before is not None:
-                    if time is None or time <= before + 1e-6: time = before + gap
-                    else: gap = time - before
+                    if time is None or time <= before + 1e-6:
+                        time = before + gap
+                    else:
+                        gap = time - before
                 before = time or 0.
                 damage.frames += frame.is_corrupt
                 yield before, frame
@@ -629,10 +643,11 @@ def collect_pictures(
         if video is None:
             size = tuple(picture.shape[1:]) if size is None else both_sides(size)
             n_bytes = 12 * n_frames * size[0] * size[1]
-            if n_bytes > MAX_BYTES: raise ValueError(
-                f"{n_frames} frames of {size[0]} x {size[1]} pixels take "
-                f"{n_bytes / 2**30:.1f} GiB, the limit is {MAX_BYTES / 2**30:g}. "
-                "Give a smaller size, or take fewer frames.")
+            if n_bytes > MAX_BYTES:
+                raise ValueError(
+                    f"{n_frames} frames of {size[0]} x {size[1]} pixels take "
+                    f"{n_bytes / 2**30:.1f} GiB, the limit is {MAX_BYTES / 2**30:g}. "
+                    "Give a smaller size, or take fewer frames.")
             video = torch.empty(1, n_frames, 3, *size)
         video[0, len(times)] = fit_picture(picture, size, fit, background)
         times.append(time)
@@ -681,8 +696,9 @@ def sample_video(
     path = Path(path)
     damage = Damage()
     times, aspect, declared = scan_video(path, end, max_frames)
-    if not times: raise ValueError(f"no frame of {path.name} can be decoded "
-                                   f"({path.stat().st_size} bytes). Is the file complete?")
+    if not times:
+        raise ValueError(f"no frame of {path.name} can be decoded "
+                         f"({path.stat().st_size} bytes). Is the file complete?")
     since = [time - times[0] for time in times]
     early = early_share(since)
     moments = choose_times(since, n_frames, frames_per_second, start, end, path.name, max_frames)

@@ -65,8 +65,9 @@ def do(
 ) -> Scene: # The same clip with these attributes set; all others and the places are kept
     "Intervene on a scene: `do(scene, colour='blue')`"
     unknown = set(words) - set(SLOTS)
-    if unknown: raise ValueError(
-        f"no attribute {', '.join(sorted(unknown))}; the attributes are {', '.join(SLOTS)}")
+    if unknown:
+        raise ValueError(
+            f"no attribute {', '.join(sorted(unknown))}; the attributes are {', '.join(SLOTS)}")
     return replace(scene, **words)
 
 # %% ../../nbs/1_world/04_words.ipynb #021ecca2
@@ -88,8 +89,9 @@ def parse_caption(
 ) -> Scene: # The scene it names
     "Read a caption back into a scene, or say which word is wrong"
     words = text.lower().rstrip(" .").split()
-    if len(words) != 11: raise ValueError(
-        f"a caption has 11 words like {caption(EXAMPLE)!r}, got {len(words)}: {text!r}")
+    if len(words) != 11:
+        raise ValueError(
+            f"a caption has 11 words like {caption(EXAMPLE)!r}, got {len(words)}: {text!r}")
     count, size, colour, noun, verb, direction, pace = words[:7]
     if count == "a": count = "one"
     if count == "two":

@@ -625,8 +625,10 @@ def place(
     generator.runs_on = device
     resident = []
     for part in (generator.text_encoder, *experts, generator.vae):
-        if options.offload == "layers": cpu_offload(part, device)
-        else: add_hook_to_module(part, OneAtATime(device, resident))
+        if options.offload == "layers":
+            cpu_offload(part, device)
+        else:
+            add_hook_to_module(part, OneAtATime(device, resident))
     return generator
 
 # %% ../../../nbs/2_models/02_generators.wan.ipynb #207a8402

@@ -292,8 +292,10 @@ def phi4_crops(
     rows, columns = crop_grid(height, width, size, most)
     across = columns * size / width
     down = rows * size / height
-    if across < down: new = int(height * across), columns * size
-    else: new = rows * size, int(width * down)
+    if across < down:
+        new = int(height * across), columns * size
+    else:
+        new = rows * size, int(width * down)
     below = rows * size - new[0]
     right = columns * size - new[1]
     fitted = resize(images, *new, rounded=rounded)

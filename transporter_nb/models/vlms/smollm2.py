@@ -136,9 +136,10 @@ def load(cls:type[SmolLM2VLM],
         raise ValueError("smollm2 has no paper scale: it is SmolLM2-135M with a small tower. "
                          "For the published SmolVLM2 use load_vlm('smolvlm', 'paper').")
     tensors, config = load_checkpoint(path or checkpoint_path(f"vlm_{cls.name}"))
-    if config.get("vlm") != cls.name: raise ValueError(
-        f"this file holds weights of {config.get('vlm')!r}, not of {cls.name!r}. "
-        f"Give the file that {cls.__name__}.save wrote.")
+    if config.get("vlm") != cls.name:
+        raise ValueError(
+            f"this file holds weights of {config.get('vlm')!r}, not of {cls.name!r}. "
+            f"Give the file that {cls.__name__}.save wrote.")
     vlm = cls.new(VLMSettings(**config["settings"]))
     vlm.learned_parts().load_state_dict({name: x.float()
                                          for name, x in tensors.items()})

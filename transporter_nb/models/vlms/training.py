@@ -70,8 +70,10 @@ def scene_turns(
     slots = list(SLOTS)
     # 0.3 (chosen): often enough to be understood
     starts_with_a = scene.count == "one" and rng.random() < 0.3
-    if starts_with_a: whole = Turn(DESCRIBE, "a", text.removeprefix("one "))
-    else: whole = Turn(DESCRIBE, "", text)
+    if starts_with_a:
+        whole = Turn(DESCRIBE, "a", text.removeprefix("one "))
+    else:
+        whole = Turn(DESCRIBE, "", text)
     asked = [Turn(SLOT_QUESTIONS[slot], "", getattr(scene, slot))
              for slot in rng.sample(slots, n_questions)]
     misled = [(slot, contrary_caption(scene, slot, rng))
