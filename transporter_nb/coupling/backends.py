@@ -82,7 +82,8 @@ def choose_backend(
 def _check_shapes(values, source_scores, target_scores):
     "Refuse scores and values whose shapes do not fit together"
     shapes = tuple(tuple(tensor.shape) for tensor in (source_scores, target_scores, values))
-    ranks = all(len(shape) == 3 for shape in shapes) and 0 not in (*shapes[0], *shapes[1])
+    filled = 0 not in (*shapes[0], *shapes[1])
+    ranks = all(len(shape) == 3 for shape in shapes) and filled
     if not ranks or shapes[0][:2] != shapes[1][:2] or shapes[2][:2] != shapes[0][::2]:
         raise ValueError(
             "scores must be (batch, projections, tokens) with at least one of each, "

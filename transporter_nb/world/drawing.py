@@ -119,8 +119,10 @@ def shaded(
     nx = normal_x * scale
     ny = normal_y * scale
     nz = (1 - flat.clamp_max(.96)).sqrt()
-    bright = .62 + .46 * (nx * LAMP[0] + ny * LAMP[1] + nz * LAMP[2]).clamp_min(0)
-    mirrored = (nx * MIRROR[0] + ny * MIRROR[1] + nz * MIRROR[2]).clamp_min(0) ** 24
+    facing = nx * LAMP[0] + ny * LAMP[1] + nz * LAMP[2]
+    bright = .62 + .46 * facing.clamp_min(0)
+    mirrored = nx * MIRROR[0] + ny * MIRROR[1] + nz * MIRROR[2]
+    mirrored = mirrored.clamp_min(0) ** 24
     return colour * bright[..., None] + gloss * mirrored[..., None]
 
 # %% ../../nbs/1_world/06_drawing.ipynb #ced9b8f6

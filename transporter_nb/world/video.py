@@ -339,7 +339,9 @@ def put_upright(
     "Turn and mirror a picture as its display matrix says"
     a, b, _, c, d, *_ = matrix
     if abs(a) + abs(d) < abs(b) + abs(c):
-        picture, across, down = picture.transpose(1, 2), c, b
+        picture = picture.transpose(1, 2)
+        across = c
+        down = b
     else:
         across, down = a, d
     return picture.flip([axis

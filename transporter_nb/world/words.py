@@ -137,7 +137,9 @@ def floor_images() -> Float[Tensor, "floors 3 height width"]: # In [0, 1], in th
     y, x = torch.meshgrid(side, side, indexing="ij")
     # 0 in the middle of a tile row or column, larger near its border
     tile = torch.minimum((y % 16 - 8).abs(), (x % 16 - 8).abs())
-    shine = 0.045 * torch.cos(2 * math.pi * x / 16) * torch.cos(2 * math.pi * y / 16)
+    across = torch.cos(2 * math.pi * x / 16)
+    down = torch.cos(2 * math.pi * y / 16)
+    shine = 0.045 * across * down
     joint = 0.05 * torch.exp(-((8 - tile.sub(8).abs().sub(8).abs()) ** 2))
     patterns = [
         shine - joint,
@@ -359,7 +361,8 @@ def read_path(
     paths = vertical_paths() - vertical_paths().mean(1, keepdim=True)
     misfit = (paths - (y - y.mean())).pow(2).mean(1).sqrt()
     best = misfit.argsort()
-    fits = misfit[best[0]] <= farthest and misfit[best[0]] <= 0.8 * misfit[best[1]]
+    first, second = misfit[best[0]], misfit[best[1]]
+    fits = first <= farthest and first <= 0.8 * second
     moves = straight and abs(travel) > 2.5
     pace = between(abs(travel), 9.3, 10.7, "slowly", "quickly") if moves else UNREADABLE
     motion = SLOTS["motion"][best[0]] if fits else UNREADABLE

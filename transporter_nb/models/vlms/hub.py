@@ -71,7 +71,8 @@ def visible_tokens(
     shape = (n, n_before + width, n_before + width)
     seen = torch.ones(shape, dtype=torch.bool, device=visible.device).tril()
     seen[:, n_before:, n_before:] = visible
-    seen[:, :n_before, :n_before] |= (blocks[:, None] == blocks) & (blocks[:, None] >= 0)
+    same_block = (blocks[:, None] == blocks) & (blocks[:, None] >= 0)
+    seen[:, :n_before, :n_before] |= same_block
     return seen
 
 def additive_mask(
@@ -143,7 +144,8 @@ def lay_out(
     blocks = []
     for k, mark in enumerate(marks):
         before = self.text_ids(mark + self.before_frame)
-        blocks += [-1] * (len(ids) + len(before) - len(blocks)) + [k] * self.tokens_per_frame
+        n_text = len(ids) + len(before) - len(blocks)
+        blocks += [-1] * n_text + [k] * self.tokens_per_frame
         ids += before + [image_id] * self.tokens_per_frame + self.text_ids(self.after_frame)
     ids += self.text_ids(self.after_frames)
     return ids, blocks + [-1] * (len(ids) - len(blocks))

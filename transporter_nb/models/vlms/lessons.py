@@ -218,7 +218,8 @@ def frame_numbers(
     kind = torch.tensor([[2. * s.person - 1, s.count - 2.]
                          for s in scenes])
     ground = 2 * table[:, COLUMNS["stone"]:COLUMNS["stone"] + 4] - 1
-    still = torch.cat([turn.cos()[:, None], turn.sin()[:, None], shape, kind, ground], -1)
+    angle = torch.stack([turn.cos(), turn.sin()], -1)
+    still = torch.cat([angle, shape, kind, ground], -1)
     return torch.cat([places, still[:, None].expand(-1, n_frames, -1)], -1)
 
 # %% ../../../nbs/2_models/20_vlms.lessons.ipynb #a493d5cc

@@ -328,7 +328,8 @@ def flatten_patches(
     if height % block or width % block:
         raise ValueError("the sides of an image must be multiples of patch_size * merge = "
                          f"{block}, got {height} x {width}. Resize it first.")
-    images = torch.cat([images, images[-1:].expand(-n % depth, -1, -1, -1)])
+    repeated = images[-1:].expand(-n % depth, -1, -1, -1)
+    images = torch.cat([images, repeated])
     high = height // block
     wide = width // block
     cut = images.reshape(-1, depth, 3, high, merge, patch_size, wide, merge, patch_size)

@@ -105,4 +105,5 @@ def rope_positions(
     n_before = len(self.preamble)
     lead = self.lead.to(positions.device)
     text = positions[:, n_before:] - n_before + lead[0, -1] + 1
-    return torch.cat([lead[:, None].expand(-1, len(positions), -1), text.expand(3, -1, -1)], 2)
+    before = lead[:, None].expand(-1, len(positions), -1)
+    return torch.cat([before, text.expand(3, -1, -1)], 2)
