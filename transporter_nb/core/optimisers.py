@@ -121,8 +121,8 @@ def parameters_of(
     kind:str, # `"adamw"` or `"muon"`
 ) -> list[Tensor]: # For example to clip gradients; Muon's step does not depend on their size
     "All parameters that learn by one rule"
-    return [p
-            for group in self.param_groups if group["kind"] == kind for p in group["params"]]
+    return [p for group in self.param_groups
+            if group["kind"] == kind for p in group["params"]]
 
 # %% ../../nbs/0_core/02_optimisers.ipynb #fc141e34
 @patch

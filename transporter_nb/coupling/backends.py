@@ -65,8 +65,8 @@ def choose_backend(
             "Move them: scores.cpu()."
         )
     if backend == "auto":
-        return next(name
-                    for name in _AUTO.get(device.type, ("torch",)) if usable(name))
+        return next(name for name in _AUTO.get(device.type, ("torch",))
+                    if usable(name))
     if backend == "scan" and device.type not in ("cpu", "meta"):
         raise ValueError(
             f'backend "scan" computes on the CPU, got tensors on {device}. Use backend="auto".'

@@ -36,8 +36,8 @@ class ContrastPair:
         if n_source != n_target or not filled:
             raise ValueError("source and target need the same number of words joined by '+', "
                              f"got {self.source!r} and {self.target!r}.")
-        unchanged = [source
-                     for source, target in self.words if source == target]
+        unchanged = [source for source, target in self.words
+                     if source == target]
         if unchanged:
             raise ValueError(f"a contrast changes every word it names, got {unchanged[0]!r} "
                              f"on both sides of {self.name!r}. Leave it out.")
@@ -160,8 +160,8 @@ def apply(
         if place.source[0].isupper():
             word = word[0].upper() + word[1:]
         changed = before + word + after
-    counts = {target
-              for source, target in self.words if {source, target} == {"one", "two"}}
+    counts = {target for source, target in self.words
+              if {source, target} == {"one", "two"}}
     return agree(changed, counts.pop()) if counts else changed
 
 # %% ../../nbs/1_world/01_contrasts.ipynb #921f98e5

@@ -411,8 +411,8 @@ def render(
     kinds = [(scene.count, scene.person) for scene in scenes]
     x, y = (axis[None, None] for axis in pixel_grid())
     for kind in sorted(set(kinds)):
-        rows = [row
-                for row, other in enumerate(kinds) if other == kind]
+        rows = [row for row, other in enumerate(kinds)
+                if other == kind]
         for at in range(0, len(rows), chunk):
             some = rows[at:at + chunk]
             numbers = to_numbers([scenes[row] for row in some])

@@ -29,8 +29,8 @@ def first_mixture(
     pixels:Float[Tensor, "batch frames pixels 3"], # Of clips, in [0, 1]
 ) -> Float[Tensor, "batch grounds"]: # Shares in quarters
     "The mixture of grounds that agrees with most pixels"
-    shares = [c
-              for c in itertools.product(range(5), repeat=len(GROUNDS)) if sum(c) == 4]
+    shares = [c for c in itertools.product(range(5), repeat=len(GROUNDS))
+              if sum(c) == 4]
     grid = torch.tensor(shares) / 4
     some = torch.arange(0, SIZE**2, 3) # a third of the pixels is enough
     pictures = torch.einsum("gk,kcp->gpc", grid, ground_pictures())[:, some]

@@ -270,10 +270,10 @@ def do(
         raise ValueError(
             f"no attribute {', '.join(sorted(unknown))}; the slots are {', '.join(SLOTS)}, "
             f"the numbers {', '.join(RANGES)}.")
-    words = {name: v
-             for name, v in changes.items() if name in SLOTS and isinstance(v, str)}
-    numbers = {name: v
-               for name, v in changes.items() if name not in words}
+    words = {name: v for name, v in changes.items()
+             if name in SLOTS and isinstance(v, str)}
+    numbers = {name: v for name, v in changes.items()
+               if name not in words}
     said = best_words([scene])[0] | words
     check_kind(said["shape"], said["motion"])
     unused = ("rise",) if said["shape"] == "person" else ("run", "wave")
@@ -440,8 +440,8 @@ def sample_scenes(
     while len(scenes) < n:
         some = [draw_scene(rng)
                 for _ in range(max(16, n - len(scenes)))]
-        scenes += [s
-                   for s, w in zip(some, best_words(some)) if split in ("all", split_of(w))]
+        scenes += [s for s, w in zip(some, best_words(some))
+                   if split in ("all", split_of(w))]
     return scenes[:n]
 
 # %% ../../nbs/1_world/05_scenes.ipynb #87f6ab44
@@ -460,7 +460,7 @@ def draw_captions(
         fits = [split in ("all", split_of(words)) for words in drawn]
         for row, words, good in zip(open_rows, drawn, fits):
             if good: said[row] = words
-        open_rows = [row
-                     for row, good in zip(open_rows, fits) if not good]
+        open_rows = [row for row, good in zip(open_rows, fits)
+                     if not good]
         if not open_rows: break
     return said

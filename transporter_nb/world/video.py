@@ -344,8 +344,8 @@ def put_upright(
         down = b
     else:
         across, down = a, d
-    return picture.flip([axis
-                         for axis, sign in ((1, down), (2, across)) if sign < 0])
+    return picture.flip([axis for axis, sign in ((1, down), (2, across))
+                         if sign < 0])
 
 def background_colour(
     background:int|float|tuple[int|float, ...], # A grey, or red, green and blue, each in [0, 1]
@@ -487,8 +487,8 @@ def open_video(
     path = check_file(path)
     cover = av.stream.Disposition.attached_pic
     with open_container(path, max_pixels=str(MAX_PIXELS)) as container:
-        tracks = [track
-                  for track in container.streams.video if not track.disposition & cover]
+        tracks = [track for track in container.streams.video
+                  if not track.disposition & cover]
         if not tracks:
             kinds = {track.type for track in container.streams}
             found = {"a cover picture" if kind == "video" else kind for kind in kinds}

@@ -387,8 +387,8 @@ def read_clip(
     if numbers.count(count) < FRAMES - 2:
         return words
     words |= {"count": SLOTS["count"][count - 1], "colour": read_colour(colour)}
-    seen = np.array([k
-                     for k in range(FRAMES) if numbers[k] == count])
+    seen = np.array([k for k in range(FRAMES)
+                     if numbers[k] == count])
     words |= read_form([blob for k in seen for blob in frames[k]])
     path = []
     for axis in "xy":

@@ -284,8 +284,8 @@ def save_encoder(
     path:str|Path, # Ends in `.safetensors`
 ) -> Path: # Where the file is
     "Write an encoder's weights with its settings"
-    name = next(name
-                for name, cls in ENCODERS.items() if isinstance(encoder, cls))
+    name = next(name for name, cls in ENCODERS.items()
+                if isinstance(encoder, cls))
     config = {"encoder": name, "config": encoder.config, "words": caption_words()}
     return save_checkpoint(path, encoder.state_dict(), config)
 

@@ -58,8 +58,8 @@ def change_one(
     rng:np.random.Generator, # Chooses the new word
 ) -> Scene: # The same clip with another word there
     "Change one word of a scene"
-    others = [word
-              for word in SLOTS[slot] if word != getattr(scene, slot)]
+    others = [word for word in SLOTS[slot]
+              if word != getattr(scene, slot)]
     return do(scene, **{slot: str(rng.choice(others))})
 
 def change_in_training(

@@ -373,8 +373,8 @@ def train_generator(
     "Train transformers and text encoder, resumable to the same numbers"
     names = ("transformer", "transformer_2", "text_encoder")
     parts = {name: getattr(generator, name) for name in names}
-    module = nn.ModuleDict({name: part
-                            for name, part in parts.items() if part is not None})
+    module = nn.ModuleDict({name: part for name, part in parts.items()
+                            if part is not None})
     on_cpu = generator.device.type == "cpu"
     def loss_fn(step):
         latents, prompts = batches(step)
@@ -382,8 +382,8 @@ def train_generator(
         with sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
             return flow_loss(generator, latents.to(generator.device), prompts, settings, step)
     generator.vae.eval().requires_grad_(False)
-    transformers = [part
-                    for name, part in module.items() if name.startswith("transformer")]
+    transformers = [part for name, part in module.items()
+                    if name.startswith("transformer")]
     if settings.compiled:
         for part in transformers: part.compile()
     try: return train(module, loss_fn, settings, **loop)

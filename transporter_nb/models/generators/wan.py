@@ -316,8 +316,8 @@ def tokens_covering(
     start = start_char + len(stretch) - len(stretch.lstrip())
     end = end_char - len(stretch) + len(stretch.rstrip())
     offsets = tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
-    found = [i
-             for i, (a, b) in enumerate(offsets) if b > a and a < end and b > start]
+    found = [i for i, (a, b) in enumerate(offsets)
+             if b > a and a < end and b > start]
     if not found:
         raise ValueError(f"no token covers {stretch!r} in {prompt!r}: the tokenizer drops it")
     return found
@@ -613,8 +613,8 @@ def place(
 ) -> WanGenerator: # The same object
     "Put a generator on a machine as the options say"
     device = resolve_device(device) if str(device) != "meta" else torch.device("meta")
-    experts = [e
-               for e in (generator.transformer, generator.transformer_2) if e is not None]
+    experts = [e for e in (generator.transformer, generator.transformer_2)
+               if e is not None]
     if options.vae_tiling:
         generator.vae.enable_tiling()
         generator.vae.enable_slicing()

@@ -159,8 +159,8 @@ def word_ids(
     ids = ids_of(text)
     stand_in = self.tokenizer.unk_token_id
     if stand_in is not None and stand_in in ids:
-        unknown = [word
-                   for word in text.replace("?", " ").split() if stand_in in ids_of(word)]
+        unknown = [word for word in text.replace("?", " ").split()
+                   if stand_in in ids_of(word)]
         words = set(self.tokenizer.get_vocab()) - set(self.tokenizer.all_special_tokens)
         known = sorted(word for word in words if word.isalpha())
         raise ValueError(f"{self.name} has no token for {', '.join(map(repr, unknown))} in {text!r}."

@@ -69,8 +69,8 @@ def contrary_turn(
     "A caption that is wrong before a slot, up to that slot"
     before = list(SLOTS)[:list(SLOTS).index(slot)]
     wrong = rng.sample(before, min(len(before), rng.randint(1, 3)))
-    false = {name: rng.choice([w
-                               for w in SLOTS[name] if w != words[name]])
+    false = {name: rng.choice([w for w in SLOTS[name]
+                               if w != words[name]])
              for name in wrong}
     said = spell(words | false).split()
     return Turn(DESCRIBE, " ".join(said[:PLACES[slot]]), said[PLACES[slot]], complete=False)

@@ -55,8 +55,8 @@ def contrary_caption(
     before = list(SLOTS)[:list(SLOTS).index(slot)]
     changed = rng.sample(before, min(len(before), rng.randint(1, 3)))
     def wrong(name):
-        return rng.choice([word
-                           for word in SLOTS[name] if word != getattr(scene, name)])
+        return rng.choice([word for word in SLOTS[name]
+                           if word != getattr(scene, name)])
     return caption(do(scene, **{name: wrong(name) for name in changed}))
 
 def scene_turns(
