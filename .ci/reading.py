@@ -1,14 +1,18 @@
 """How the notebooks read, in numbers: python .ci/reading.py [--gate] [--list] [PATH ...]
 
 Widths of code lines, syntax nodes a line, export cells too long or without an example after them,
-lines with a semicolon, words of prose a hundred lines of code, mannered words. `--gate` ends with
-an error where a rule of style.md is broken; `--list` names every place.
+lines with a semicolon, words of prose a hundred lines of code, mannered words; and, of the package,
+runs of lines that stand twice. `--gate` ends with an error where a rule of style.md is broken;
+`--list` names every place.
 """
 import argparse
 import ast
+import io
 import re
 import sys
+import tokenize
 from collections import defaultdict
+from itertools import combinations
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -16,6 +20,8 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH, LINES = 100, 40 # columns of a line of code; lines of an export cell
+RUN = 10 # lines of code in a row that may not stand twice
+BROKEN = ("wide", "long", "joined", "twice") # what `--gate` refuses
 EXPORT = re.compile(r"^#\|\s*exporti?\b", re.M)
 # Models predict, encode and answer; these verbs make persons of them, or riddles of sentences.
 MANNERED = re.compile(
@@ -86,6 +92,53 @@ def read_notebook(path):
     return facts, places
 
 
+def beside_code(tree):
+    "Numbers of the lines of docstrings, imports, signatures and `__all__`"
+    lines = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            lines.update(range(node.lineno, node.body[0].lineno)) # backends share signatures
+        text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        names = isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
+        if text or names or isinstance(node, (ast.Import, ast.ImportFrom)):
+            lines.update(range(node.lineno, node.end_lineno + 1))
+    return lines
+
+
+def plain_lines(path):
+    "Number and text of each line of code, without comments and with single spaces"
+    source, words = path.read_text(), defaultdict(list)
+    left_out = beside_code(ast.parse(source))
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        line = token.start[0]
+        if line in left_out or token.type == tokenize.COMMENT or not token.string.strip(): continue
+        words[line].append(token.string)
+    return [(line, " ".join(words[line])) for line in sorted(words)]
+
+
+def repeats(paths, run=RUN):
+    "Runs of lines that stand twice: both places, as (path, first line), and their length"
+    rows = {path: plain_lines(path) for path in paths}
+    starts = defaultdict(list)
+    for path, lines in rows.items():
+        for k in range(len(lines) - run + 1):
+            starts[tuple(text for _, text in lines[k:k + run])].append((path, k))
+    pairs = {(first, last) for places in starts.values() for first, last in combinations(places, 2)
+             if first[0] != last[0] or last[1] - first[1] >= run} # no run overlaps itself
+    def moved(pair, by): return tuple((path, k + by) for path, k in pair)
+    found = []
+    for pair in sorted(pair for pair in pairs if moved(pair, -1) not in pairs):
+        more = next(n for n in range(1, len(pairs) + 1) if moved(pair, n) not in pairs)
+        found.append((*((path, rows[path][k][0]) for path, k in pair), run + more - 1))
+    return found
+
+
+def module_paths():
+    "The modules of the package, without the index that nbdev writes"
+    found = (ROOT / "transporter_nb").rglob("*.py")
+    return sorted(path for path in found if path.name != "_modidx.py")
+
+
 def spread(values):
     "median / 90th / 99th / longest"
     if len(values) < 2: return "-"
@@ -109,6 +162,9 @@ def report(paths):
     nodes, lines = (sum(column) for column in zip(*total["nodes"]))
     count = {rule: sum(place[2] == rule for place in places) for rule in ("long", "bare", "joined")}
     prose = sum(total["words"])
+    twice = repeats(module_paths())
+    places += [(path, line, "twice", f"{n} lines as in {other.relative_to(ROOT)} line {again}")
+               for (path, line), (other, again), n in twice]
     rows = {
         "notebooks": len(paths),
         "columns of a line: median / 90th / 99th / longest": spread(widths),
@@ -120,6 +176,7 @@ def report(paths):
         f"export cells; longer than {LINES} lines": f"{len(total['cells'])}; {count['long']}",
         "export cells without an example after them": count["bare"],
         "lines with two statements": count["joined"],
+        f"runs of {RUN} lines that stand twice": len(twice),
         "words of prose a hundred lines of code": f"{100 * prose / max(lines, 1):.0f}",
         "mannered words a thousand words": f"{1000 * len(total['mannered']) / prose:.1f}",
     }
@@ -137,10 +194,11 @@ def main():
     paths = [p for root in roots for p in ([root] if root.is_file() else root.rglob("*.ipynb"))]
     paths = sorted(p for p in paths if ".ipynb_checkpoints" not in p.parts)
     places = report(paths)
-    broken = [place for place in places if place[2] in ("wide", "long", "joined")]
-    for path, cell, rule, what in places if given.list else broken if given.gate else []:
-        print(f"{path.relative_to(ROOT)} cell {cell}: {rule}: {what}")
-    if given.gate and broken: sys.exit(f"{len(broken)} places break the rules of width and size")
+    broken = [place for place in places if place[2] in BROKEN]
+    for path, where, rule, what in places if given.list else broken if given.gate else []:
+        kind = "line" if rule == "twice" else "cell"
+        print(f"{path.relative_to(ROOT)} {kind} {where}: {rule}: {what}")
+    if given.gate and broken: sys.exit(f"{len(broken)} places are too wide, too long or copies")
 
 
 if __name__ == "__main__": main()

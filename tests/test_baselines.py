@@ -11,14 +11,10 @@ from transporter_nb.evaluate.baselines.recipes import (
 from transporter_nb.evaluate.baselines.objectives import VisionReader
 from transporter_nb.world.contrasts import parse_contrast
 from transporter_nb.models.encoders.networks import FrameEncoder
-from transporter_nb.models.registry import VLMS, find_adapter, shipped_vlm_names
-from transporter_nb.models.vlms.hub import VLMSettings
+from transporter_nb.models.registry import VLMS, shipped_vlm_names
+from transporter_nb.models.testing import tiny_vlm
 from transporter_nb.world.words import caption, do, render, sample_scenes
 
-TINY = VLMSettings(
-    n_frames=5, image_size=16, patch_size=4, hidden_size=24, n_layers=1, n_heads=2, vision_size=16,
-    vision_layers=2, vision_heads=2,
-)
 SCENES = [do(scene, colour="blue", count="one") for scene in sample_scenes(2, seed=62_000)]
 CAPTIONS = [caption(scene) for scene in SCENES]
 
@@ -33,9 +29,7 @@ def guide():
     return FrameEncoder().eval()
 
 
-def tiny_vlm(name):
-    torch.manual_seed(0)
-    return find_adapter("vlm", name, VLMS).new(TINY).freeze()
+def small(name): return tiny_vlm(name, hidden_size=24, vision_size=16, vision_layers=2)
 
 
 def run(name, vlm, real, guide, mode="max", **changes):
@@ -49,7 +43,7 @@ def run(name, vlm, real, guide, mode="max", **changes):
 
 
 def recipe(name, real, guide, settings, vlm="phi4"):
-    reader = VisionReader(tiny_vlm(vlm))
+    reader = VisionReader(small(vlm))
     objective = Late(
         ask(reader, CAPTIONS, [parse_contrast("blue -> green")] * 2, "max", "log_prob"), 3,
     )
@@ -61,13 +55,13 @@ def recipe(name, real, guide, settings, vlm="phi4"):
 @pytest.mark.parametrize("name", ["GradViT", "LEAPS"])
 def test_every_vlm(vlm, name, real, guide):
     for mode in ("max", "divergence"):
-        found = run(name, tiny_vlm(vlm), real, guide, mode)
+        found = run(name, small(vlm), real, guide, mode)
         assert found.videos.shape == (2, 9, 3, 32, 32) and found.videos.isfinite().all()
         assert (found.best_step >= COUNTS_FROM * 4).all()
 
 
 def test_vlm_is_left_alone(real, guide):
-    vlm = tiny_vlm("phi4")
+    vlm = small("phi4")
     vlm.embed(real[:1])  # transformers installs hooks of its own on the first pass
     def hooks():
         return sum(
@@ -83,7 +77,7 @@ def test_vlm_is_left_alone(real, guide):
 
 def test_maco_keeps_the_magnitude(real, guide):
     found = run(
-        "MACO", tiny_vlm("phi4"), real, guide,
+        "MACO", small("phi4"), real, guide,
         settings=BaselineSettings(6, .3, crop=(.5, 1.), noise=.05),
     )
     spectrum = torch.fft.rfftn(
@@ -130,7 +124,7 @@ def test_prior_scales_all_but_the_target(real, guide):
 
 
 def test_refusals(real, guide):
-    vlm = tiny_vlm("phi4")
+    vlm = small("phi4")
     with pytest.raises(ValueError, match="'GradViT', 'MACO', 'LEAPS', got 'DIP'"):
         run("DIP", vlm, real, guide)
     with pytest.raises(ValueError, match="base_videos and wanted is None"):
@@ -140,7 +134,7 @@ def test_refusals(real, guide):
     with pytest.raises(ValueError, match="got 0, 0 and 0"):
         invert_baseline("AM", vlm, [], [], [], real)
     with pytest.raises(ValueError, match="Call vlm.freeze"):
-        run("AM", find_adapter("vlm", "phi4", VLMS).new(TINY), real, guide)
+        run("AM", small("phi4").requires_grad_(True), real, guide)
 
 
 def test_settings_of_the_tables():

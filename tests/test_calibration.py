@@ -12,16 +12,13 @@ from transporter_nb.explain.calibration import (
 from transporter_nb.concepts.bank import ConceptBank
 from transporter_nb.concepts.concept import Concept, ConceptConfig
 from transporter_nb.world.contrasts import parse_contrast
-from transporter_nb.coupling.network import CouplingConfig, CouplingNetwork
+from transporter_nb.coupling.testing import tiny_coupling
 from transporter_nb.concepts.directions import TargetCaption, VelocitySlider
-from transporter_nb.models.generators.wan import (
-    WanConfig, WanGenerator, WanTextConfig, WanTransformerConfig, WanVAEConfig,
-)
+from transporter_nb.models.generators.wan import WanGenerator
 from transporter_nb.explain.transporter import Transporter, check_groups, check_request
 from transporter_nb.concepts.shaping import WORD_GROUPS
 from transporter_nb.explain.steering import MAX_STRENGTH, steer
-from transporter_nb.models.vlms.hub import VLMSettings
-from transporter_nb.models.vlms.phi4 import Phi4VLM
+from transporter_nb.models.testing import tiny_generator, tiny_vlm
 
 RED, TO_BLUE = "one large red ball slides left slowly over a stone floor", parse_contrast(
     "red -> blue"
@@ -149,30 +146,8 @@ def test_traversal_spaces_distances_evenly():
 
 @pytest.fixture(scope="module")
 def l2v():
-    torch.manual_seed(0)
-    wan = WanGenerator.new(
-        WanConfig.mini(
-            vae=WanVAEConfig(base_dim=8, z_dim=6, latents_mean=(0.,) * 6, latents_std=(1.,) * 6),
-            transformer=WanTransformerConfig(
-                num_attention_heads=2, attention_head_dim=12, in_channels=6, out_channels=6,
-                text_dim=8, freq_dim=16, ffn_dim=32, num_layers=1,
-            ),
-            text=WanTextConfig(d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2), steps=3,
-        )
-    ).freeze()
-    vlm = Phi4VLM.new(
-        VLMSettings(
-            n_frames=5, image_size=16, patch_size=4, hidden_size=12, n_layers=1, n_heads=2,
-            vision_size=12, vision_layers=1, vision_heads=2,
-        )
-    ).freeze()
-    coupling = CouplingNetwork(
-        CouplingConfig.mini(
-            latent_shape=(6, 5, 4, 4), text_dim=8, prompt_tokens=12, vlm_tokens=vlm.n_tokens,
-            vlm_dim=12, projection_width=8, projection_depth=1, projection_hidden=8,
-            structure_width=8, structure_depth=1, structure_heads=2, n_projections=3,
-        )
-    ).eval().requires_grad_(False)
+    wan, vlm = tiny_generator(steps=3), tiny_vlm()
+    coupling = tiny_coupling(vlm_tokens=vlm.n_tokens)
     concept = Concept(
         TO_BLUE, torch.randn(1, 8, generator=torch.Generator().manual_seed(1)),
         ConceptConfig(placement="word"),

@@ -174,6 +174,19 @@ def test_code_is_read_without_scrolling(reading, name):
     assert not found, "\n".join(found)
 
 
+def test_no_ten_lines_of_code_stand_twice(reading, tmp_path):
+    found = [f"{path.relative_to(ROOT)}:{line} and {other.relative_to(ROOT)}:{again}, {n} lines"
+             for (path, line), (other, again), n in reading.repeats(reading.module_paths())]
+    assert not found, "\n".join(found)
+    body = "\n".join(f"x{k} = {k}" for k in range(11))
+    first, last = tmp_path / "first.py", tmp_path / "last.py"
+    first.write_text(body)
+    last.write_text("import re\n" + body.replace("x5 =", "x5  =  ").replace("\n", " # said\n\n"))
+    assert reading.repeats([first, last]) == [((first, 1), (last, 2), 11)]
+    last.write_text(body.replace("x5", "y5"))
+    assert reading.repeats([first, last]) == []
+
+
 FILES = [path for folder in ("tests", "benchmarks", ".ci")
          for path in sorted((ROOT / folder).glob("*.py"))]
 

@@ -16,9 +16,9 @@ from transporter_nb.evaluate.baselines.objectives import (
 from transporter_nb.evaluate.baselines.priors import (
     add_noise, chain, jitter, patch_borders, random_crop, temporal_variation, total_variation,
 )
-from transporter_nb.models.registry import VLMS, find_adapter
+from transporter_nb.models.registry import VLMS
+from transporter_nb.models.testing import tiny_vlm
 from transporter_nb.models.vlms.base import Turn
-from transporter_nb.models.vlms.hub import VLMSettings
 from transporter_nb.world.words import render, sample_scenes
 
 SHAPE = (9, 16, 16)
@@ -42,11 +42,7 @@ def real():
 def tiny(name):
     """An adapter with random weights, and how many hooks its vision blocks have by themselves."""
     torch.manual_seed(1)
-    settings = VLMSettings(
-        n_frames=5, image_size=16, patch_size=4, hidden_size=24, n_layers=1, n_heads=2,
-        vision_size=16, vision_layers=2, vision_heads=2,
-    )
-    vlm = find_adapter("vlm", name, VLMS).new(settings).freeze()
+    vlm = tiny_vlm(name, hidden_size=24, vision_size=16, vision_layers=2)
     # some classes of transformers hook themselves at the first pass
     vlm.embed(torch.rand(1, *SHAPE[:1], 3, *SHAPE[1:]))
     return vlm, hooks(vlm)

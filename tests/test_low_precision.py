@@ -9,11 +9,11 @@ from transporter_nb.concepts.answer_gradients import GradientConfig, learn_by_gr
 from transporter_nb.concepts.concept import ConceptConfig
 from transporter_nb.concepts.learning import learn_concept
 from transporter_nb.world.contrasts import parse_contrast
-from transporter_nb.coupling.network import CouplingConfig, CouplingNetwork
+from transporter_nb.coupling.testing import tiny_coupling
 from transporter_nb.models.generators import wan as wan_module
-from transporter_nb.models.generators.wan import (PARTS, WanConfig, WanGenerator, WanTextConfig,
-                                           WanTransformerConfig, WanVAEConfig, blank_generator,
-                                           load_hub)
+from transporter_nb.models.generators.wan import (
+    PARTS, WanGenerator, blank_generator, load_hub,
+)
 from transporter_nb.core.hub import LoadOptions
 from transporter_nb.explain.transporter import Transporter
 from transporter_nb.evaluate.metrics.alignment import FrameAlignment, clip_score
@@ -22,12 +22,13 @@ from transporter_nb.evaluate.metrics.video import (
     frechet_video_distance, nearest_perceptual_distance, perceptual_distance,
 )
 from transporter_nb.models.registry import VLMS, find_adapter, load_generator, load_vlm
+from transporter_nb.models.testing import tiny_config, tiny_vlm
 from transporter_nb.explain.steering import steer
 from transporter_nb.models.view import Models
 from transporter_nb.world.video import contact_sheet, encode_gif, resize_video
 from transporter_nb.models.vlms import hub as hub_module
 from transporter_nb.models.vlms.base import DESCRIBE, world_words
-from transporter_nb.models.vlms.hub import VLMSettings, place
+from transporter_nb.models.vlms.hub import place
 
 RED, CHANGE = "one large red ball slides left slowly over a stone floor", "red -> blue"
 LOW = (torch.float16, torch.bfloat16, torch.float64)
@@ -42,20 +43,16 @@ OPTIONS = {
 }
 
 
-def tiny_config():
-    return WanConfig.mini(
-        vae=WanVAEConfig(base_dim=8, z_dim=6, latents_mean=(.1,) * 6, latents_std=(.5,) * 6),
-        transformer=WanTransformerConfig(
-            num_attention_heads=2, attention_head_dim=12, in_channels=6, out_channels=6,
-            text_dim=8, freq_dim=16, ffn_dim=32, num_layers=2),
-        text=WanTextConfig(d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2),
-        boundary_ratio=0.875, guidance=(4.0, 3.0), steps=3, hub="tiny/wan", revision="main")
+def two_experts():
+    return tiny_config(
+        n_layers=2, latents_mean=(.1,) * 6, latents_std=(.5,) * 6, boundary_ratio=0.875,
+        guidance=(4.0, 3.0), steps=3, hub="tiny/wan", revision="main")
 
 
 @pytest.fixture(scope="module")
 def wan_folder(tmp_path_factory):
     """A snapshot in the hub's layout"""
-    folder, generator = tmp_path_factory.mktemp("wan"), WanGenerator.new(tiny_config())
+    folder, generator = tmp_path_factory.mktemp("wan"), WanGenerator.new(two_experts())
     for part in PARTS:
         getattr(generator, part).save_pretrained(folder / part)
     generator.tokenizer.save_pretrained(folder / "tokenizer")
@@ -65,15 +62,14 @@ def wan_folder(tmp_path_factory):
 @pytest.fixture
 def load_wan(wan_folder, monkeypatch):
     monkeypatch.setattr(wan_module, "require", lambda source: wan_folder)
-    return lambda options: load_hub(tiny_config(), "cpu", options)
+    return lambda options: load_hub(two_experts(), "cpu", options)
 
 
 def small(name):
     """A tiny random VLM"""
-    settings = VLMSettings(n_frames=5, image_size=32, patch_size=8, hidden_size=32, n_layers=2,
-                           n_heads=2, vision_size=32, vision_layers=2, vision_heads=2)
     words = [*world_words(), "frame", *(f"{k}:" for k in range(1, 6))]
-    return find_adapter("vlm", name, VLMS).new(settings, words).freeze()
+    return tiny_vlm(name, words=words, image_size=32, patch_size=8, hidden_size=32, n_layers=2,
+                    vision_size=32, vision_layers=2)
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +97,8 @@ def load_vlm_from_hub(vlm_folders, monkeypatch):
 
 
 def couple(wan, vlm):
-    torch.manual_seed(1)
-    config = CouplingConfig.mini(
-        latent_shape=tuple(wan.latent_shape(1)[1:]), text_dim=wan.text_dim,
-        prompt_tokens=wan.config.prompt_tokens, vlm_tokens=vlm.n_tokens, vlm_dim=vlm.vlm_dim,
-        projection_width=8, projection_depth=1, projection_hidden=8,
-        structure_width=8, structure_depth=1, structure_heads=2, n_projections=3)
-    return CouplingNetwork(config).eval().requires_grad_(False)
+    return tiny_coupling(wan.latent_shape(1)[1:], wan.text_dim, wan.config.prompt_tokens,
+                         vlm.n_tokens, vlm.vlm_dim, seed=1)
 
 
 def clip_of(dtype=torch.float32, size=32):
@@ -127,7 +118,7 @@ def test_diffusers_keeps_some_weights_in_float32(load_wan):
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_the_dry_run_has_the_types_of_the_release(load_wan, options):
     loaded = load_wan(replace(options, offload="none"))
-    blank = blank_generator("mini", tiny_config(), PARTS, "cpu", options)
+    blank = blank_generator("mini", two_experts(), PARTS, "cpu", options)
     for part in PARTS:
         assert types_of(getattr(loaded, part)) == types_of(getattr(blank, part))
 

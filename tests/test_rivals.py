@@ -1,11 +1,7 @@
 """Rivals without training, on shapes the notebooks do not use: what they promise to leave alone,
 what they cost, and what they refuse"""
-import zlib
-from types import SimpleNamespace
-
 import pytest
 import torch
-from torch import nn
 
 from transporter_nb.concepts.concept import Concept, ConceptConfig, Direction
 from transporter_nb.world.contrasts import parse_contrast
@@ -14,39 +10,20 @@ from transporter_nb.concepts.directions import (
     VelocityPush, VelocitySlider, all_rivals, count_evaluations, perceptual_range, rivals,
     rms_distance, through_codec,
 )
-from transporter_nb.models.generators.base import PromptCondition, VideoGenerator
+from transporter_nb.models.testing import LinearGenerator
 from transporter_nb.explain.steering import PushTerm, steer, steered_velocity
 
 RED, TWO = "one large red ball", "two small red rings over sand"
 TO_BLUE, TO_SMALL = parse_contrast("red -> blue"), parse_contrast("large -> small")
 
 
-class Toy(VideoGenerator):
+class Toy(LinearGenerator):
     """Each latent frame depends on its own prompt sum and state alone, and not linearly if `bend`;
     frames are latent frames"""
-    text_dim, latent_channels, default_steps, default_guidance = 5, 3, 4, 2.0
-    config = SimpleNamespace(frames=7)
-
     def __init__(self, bend: float = 0.0):
-        super().__init__()
-        self.weight, self.bend = nn.Parameter(
-            torch.randn(3, 5, generator=torch.Generator().manual_seed(1)) / 4, requires_grad=False,
-        ), bend
-
-    def encode_prompt(self, prompts):
-        embeds, mask = torch.zeros(len(prompts), 8, 5), torch.zeros(
-            len(prompts), 8, dtype=torch.bool,
-        )
-        for row, prompt in enumerate(prompts):
-            for k, word in enumerate(prompt.split()):
-                embeds[row, k], mask[row, k] = torch.randn(
-                    5, generator=torch.Generator().manual_seed(zlib.crc32(word.encode())),
-                ), True
-        return PromptCondition(embeds, mask)
-
-    def token_positions(self, prompt, start_char, end_char):
-        first = len(prompt[:start_char].split())
-        return list(range(first, first + len(prompt[start_char:end_char].split())))
+        sizes = dict(text_dim=5, shape=(3, 7, 2, 4), prompt_tokens=8, steps=4, clip_size=None)
+        super().__init__(**sizes, scale=1 / 4)
+        self.bend = bend
 
     def velocity(self, latents, condition, t):
         # row by row, so that a batch of another size changes no bit
@@ -56,7 +33,6 @@ class Toy(VideoGenerator):
 
     def encode(self, video): return (video.transpose(1, 2) - .5) * 40
     def decode(self, latents): return latents.transpose(1, 2) / 40 + .5
-    def latent_shape(self, n): return (n, 3, 7, 2, 4)
     def times(self, steps): return torch.linspace(0, 1, steps + 1) ** 1.5  # unequal steps
 
 

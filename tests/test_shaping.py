@@ -13,16 +13,14 @@ from transporter_nb.concepts.concept import Concept, ConceptConfig
 from transporter_nb.concepts.learning import PartialSamples, partial_samples
 from transporter_nb.world.contrasts import parse_contrast
 from transporter_nb.core.base import tensor_digest
-from transporter_nb.coupling.network import CouplingConfig, CouplingNetwork
+from transporter_nb.coupling.testing import tiny_coupling
 from transporter_nb.concepts.directions import TargetCaption
-from transporter_nb.models.generators.wan import (
-    WanConfig, WanGenerator, WanTextConfig, WanTransformerConfig, WanVAEConfig,
-)
 from transporter_nb.models.registry import load_generator
 from transporter_nb.concepts.shaping import (
     WORD_GROUPS, AnswerModel, ShapedConcept, ShapingConfig, balanced_captions, fit_answers,
     measure_answers, shape_concept, with_word, word_of,
 )
+from transporter_nb.models.testing import tiny_generator
 from transporter_nb.models.view import Models
 from transporter_nb.models.vlms.base import VideoLanguageModel, word_tokenizer, world_words
 from transporter_nb.world.words import SLOTS, caption, do, read_video, sample_scenes
@@ -85,39 +83,14 @@ def states(wan, captions):
 
 @pytest.fixture(scope="module")
 def phi(wan):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = CouplingNetwork(
-            CouplingConfig.mini(
-                latent_shape=tuple(wan.latent_shape(1)[1:]), text_dim=wan.text_dim,
-                prompt_tokens=wan.config.prompt_tokens, vlm_tokens=1, vlm_dim=3, projection_width=8,
-                projection_depth=1, projection_hidden=8, structure_width=8, structure_depth=1,
-                structure_heads=2, n_projections=3,
-            )
-        )
-    return network.eval().requires_grad_(False)
+    return tiny_coupling(
+        wan.latent_shape(1)[1:], wan.text_dim, wan.config.prompt_tokens, vlm_tokens=1, vlm_dim=3)
 
 
 @pytest.fixture(scope="module")
 def smooth():
     """A small untrained generator: its clips depend on every word, and smoothly"""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        generator = WanGenerator.new(
-            WanConfig.mini(
-                vae=WanVAEConfig(
-                    base_dim=8, z_dim=6, latents_mean=(0.,) * 6, latents_std=(1.,) * 6,
-                ),
-                transformer=WanTransformerConfig(
-                    num_attention_heads=2, attention_head_dim=12, in_channels=6, out_channels=6,
-                    text_dim=8, freq_dim=16, ffn_dim=32, num_layers=1,
-                ),
-                text=WanTextConfig(d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2),
-            )
-        ).freeze()
-        # a new one is zero at its output
-        for parameter in generator.parameters(): parameter.add_(.05 * torch.randn_like(parameter))
-    return generator
+    return tiny_generator(spread=.05)
 
 
 # ---- shaped by measuring

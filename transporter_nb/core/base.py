@@ -27,7 +27,8 @@ def package_path(
     *parts:str, # Names below the package folder, for example `"checkpoints", "mini"`
 ) -> Path: # Absolute path; it need not exist
     "A path inside the installed package"
-    if "__file__" not in globals(): return repo_path("transporter_nb", *parts)
+    if "__file__" not in globals():
+        return repo_path("transporter_nb", *parts)
     return Path(__file__).resolve().parents[1].joinpath(*parts)
 
 def repo_path(
@@ -88,9 +89,11 @@ def as_config(
 ) -> Any: # The same content as dicts with string keys, lists, strings, numbers, booleans, None
     "Settings as plain JSON values"
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        config = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        config = {field.name: getattr(config, field.name)
+                  for field in dataclasses.fields(config)}
     if isinstance(config, Mapping):
-        return {str(key): as_config(value) for key, value in config.items()}
+        return {str(key): as_config(value)
+                for key, value in config.items()}
     if isinstance(config, (list, tuple)):
         return [as_config(value) for value in config]
     if isinstance(config, (torch.dtype, torch.device, Path)):
@@ -114,7 +117,8 @@ def count_parameters(
     trainable_only:bool=False, # Leave out frozen parameters
 ) -> int: # Number of scalars
     "How many parameters a module has"
-    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable_only)
+    return sum(p.numel()
+               for p in module.parameters() if p.requires_grad or not trainable_only)
 
 # %% ../../nbs/0_core/01_base.ipynb #9b7c41e2
 def widen(
@@ -129,7 +133,8 @@ WANTED:ContextVar[Callable[[], Any]|None] = ContextVar("WANTED", default=None)
 
 def still_wanted():
     "End the work of this thread here if it is no longer needed"
-    if (ask := WANTED.get()) is not None: ask()
+    if (ask := WANTED.get()) is not None:
+        ask()
 
 # %% ../../nbs/0_core/01_base.ipynb #2f6c81d4
 STALE = 3600. # seconds since the last change; chosen: writers pause for seconds
@@ -148,15 +153,18 @@ def sweep_aside(
 ):
     "Remove the neighbours that dead writers of a file left behind"
     if os.name != "posix": return # elsewhere signal 0 does not test for existence
-    before, after = re.escape(f".{path.stem}."), re.escape(f".part{path.suffix}")
+    before = re.escape(f".{path.stem}.")
+    after = re.escape(f".part{path.suffix}")
     ours = re.compile(f"{before}([1-9][0-9]*){after}")
     with suppress(OSError), os.scandir(path.parent) as entries: # writing goes on if this fails
         for entry in entries:
             found = ours.fullmatch(entry.name)
-            if not found or may_be_alive(int(found[1])): continue
+            if not found or may_be_alive(int(found[1])):
+                continue
             facts = entry.stat(follow_symlinks=False)
             old = time.time() - facts.st_mtime > STALE
-            if old and stat.S_ISREG(facts.st_mode): os.unlink(entry.path)
+            if old and stat.S_ISREG(facts.st_mode):
+                os.unlink(entry.path)
 
 # %% ../../nbs/0_core/01_base.ipynb #7e32d67c
 @contextmanager
@@ -199,7 +207,8 @@ def save_checkpoint(
 ) -> Path: # Where the file is
     "Save tensors with their configuration and a SHA-256 of both, whole or not at all"
     config_text = json.dumps(as_config({} if config is None else config), sort_keys=True)
-    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    copies = {name: tensor.detach().cpu().contiguous().clone()
+              for name, tensor in tensors.items()}
     digest = tensor_digest(copies, config_text)
     metadata = {"format": "pt", "config": config_text, "sha256": digest}
     try:
@@ -233,13 +242,16 @@ def load_checkpoint(
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path.name} is not a complete weight file ({error}; "
                          f"{path.stat().st_size} bytes). {fix}") from error
-    if "sha256" not in metadata or "config" not in metadata: raise ValueError(
-        f"{path.name} has no checksum, so it was not written by save_checkpoint. {fix}")
-    found, stored = tensor_digest(tensors, metadata["config"]), metadata["sha256"]
+    if "sha256" not in metadata or "config" not in metadata:
+        raise ValueError(
+            f"{path.name} has no checksum, so it was not written by save_checkpoint. {fix}")
+    found = tensor_digest(tensors, metadata["config"])
+    stored = metadata["sha256"]
     if found != stored: raise ValueError(
         f"{path.name} was altered: SHA-256 is {found[:12]}..., saved as {stored[:12]}.... {fix}")
     device = resolve_device(device)
-    moved = {name: tensor.to(device) for name, tensor in tensors.items()}
+    moved = {name: tensor.to(device)
+             for name, tensor in tensors.items()}
     return Checkpoint(moved, json.loads(metadata["config"]))
 
 # %% ../../nbs/0_core/01_base.ipynb #5bc819a3
@@ -271,11 +283,15 @@ def flatten_optimizer(
     optimizer:torch.optim.Optimizer, # Any optimizer whose state is tensors and plain numbers
 ) -> tuple[dict[str, Tensor], dict]: # Its tensors by name, and the rest as plain values
     "Split an optimizer's state into tensors and JSON"
-    state, tensors, plain = optimizer.state_dict(), {}, {}
+    state = optimizer.state_dict()
+    tensors = {}
+    plain = {}
     for index, slots in state["state"].items():
         for slot, value in slots.items():
-            if isinstance(value, Tensor): tensors[f"optimizer/{index}/{slot}"] = value
-            else: plain.setdefault(str(index), {})[slot] = as_config(value)
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{index}/{slot}"] = value
+            else:
+                plain.setdefault(str(index), {})[slot] = as_config(value)
     return tensors, {"groups": as_config(state["param_groups"]), "plain": plain}
 
 def unflatten_optimizer(
@@ -283,7 +299,8 @@ def unflatten_optimizer(
     optimizer:torch.optim.Optimizer, # Built the same way as the one that was saved
 ):
     "Put saved moments and settings back into an optimizer"
-    slots = {int(index): dict(values) for index, values in state.optimizer["plain"].items()}
+    slots = {int(index): dict(values)
+             for index, values in state.optimizer["plain"].items()}
     for key, value in state.part("optimizer").items():
         index, slot = key.split("/", 1)
         own = slots.setdefault(int(index), {})
@@ -304,14 +321,17 @@ def save_training(
 ) -> Path: # Where the file is
     "Save everything the next training step depends on, whole or not at all"
     tensors, plain = flatten_optimizer(optimizer)
-    tensors |= {f"model/{name}": value for name, value in model.state_dict().items()}
+    tensors |= {f"model/{name}": value
+                for name, value in model.state_dict().items()}
     averages = ema.state_dict() if isinstance(ema, nn.Module) else ema or {}
-    tensors |= {f"ema/{name}": value for name, value in averages.items()}
+    tensors |= {f"ema/{name}": value
+                for name, value in averages.items()}
     for name, generator in (generators or {}).items():
         tensors[f"generator/{name}"] = generator.get_state()
     tensors["global/cpu"] = torch.get_rng_state()
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    tensors |= {f"global/cuda{i}": state for i, state in enumerate(on_gpus)}
+    tensors |= {f"global/cuda{i}": state
+                for i, state in enumerate(on_gpus)}
     return save_checkpoint(path, tensors, {"step": step, "optimizer": plain, "extra": extra})
 
 def load_training(
@@ -319,8 +339,9 @@ def load_training(
 ) -> TrainingState: # Verified content; call `.restore(...)` to continue from it
     "Read a saved training"
     tensors, config = load_checkpoint(path)
-    if "optimizer" not in config: raise ValueError(f"{Path(path).name} holds weights and no "
-                                  "training state. Give the file that save_training wrote.")
+    if "optimizer" not in config:
+        raise ValueError(f"{Path(path).name} holds weights and no "
+                         "training state. Give the file that save_training wrote.")
     return TrainingState(config["step"], config["extra"], tensors, config["optimizer"])
 
 # %% ../../nbs/0_core/01_base.ipynb #d2ffcca4
@@ -333,7 +354,8 @@ def restore(
     generators:Mapping[str, torch.Generator]|None=None, # The same names as at saving
 ) -> int: # Steps already done
     "Continue a training exactly where it was saved"
-    saved, given = set(self.part("generator")), set(generators or {})
+    saved = set(self.part("generator"))
+    given = set(generators or {})
     if saved != given:
         raise ValueError(f"generators {sorted(saved)} were saved and {sorted(given)} were given. "
                          "Pass the same ones, or the draws would differ.")

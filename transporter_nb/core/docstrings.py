@@ -8,7 +8,7 @@ __all__ = ['short_type', 'parameter_lines', 'documented', 'section']
 # %% ../../nbs/0_core/05_docstrings.ipynb #102a4527
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from textwrap import dedent, indent
 
@@ -19,7 +19,8 @@ def short_type(
     annotation:object, # Of a parameter, or `inspect.Parameter.empty`
 ) -> str: # "" where there is none
     "A type as a reader would write it"
-    if annotation is inspect.Parameter.empty or annotation is None: return ""
+    if annotation is inspect.Parameter.empty or annotation is None:
+        return ""
     if isinstance(annotation, str): return annotation
     text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
     if getattr(annotation, "dim_str", None): # of jaxtyping
@@ -27,40 +28,58 @@ def short_type(
         return f'{kind}[{annotation.array_type.__name__}, "{annotation.dim_str}"]'
     return re.sub(r"\b(?:[A-Za-z_]\w*\.)+(?=\w)", "", text) # without the names of modules
 
+# %% ../../nbs/0_core/05_docstrings.ipynb #02e40afd
+def _starred_comments(f):
+    "Comments behind `**options`, which `docments` passes over"
+    try: signature = inspect.getsource(f).split("\n)", 1)[0]
+    except (OSError, TypeError): return {} # no source, as of a class made by a call
+    return dict(re.findall(r"^\s*\*\*(\w+)[^#\n]*# (.+)$", signature, re.M))
+
 # %% ../../nbs/0_core/05_docstrings.ipynb #e3d3750c
 def parameter_lines(
     f:Callable, # A function with docments
 ) -> list[str]: # Two lines a documented parameter; none of `self` and `cls`
     "The parameters of a function in numpydoc's layout"
-    comments, lines = docments(f, returns=False), []
+    comments = docments(f, returns=False) | _starred_comments(f)
+    lines = []
     for name, parameter in inspect.signature(f).parameters.items():
         if name in ("self", "cls"): continue
         said = [short_type(parameter.annotation)]
-        if parameter.default is not parameter.empty: said.append(f"default {parameter.default!r}")
+        if parameter.default is not parameter.empty:
+            said.append(f"default {parameter.default!r}")
         stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
         lines.append(f"{stars}{name} : {', '.join(filter(None, said))}".rstrip(" :"))
         comment = comments.get(name)
-        if comment: lines.append(indent(" ".join(comment.split()), "    "))
+        if comment:
+            lines.append(indent(" ".join(comment.split()), "    "))
     return lines
 
 # %% ../../nbs/0_core/05_docstrings.ipynb #0c1884ca
 def documented(
     example:str="", # Lines of Python that a reader would type; indented as in the source
+    raises:Mapping[str, str]|None=None, # Errors by their class, and when each is raised
 ) -> Callable: # Decorates a function or a class; returns the same object
-    "Put parameters, result and an example into a docstring"
+    "Put parameters, result, errors and an example into a docstring"
     def decorate(thing):
         fields = is_dataclass(thing) or not inspect.isclass(thing)
         f = thing if fields else thing.__init__
-        if not thing.__doc__: raise ValueError(
-            f"{thing.__name__} has no docstring to add its parameters to. Write one sentence.")
+        if not thing.__doc__:
+            raise ValueError(
+                f"{thing.__name__} has no docstring to add its parameters to. Write one sentence.")
         parts = [inspect.cleandoc(thing.__doc__)]
-        if lines := parameter_lines(f): parts.append(section("Parameters", lines))
+        if lines := parameter_lines(f):
+            parts.append(section("Parameters", lines))
         result = docments(f).get("return")
         if result and not inspect.isclass(thing):
             kind = short_type(inspect.signature(f).return_annotation)
             parts.append(section("Returns", [kind, indent(" ".join(result.split()), "    ")]))
+        errors = [f"{error}\n    {when}"
+                  for error, when in (raises or {}).items()]
+        if errors:
+            parts.append(section("Raises", errors))
         if example:
-            typed = [f">>> {line}" for line in dedent(example).strip().split("\n")]
+            typed = [f">>> {line}"
+                     for line in dedent(example).strip().split("\n")]
             parts.append(section("Examples", typed))
         thing.__doc__ = "\n\n".join(parts)
         return thing

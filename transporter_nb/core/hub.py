@@ -72,12 +72,14 @@ def missing_files(
 ) -> list[str]: # Patterns without a match, and shards an index names; empty if complete
     "The files that a snapshot lacks"
     folder = Path(folder)
-    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    names = {path.relative_to(folder).as_posix()
+             for path in folder.rglob("*") if path.is_file()}
     missing = [pattern for pattern in source.files
                if not any(fnmatch(name, pattern) for name in names)]
     for index in (name for name in names if name.endswith(".index.json")):
         shards = set(json.loads((folder / index).read_text())["weight_map"].values())
-        beside = [(Path(index).parent / shard).as_posix() for shard in shards]
+        beside = [(Path(index).parent / shard).as_posix()
+                  for shard in shards]
         missing += sorted(shard for shard in beside if shard not in names)
     return missing
 
@@ -132,8 +134,10 @@ def find_source(
 ) -> HubSource: # Ours where the repository is listed; else all its weights, of unknown size
     "A source by the name of its repository"
     listed = [source for source in SOURCES.values() if source.repo == repo]
-    if listed: return replace(listed[0], revision=revision)
-    files, licence = ("*.json", "*.safetensors"), "see the repository's page"
+    if listed:
+        return replace(listed[0], revision=revision)
+    files = ("*.json", "*.safetensors")
+    licence = "see the repository's page"
     return HubSource(repo, revision, files, 0, "unknown", licence)
 
 # %% ../../nbs/0_core/03_hub.ipynb #a2ced735
@@ -155,6 +159,7 @@ class LoadOptions:
             value = getattr(self, name)
             if value not in tuple(allowed):
                 raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}.")
-        if self.device_map is not None and self.offload != "none": raise ValueError(
-            f"device_map={self.device_map!r} places the weights already, so offload must be "
-            f"'none', got {self.offload!r}. Choose one of the two.")
+        if self.device_map is not None and self.offload != "none":
+            raise ValueError(
+                f"device_map={self.device_map!r} places the weights already, so offload must be "
+                f"'none', got {self.offload!r}. Choose one of the two.")

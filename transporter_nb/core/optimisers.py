@@ -36,7 +36,8 @@ def is_matrix(
     kernels:bool=False, # Whether kernels of convolutions count, read as (outputs, everything else)
 ) -> bool: # True from 32 rows and 32 columns (chosen: smaller ones gain nothing)
     "Whether a parameter is a matrix worth Muon's step"
-    if parameter.ndim < 2 or (parameter.ndim > 2 and not kernels): return False
+    if parameter.ndim < 2 or (parameter.ndim > 2 and not kernels):
+        return False
     return min(parameter.shape[0], parameter.numel() // parameter.shape[0]) >= 32
 
 # %% ../../nbs/0_core/02_optimisers.ipynb #d7e27841
@@ -64,7 +65,8 @@ def muon_update(
     group:dict, # Rate and momentum
 ) -> None:
     "Muon's step for one matrix, after weight decay"
-    if not state: state.update(momentum=torch.zeros_like(parameter))
+    if not state:
+        state.update(momentum=torch.zeros_like(parameter))
     state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
     ahead = parameter.grad.lerp(state["momentum"], group["momentum"]).flatten(1) # Nesterov
     scale = max(1, ahead.shape[0] / ahead.shape[1])**0.5
@@ -85,12 +87,14 @@ class MuonAdamW(torch.optim.Optimizer):
     ):
         whole = isinstance(parameters, nn.Module)
         named = parameters.named_parameters() if whole else parameters
-        trained = [(name, p) for name, p in named if p.requires_grad]
+        trained = [(name, p)
+                   for name, p in named if p.requires_grad]
         if not trained: raise ValueError(
             "there is nothing to train: every parameter is frozen, or none was given. "
             "Call requires_grad_(True) first.")
         layers = parameters.modules() if whole else ()
-        tables = {id(layer.weight) for layer in layers if isinstance(layer, nn.Embedding)}
+        tables = {id(layer.weight)
+                  for layer in layers if isinstance(layer, nn.Embedding)}
         kinds = {"adamw": [], "muon": []}
         for name, p in trained:
             muon = muon_rate > 0 and id(p) not in tables and matrices(name, p)
@@ -108,7 +112,8 @@ def set_share(
     share:float, # Of the peak rates, usually in [0, 1]
 ) -> None:
     "Set the learning rate of every group to a share of its peak"
-    for group in self.param_groups: group["lr"] = group["peak"] * share
+    for group in self.param_groups:
+        group["lr"] = group["peak"] * share
 
 @patch
 def parameters_of(
@@ -116,7 +121,8 @@ def parameters_of(
     kind:str, # `"adamw"` or `"muon"`
 ) -> list[Tensor]: # For example to clip gradients; Muon's step does not depend on their size
     "All parameters that learn by one rule"
-    return [p for group in self.param_groups if group["kind"] == kind for p in group["params"]]
+    return [p for group in self.param_groups
+            if group["kind"] == kind for p in group["params"]]
 
 # %% ../../nbs/0_core/02_optimisers.ipynb #fc141e34
 @patch
@@ -147,4 +153,5 @@ def update_average(
 ) -> None:
     "Let the running average of the weights follow a module"
     share = 1 - min(decay, (1 + step) / (10 + step))
-    for name, value in module.named_parameters(): average[name].lerp_(value, share)
+    for name, value in module.named_parameters():
+        average[name].lerp_(value, share)

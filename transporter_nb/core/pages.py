@@ -23,7 +23,8 @@ def html_image(
     if not alt.strip():
         raise ValueError(f"alt says what there is to see, got {alt!r}. Not everybody sees it.")
     with Image.open(io.BytesIO(image)) as opened:
-        kind, width = opened.format.lower(), opened.width * enlarge
+        kind = opened.format.lower()
+        width = opened.width * enlarge
     source = f"data:image/{kind};base64,{b64encode(image).decode()}"
     scaling = "pixelated" if enlarge > 1 else "auto"
     style = f"width:{width}px;max-width:100%;height:auto;image-rendering:{scaling}"
@@ -40,7 +41,8 @@ def html_table(
         return f'<{tag} style="{style}">{escape(text)}</{tag}>'
     def line(texts, tag):
         return "<tr>" + "".join(cell(text, tag) for text in texts) + "</tr>"
-    lines = [line(texts, "td" if k else "th") for k, texts in enumerate(rows)]
+    lines = [line(texts, "td" if k else "th")
+             for k, texts in enumerate(rows)]
     return "<table>" + "".join(lines) + "</table>"
 
 # %% ../../nbs/0_core/04_pages.ipynb #2b192d95

@@ -65,7 +65,8 @@ def choose_backend(
             "Move them: scores.cpu()."
         )
     if backend == "auto":
-        return next(name for name in _AUTO.get(device.type, ("torch",)) if usable(name))
+        return next(name for name in _AUTO.get(device.type, ("torch",))
+                    if usable(name))
     if backend == "scan" and device.type not in ("cpu", "meta"):
         raise ValueError(
             f'backend "scan" computes on the CPU, got tensors on {device}. Use backend="auto".'
@@ -81,7 +82,8 @@ def choose_backend(
 def _check_shapes(values, source_scores, target_scores):
     "Refuse scores and values whose shapes do not fit together"
     shapes = tuple(tuple(tensor.shape) for tensor in (source_scores, target_scores, values))
-    ranks = all(len(shape) == 3 for shape in shapes) and 0 not in (*shapes[0], *shapes[1])
+    filled = 0 not in (*shapes[0], *shapes[1])
+    ranks = all(len(shape) == 3 for shape in shapes) and filled
     if not ranks or shapes[0][:2] != shapes[1][:2] or shapes[2][:2] != shapes[0][::2]:
         raise ValueError(
             "scores must be (batch, projections, tokens) with at least one of each, "
@@ -151,14 +153,17 @@ def log_weights(
     name:str, # For the error: `"source"` or `"target"`
 ) -> Float64[Tensor, "batch tokens"]: # `MASKED` where there is no weight
     "Logarithm of a side's marginal"
-    if weights is None and mask is None: return torch.zeros_like(scores[:, 0], dtype=torch.float64)
-    if weights is None: weights = torch.ones_like(scores[:, 0])
+    if weights is None and mask is None:
+        return torch.zeros_like(scores[:, 0], dtype=torch.float64)
+    if weights is None:
+        weights = torch.ones_like(scores[:, 0])
     if weights.shape != scores[:, 0].shape or weights.device != scores.device:
         raise ValueError(
             f"{name}_weights must be {tuple(scores[:, 0].shape)} on {scores.device}, got "
             f"{tuple(weights.shape)} on {weights.device}."
         )
-    if mask is not None: weights = torch.where(mask, weights, 0)
+    if mask is not None:
+        weights = torch.where(mask, weights, 0)
     def fitting():
         in_range = weights.isfinite().all() and (weights >= 0).all()
         return in_range and (weights > 0).any(-1).all()

@@ -87,7 +87,8 @@ def log(x):
     s = (m - 1.0) / (m + 1.0)
     z = s * s
     p = 1 / 21
-    for odd in (19, 17, 15, 13, 11, 9, 7, 5, 3, 1): p = p * z + 1 / odd
+    for odd in (19, 17, 15, 13, 11, 9, 7, 5, 3, 1):
+        p = p * z + 1 / odd
     k_number = as_number(k + 0x4338000000000000) - ROUND # k as a float64, by its bits
     return 2.0 * s * p + k_number * 0.6931471805599453
 
@@ -102,8 +103,10 @@ def share_lines(n_lines, multiple, task):
     n_blocks = -(-n_lines // multiple)
     n_threads = max(1, min(torch.get_num_threads(), n_blocks))
     per_thread = multiple * -(-n_blocks // n_threads)
-    ranges = [(start, min(start + per_thread, n_lines)) for start in range(0, n_lines, per_thread)]
-    if len(ranges) == 1: return [task(*ranges[0])]
+    ranges = [(start, min(start + per_thread, n_lines))
+              for start in range(0, n_lines, per_thread)]
+    if len(ranges) == 1:
+        return [task(*ranges[0])]
     pool = thread_pool(torch.get_num_threads(), os.getpid())
     rest = [pool.submit(task, *both) for both in ranges[1:]]
     return [task(*ranges[0]), *(future.result() for future in rest)]
@@ -129,3 +132,14 @@ def refuse_second_derivatives():
             'second derivatives (create_graph=True) are not there in backend "scan". '
             'Use backend="reference".'
         )
+
+# %% ../../nbs/3_coupling/04_compiled_loops.ipynb #4b0d0a47
+def differentiate(operator, adjoint):
+    "Let `adjoint(gradient, *inputs)` compute the gradients of `operator(*inputs)`"
+    @adjoint.register_fake
+    def _(gradient, *inputs):
+        return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+    def backward(ctx, gradient):
+        refuse_second_derivatives()
+        return tuple(adjoint(gradient, *ctx.saved_tensors))
+    operator.register_autograd(backward, setup_context=keep_inputs)

@@ -43,8 +43,11 @@ def gromov_cost(
     y = y - mean(y)[..., None]
     x2 = mean(x**2)
     y2 = mean(y**2)
-    own = 2 * mean(x**4) + 6 * x2**2 + 2 * mean(y**4) + 6 * y2**2
-    return own - 4 * mean(x**2 * y**2) - 4 * x2 * y2 - 8 * mean(x * y)**2
+    own = 2 * mean(x**4) + 6 * x2**2
+    own = own + 2 * mean(y**4) + 6 * y2**2
+    squares = 4 * mean(x**2 * y**2)
+    product = 8 * mean(x * y)**2
+    return own - squares - 4 * x2 * y2 - product
 
 # %% ../../nbs/3_coupling/16_gromov.ipynb #810ca7a4
 TIE = 1e-6 # chosen: float32 rounding of scores moves a cost of order one by about 1e-7
@@ -93,7 +96,8 @@ def share_rows(
     tokens:Float[Tensor, "batch rows channels"], # The tokens that the rows belong to
 ) -> Float[Tensor, "batch rows columns"]: # Rows of equal tokens replaced by their mean
     "Let equal tokens of a clip have equal rows"
-    if all(len(clip.unique()) == len(clip) for clip in tokens[..., 0]):
+    if all(len(clip.unique()) == len(clip)
+           for clip in tokens[..., 0]):
         return plan # one channel separates all tokens: the usual case, and cheap to test
     shared = []
     for clip_plan, clip in zip(plan, tokens):
@@ -131,7 +135,8 @@ def make_plan(
 ) -> Float[Tensor, "batch structured_tokens projected_tokens"]: # Rows sum to 1; no gradient
     "The plan from projected to structured tokens, averaged over lines"
     with torch.autocast(projected.device.type, enabled=False):
-        pair = [tokens.to(self.directions.dtype) for tokens in (projected, structured)]
+        pair = [tokens.to(self.directions.dtype)
+                for tokens in (projected, structured)]
         scores = [self.directions @ tokens.transpose(1, 2) for tokens in pair]
         for name, values in zip(("projected", "structured"), scores):
             if not values.isfinite().all():

@@ -15,7 +15,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from transporter_nb.coupling.compiled_loops import (
-    compiled, compiled_sum, exp, keep_inputs, refuse_second_derivatives, share_lines,
+    compiled, compiled_sum, differentiate, exp, share_lines,
 )
 from .sinkhorn_reference import MASKED
 
@@ -28,7 +28,8 @@ def line_factors(
 ):
     "Fill exp(r -+ y) and exp(c +- x), shifted to within +-limit; False when no shift does it"
     origin = 0.
-    for i in range(len(columns)): origin += columns[i] / len(columns)
+    for i in range(len(columns)):
+        origin += columns[i] / len(columns)
     for side in range(2):
         slope = inverse_reg if side == 0 else -inverse_reg
         row_low = np.inf
@@ -87,7 +88,8 @@ def plan_entries(j, rows, row_potentials, columns, column_potentials, inverse_re
 @no_type_check
 def add_product(a, u, b, v, out):
     "out += min(a u, b v)"
-    for i in range(len(out)): out[i] += min(a * u[i], b * v[i])
+    for i in range(len(out)):
+        out[i] += min(a * u[i], b * v[i])
 
 # %% ../../nbs/3_coupling/07_line_plan.ipynb #21b04c81
 @compiled
@@ -116,14 +118,16 @@ def sum_plans(
                     else:
                         e = entries[:right - left]
                         plan_entries(j, rows[k], row_potentials[k], x, c, inverse_reg[k], e)
-                        for i in range(len(o)): o[i] += e[i]
+                        for i in range(len(o)):
+                            o[i] += e[i]
 
 # %% ../../nbs/3_coupling/07_line_plan.ipynb #ae45ee90
 @compiled
 @no_type_check
 def weighted_products(g, a, u, b, v, out):
     "out = g min(a u, b v)"
-    for i in range(len(out)): out[i] = g[i] * min(a * u[i], b * v[i])
+    for i in range(len(out)):
+        out[i] = g[i] * min(a * u[i], b * v[i])
 
 @compiled_sum
 @no_type_check
@@ -131,7 +135,8 @@ def tally(w, signed, y, x, column, pull):
     "Sums of w and of w sign(x - y), which are also added to column and subtracted from pull"
     total = w[0] * 0
     moved = w[0] * 0
-    for i in range(len(w)): signed[i] = w[i] if x[i] > y else (-w[i] if x[i] < y else w[i] * 0)
+    for i in range(len(w)):
+        signed[i] = w[i] if x[i] > y else (-w[i] if x[i] < y else w[i] * 0)
     for i in range(len(w)):
         total += w[i]
         moved += signed[i]
@@ -168,12 +173,15 @@ def plan_adjoint(
                         weighted_products(g, row_factors[k, 0, j], u, row_factors[k, 1, j], v, w)
                     else:
                         plan_entries(j, rows[k], row_potentials[k], x, c, inverse_reg[k], w)
-                        for i in range(n): w[i] *= g[i]
+                        for i in range(n):
+                            w[i] *= g[i]
                     total, moved = tally(w, signed, rows[k, j], x, column, pull)
                     by_row[0, k, j] += total
                     by_row[1, k, j] += moved
-                for i in range(n): by_column[0, k, left + i] += column[i]
-                for i in range(n): by_column[1, k, left + i] += pull[i]
+                for i in range(n):
+                    by_column[0, k, left + i] += column[i]
+                for i in range(n):
+                    by_column[1, k, left + i] += pull[i]
 
 # %% ../../nbs/3_coupling/07_line_plan.ipynb #41e3609e
 # Exponents that keep every factor in range, and no factor denormal
@@ -189,14 +197,16 @@ class ClipPlan:
         row_factors = np.empty((n_lines, 2, rows.shape[1]), dtype)
         column_factors = np.empty((n_lines, 2, columns.shape[1]), dtype)
         self.factors = row_factors, column_factors, np.empty(n_lines, bool)
-        def fill(start, stop): all_factors(*self.lines, LIMIT[dtype], start, stop, *self.factors)
+        def fill(start, stop):
+            all_factors(*self.lines, LIMIT[dtype], start, stop, *self.factors)
         share_lines(n_lines, 4, fill)
 
     @no_type_check
     def band(self, first_row, n_rows):
         "Mean plan, n_rows rows from first_row on"
         out = np.zeros((n_rows, self.lines[2].shape[1]), self.lines[0].dtype)
-        def add(start, stop): sum_plans(*self.lines, *self.factors, first_row, start, stop, out)
+        def add(start, stop):
+            sum_plans(*self.lines, *self.factors, first_row, start, stop, out)
         share_lines(n_rows, ROW_TILE, add)
         out *= 1 / len(self.lines[0])
         return torch.from_numpy(out)
@@ -208,7 +218,8 @@ class ClipPlan:
             part = np.zeros(by_column.shape)
             plan_adjoint(*self.lines, *self.factors, plan_bar, first_row, start, stop, by_row, part)
             return part
-        for part in share_lines(len(plan_bar), ROW_TILE, task): by_column += part
+        for part in share_lines(len(plan_bar), ROW_TILE, task):
+            by_column += part
 
 # %% ../../nbs/3_coupling/07_line_plan.ipynb #1971ced0
 @patch
@@ -220,7 +231,8 @@ def gradients(self:ClipPlan, by_row, by_column):
     reg_bar = ((rows - origin) * by_row[1]).sum(1) + ((columns - origin) * by_column[1]).sum(1)
     by_rows = by_row[1] * inverse_reg[:, None], by_row[0]
     by_columns = by_column[1] * inverse_reg[:, None], by_column[0]
-    return [array / len(rows) for array in (*by_rows, *by_columns, reg_bar)]
+    return [array / len(rows)
+            for array in (*by_rows, *by_columns, reg_bar)]
 
 # %% ../../nbs/3_coupling/07_line_plan.ipynb #2a58b21e
 def split(tensors):
@@ -239,7 +251,8 @@ def scan_plan(
 ) -> Tensor:
     "Mean plan of every clip"
     clips = split((rows, row_potentials, columns, column_potentials, inverse_reg))
-    return torch.stack([ClipPlan(*clip).band(0, rows.shape[-1]) for clip in clips])
+    return torch.stack([ClipPlan(*clip).band(0, rows.shape[-1])
+                        for clip in clips])
 
 @scan_plan.register_fake
 def _(rows, row_potentials, columns, column_potentials, inverse_reg):
@@ -249,7 +262,8 @@ def _(rows, row_potentials, columns, column_potentials, inverse_reg):
 def stack_clips(collected, inputs):
     "Gradients of each clip, stacked, in the types of the inputs"
     together = zip(zip(*collected), inputs)
-    return [torch.from_numpy(np.stack(parts)).to(tensor.dtype) for parts, tensor in together]
+    return [torch.from_numpy(np.stack(parts)).to(tensor.dtype)
+            for parts, tensor in together]
 
 @torch.library.custom_op("transporter_nb::scan_plan_adjoint", mutates_args=())
 def scan_plan_adjoint(
@@ -266,16 +280,7 @@ def scan_plan_adjoint(
         collected.append(plan.gradients(*sums))
     return stack_clips(collected, inputs)
 
-@scan_plan_adjoint.register_fake
-def _(plan_bar, *inputs):
-    return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs]
-
-def plan_backward(ctx, plan_bar):
-    "Gradients through `scan_plan`"
-    refuse_second_derivatives()
-    return tuple(scan_plan_adjoint(plan_bar, *ctx.saved_tensors))
-
-scan_plan.register_autograd(plan_backward, setup_context=keep_inputs)
+differentiate(scan_plan, scan_plan_adjoint)
 
 # %% ../../nbs/3_coupling/07_line_plan.ipynb #6bbba92b
 def mean_plan(

@@ -62,7 +62,8 @@ def scan_potentials_adjoint(
     tensors = first, last, inverse_reg, first_log, last_log, f_bar, g_bar
     x, y, reg, u, v, *by_potentials = (as_lines(tensor) for tensor in tensors)
     ys = kept.detach().numpy()
-    out = [np.empty(shape) for shape in (x.shape, y.shape, len(x), x.shape, y.shape)]
+    out = [np.empty(shape)
+           for shape in (x.shape, y.shape, len(x), x.shape, y.shape)]
     def solve(start, stop):
         given = x, y, reg.ravel(), u, v, merged_order(x[start:stop], y[start:stop])
         solve_lines_adjoint(*given, n_iterations, start, stop, ys, *by_potentials, *out)
@@ -88,8 +89,10 @@ def potentials_backward(ctx, f_bar, g_bar, _):
     "Gradients through `scan_potentials`"
     refuse_second_derivatives()
     kept, first, last, *rest = ctx.saved_tensors
-    if f_bar is None: f_bar = torch.zeros_like(first, dtype=torch.float64)
-    if g_bar is None: g_bar = torch.zeros_like(last, dtype=torch.float64)
+    if f_bar is None:
+        f_bar = torch.zeros_like(first, dtype=torch.float64)
+    if g_bar is None:
+        g_bar = torch.zeros_like(last, dtype=torch.float64)
     bars = scan_potentials_adjoint(f_bar, g_bar, kept, first, last, *rest, ctx.numbers[0])
     return *bars, None, None
 

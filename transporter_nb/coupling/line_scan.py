@@ -60,22 +60,30 @@ def half_step(gap, H, R, E, F, decay, y):
     # R, E, F and decay are workspace
     n = len(gap)
     L = LANES
-    for q in range(L): R[q] = H[q]
-    for q in range(n - L): R[q + L] = max(R[q] - gap[q + L], H[q + L])
+    for q in range(L):
+        R[q] = H[q]
+    for q in range(n - L):
+        R[q + L] = max(R[q] - gap[q + L], H[q + L])
     for m in range(n // L - 2, -1, -1):
         for lane in range(L):
             q = m * L + lane
             R[q] = max(R[q], R[q + L] - gap[q + L])
-    for q in range(n): E[q] = exp(H[q] - R[q])
-    for q in range(n - L): decay[q + L] = exp(-(gap[q + L] + R[q + L] - R[q]))
-    for q in range(L): F[q] = 0.
-    for q in range(n - L): F[q + L] = decay[q + L] * (F[q] + E[q])
-    for q in range(n - L): decay[q] = exp(-(gap[q + L] + R[q] - R[q + L]))
+    for q in range(n):
+        E[q] = exp(H[q] - R[q])
+    for q in range(n - L):
+        decay[q + L] = exp(-(gap[q + L] + R[q + L] - R[q]))
+    for q in range(L):
+        F[q] = 0.
+    for q in range(n - L):
+        F[q + L] = decay[q + L] * (F[q] + E[q])
+    for q in range(n - L):
+        decay[q] = exp(-(gap[q + L] + R[q] - R[q + L]))
     for m in range(n // L - 2, -1, -1): # from here on, E holds B
         for lane in range(L):
             q = m * L + lane
             E[q] += decay[q] * E[q + L]
-    for q in range(n): y[q] = R[q] + log(F[q] + E[q])
+    for q in range(n):
+        y[q] = R[q] + log(F[q] + E[q])
 
 # %% ../../nbs/3_coupling/05_line_scan.ipynb #01889fc5
 NEAR = 300. # distance over tau ...
@@ -89,7 +97,8 @@ def all_near(gap, weights, reach):
     n = len(gap)
     L = LANES
     for side in range(2):
-        for q in range(L): reach[q] = 0. if weights[side, q] > LIGHT else np.inf
+        for q in range(L):
+            reach[q] = 0. if weights[side, q] > LIGHT else np.inf
         for q in range(n - L):
             reach[q + L] = 0. if weights[side, q + L] > LIGHT else reach[q] + gap[q + L]
         for m in range(n // L - 2, -1, -1):
@@ -108,16 +117,22 @@ def near_half_step(gap, w, before, F, B, decay, y):
     # F, B and decay are workspace
     n = len(gap)
     L = LANES
-    for q in range(n - L): decay[q + L] = exp(before[q + L] - before[q] - gap[q + L])
-    for q in range(L): F[q] = 0.
-    for q in range(n - L): F[q + L] = decay[q + L] * (F[q] + w[q])
-    for q in range(n - L): decay[q] = exp(before[q] - before[q + L] - gap[q + L])
-    for q in range(n - L, n): B[q] = w[q]
+    for q in range(n - L):
+        decay[q + L] = exp(before[q + L] - before[q] - gap[q + L])
+    for q in range(L):
+        F[q] = 0.
+    for q in range(n - L):
+        F[q + L] = decay[q + L] * (F[q] + w[q])
+    for q in range(n - L):
+        decay[q] = exp(before[q] - before[q + L] - gap[q + L])
+    for q in range(n - L, n):
+        B[q] = w[q]
     for m in range(n // L - 2, -1, -1):
         for lane in range(L):
             q = m * L + lane
             B[q] = decay[q] * B[q + L] + w[q]
-    for q in range(n): y[q] = log(F[q] + B[q]) - before[q]
+    for q in range(n):
+        y[q] = log(F[q] + B[q]) - before[q]
 
 # %% ../../nbs/3_coupling/05_line_scan.ipynb #ff907de3
 @compiled
@@ -130,14 +145,17 @@ def all_half_steps(gap, weights, n_iterations, work, Y):
     before = work[2]
     before[:] = 0.
     if near:
-        for q in range(n): work[0, q] = exp(weights[0, q])
-        for q in range(n): work[1, q] = exp(weights[1, q])
+        for q in range(n):
+            work[0, q] = exp(weights[0, q])
+        for q in range(n):
+            work[1, q] = exp(weights[1, q])
     for step in range(2 * n_iterations):
         side = (step + 1) % 2
         y = Y[step % len(Y)]
         if near: near_half_step(gap, work[side], before, work[3], work[4], work[5], y)
         else:
-            for q in range(n): H[q] = weights[side, q] - before[q]
+            for q in range(n):
+                H[q] = weights[side, q] - before[q]
             half_step(gap, H, work[3], work[4], work[5], work[6], y)
         before = y
 
@@ -169,8 +187,10 @@ def solve_lines(
             for m in range(n_points):
                 at = order[line - start, m]
                 q = m * LANES + lane
-                if at < n_first: f[line, at] = weights[0, q] - Y[-2, q]
-                else: g[line, at - n_first] = -Y[-1, q]
+                if at < n_first:
+                    f[line, at] = weights[0, q] - Y[-2, q]
+                else:
+                    g[line, at - n_first] = -Y[-1, q]
 
 # %% ../../nbs/3_coupling/05_line_scan.ipynb #08026ccd
 @compiled
@@ -179,15 +199,19 @@ def sweep_right(gap, decay, mass, pulled, total, strict, moved, ties):
     "total: mass at or before a point; moved loses pulled times the mass properly to the left"
     n = len(gap)
     L = LANES
-    for q in range(L): total[q] = mass[q]
-    for q in range(n - L): total[q + L] = decay[q + L] * total[q] + mass[q + L]
+    for q in range(L):
+        total[q] = mass[q]
+    for q in range(n - L):
+        total[q + L] = decay[q + L] * total[q] + mass[q + L]
     if not ties:
-        for q in range(n - L): moved[q + L] -= pulled[q + L] * decay[q + L] * total[q]
+        for q in range(n - L):
+            moved[q + L] -= pulled[q + L] * decay[q + L] * total[q]
         return
     strict[:L] = 0.
     for q in range(n - L):
         strict[q + L] = strict[q] if gap[q + L] == 0. else decay[q + L] * total[q]
-    for q in range(n): moved[q] -= pulled[q] * strict[q]
+    for q in range(n):
+        moved[q] -= pulled[q] * strict[q]
 
 # %% ../../nbs/3_coupling/05_line_scan.ipynb #7c9461fc
 @compiled
@@ -197,20 +221,23 @@ def sweep_left(gap, decay, mass, pulled, total, strict, moved, ties):
     # decay[q] leads from q - LANES to q
     n = len(gap)
     L = LANES
-    for q in range(n - L, n): total[q] = mass[q]
+    for q in range(n - L, n):
+        total[q] = mass[q]
     for m in range(n // L - 2, -1, -1):
         for lane in range(L):
             q = m * L + lane
             total[q] = decay[q + L] * total[q + L] + mass[q]
     if not ties:
-        for q in range(n - L): moved[q] += pulled[q] * decay[q + L] * total[q + L]
+        for q in range(n - L):
+            moved[q] += pulled[q] * decay[q + L] * total[q + L]
         return
     strict[n - L:] = 0.
     for m in range(n // L - 2, -1, -1):
         for lane in range(L):
             q = m * L + lane
             strict[q] = strict[q + L] if gap[q + L] == 0. else decay[q + L] * total[q + L]
-    for q in range(n): moved[q] += pulled[q] * strict[q]
+    for q in range(n):
+        moved[q] += pulled[q] * strict[q]
 
 # %% ../../nbs/3_coupling/05_line_scan.ipynb #0534a6f5
 @compiled
@@ -225,15 +252,20 @@ def half_step_adjoint(gap, weights, before, y, upstream, work, emitted, moved, t
     ahead = work[2]
     back = work[3]
     E = work[4]
-    for q in range(n): E[q] = exp(weights[q] - before[q] - y[q])
-    for q in range(n - L): ahead[q + L] = exp(y[q] - y[q + L] - gap[q + L])
-    for q in range(n - L): back[q + L] = exp(y[q + L] - y[q] - gap[q + L])
+    for q in range(n):
+        E[q] = exp(weights[q] - before[q] - y[q])
+    for q in range(n - L):
+        ahead[q + L] = exp(y[q] - y[q + L] - gap[q + L])
+    for q in range(n - L):
+        back[q + L] = exp(y[q + L] - y[q] - gap[q + L])
     sweep_right(gap, ahead, E, upstream, total, strict, moved, ties)
     sweep_left(gap, back, E, upstream, total, strict, moved, ties)
     sweep_right(gap, back, upstream, E, total, strict, moved, ties)
-    for q in range(n): emitted[q] = total[q] - upstream[q]
+    for q in range(n):
+        emitted[q] = total[q] - upstream[q]
     sweep_left(gap, ahead, upstream, E, total, strict, moved, ties)
-    for q in range(n): emitted[q] = E[q] * (emitted[q] + total[q])
+    for q in range(n):
+        emitted[q] = E[q] * (emitted[q] + total[q])
 
 # %% ../../nbs/3_coupling/05_line_scan.ipynb #75e1b4e6
 @compiled
@@ -247,7 +279,8 @@ def adjoint_block(gap, weights, n_iterations, f_bar, g_bar, Y, work, weights_bar
     before[:] = 0.
     moved[:] = 0.
     weights_bar[:] = 0.
-    for q in range(n): up[q] = -g_bar[q]
+    for q in range(n):
+        up[q] = -g_bar[q]
     for step in range(2 * n_iterations - 1, -1, -1):
         side = (step + 1) % 2
         y_before = Y[step - 1] if step > 0 else before
@@ -255,9 +288,12 @@ def adjoint_block(gap, weights, n_iterations, f_bar, g_bar, Y, work, weights_bar
             gap, weights[side], y_before, Y[step], up, work, H_bar, moved, ties,
         )
         if step == 2 * n_iterations - 1:
-            for q in range(n): H_bar[q] += f_bar[q]
-        for q in range(n): weights_bar[side, q] += H_bar[q]
-        for q in range(n): up[q] = -H_bar[q]
+            for q in range(n):
+                H_bar[q] += f_bar[q]
+        for q in range(n):
+            weights_bar[side, q] += H_bar[q]
+        for q in range(n):
+            up[q] = -H_bar[q]
 
 # %% ../../nbs/3_coupling/05_line_scan.ipynb #115496c0
 @compiled
@@ -269,8 +305,10 @@ def gather_bars(order, n_first, f_bar, g_bar, start, begin, stop, bars):
         for m in range(order.shape[1]):
             at = order[begin + lane - start, m]
             q = m * LANES + lane
-            if at < n_first: bars[0, q] = f_bar[begin + lane, at]
-            else: bars[1, q] = g_bar[begin + lane, at - n_first]
+            if at < n_first:
+                bars[0, q] = f_bar[begin + lane, at]
+            else:
+                bars[1, q] = g_bar[begin + lane, at - n_first]
 
 @compiled
 @no_type_check
@@ -317,8 +355,10 @@ def solve_lines_adjoint(
             first, last, inverse_reg, first_log, last_log, order, start, begin,
             gap, position, weights,
         )
-        if len(kept): Y = kept[begin // LANES]
-        else: all_half_steps(gap, weights, n_iterations, work, Y)
+        if len(kept):
+            Y = kept[begin // LANES]
+        else:
+            all_half_steps(gap, weights, n_iterations, work, Y)
         gather_bars(order, first.shape[1], f_bar, g_bar, start, begin, stop, bars)
         adjoint_block(
             gap, weights, n_iterations, bars[0], bars[1], Y, work, weights_bar, moved, ties,

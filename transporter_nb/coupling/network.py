@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ..core.base import as_config, count_parameters, load_checkpoint, save_checkpoint
+from ..core.docstrings import documented
 from .gromov import SlicedGromovTransport
 from .projection import GlobalProjection, check_flow_time
 from .structure import TokenStructure
@@ -25,6 +26,7 @@ from .transport import ProjectedTransport
 from ..core.pages import html_block, html_table
 
 # %% ../../nbs/3_coupling/17_network.ipynb #533f66c6
+@documented("CouplingConfig.mini(vlm_tokens=65, vlm_dim=12).n_projections # 32")
 @dataclass(frozen=True)
 class CouplingConfig:
     "Sizes and settings of a coupling network"
@@ -82,7 +84,8 @@ class CouplingOutput(NamedTuple):
 # %% ../../nbs/3_coupling/17_network.ipynb #57ada868
 def _make_transport(c):
     "The transport that a configuration names"
-    if c.transport == "gromov": return SlicedGromovTransport(c.vlm_dim, c.n_projections)
+    if c.transport == "gromov":
+        return SlicedGromovTransport(c.vlm_dim, c.n_projections)
     if c.transport == "projected":
         return ProjectedTransport(
             c.vlm_dim, c.n_projections, c.entropy_reg, c.n_iterations, c.average,
@@ -91,7 +94,8 @@ def _make_transport(c):
 
 def _as_settings(config):
     "A configuration from a file: lists are tuples"
-    return {name: tuple(x) if isinstance(x, list) else x for name, x in config.items()}
+    return {name: tuple(x) if isinstance(x, list) else x
+            for name, x in config.items()}
 
 def _warn_unrecorded(path):
     "Say that a file names no models"
@@ -101,10 +105,14 @@ def _warn_unrecorded(path):
         "made_for=pairing.made_for(generator, vlm)).", stacklevel=3)
 
 # %% ../../nbs/3_coupling/17_network.ipynb #ce1c2ff5
+@documented("""
+    network = CouplingNetwork(CouplingConfig.mini(vlm_tokens=vlm.n_tokens, vlm_dim=vlm.vlm_dim))
+    network(latents, condition.embeds, condition.mask, vlm.embed(clips)).transported
+""", {"ValueError": "A setting has no such value, or sizes do not divide one another."})
 class CouplingNetwork(nn.Module):
     "Both branches and rho-OT (paper §3.2 and Fig. 2b)"
     def __init__(self,
-        config:CouplingConfig, # Sizes and settings, kept as `network.config`
+        config:CouplingConfig, # Sizes and settings, see its fields; kept as `network.config`
     ):
         super().__init__()
         self.config = c = config
@@ -182,10 +190,12 @@ def forward(
     projected = self.projection(latents, condition_embeds, condition_mask, t)
     structured = self.structure(self.normalise(reencoded), t)
     branches = projected, structured
-    if self.config.detach_branches: branches = projected.detach(), structured.detach()
+    if self.config.detach_branches:
+        branches = projected.detach(), structured.detach()
     transported, plan = self.transport(*branches, self.places)
     tokens = projected, structured, transported
-    return CouplingOutput(*(self.scale * part + self.centre for part in tokens), plan)
+    return CouplingOutput(*(self.scale * part + self.centre
+                            for part in tokens), plan)
 
 # %% ../../nbs/3_coupling/17_network.ipynb #ed7e2b42
 @patch
@@ -214,7 +224,8 @@ def _transport_in_words(c):
 def _spread_in_words(network):
     "Scale of the VLM's tokens"
     if network.scale.is_meta: return "unknown, the weights are on the meta device"
-    if network.scale == 1 and not network.centre.any(): return "not calibrated"
+    if network.scale == 1 and not network.centre.any():
+        return "not calibrated"
     return f"{network.scale.item():.3g} around the mean token"
 
 # %% ../../nbs/3_coupling/17_network.ipynb #930b5807

@@ -22,7 +22,8 @@ def sinkhorn_log_plan(
     if n_iterations < 1:
         raise ValueError(f"n_iterations must be at least 1, got {n_iterations}.")
     # -1e30: exp of it is 0, and it may be subtracted from itself
-    def keep(logs): return logs if mask is None else logs.masked_fill(~mask, -1e30)
+    def keep(logs):
+        return logs if mask is None else logs.masked_fill(~mask, -1e30)
     for _ in range(n_iterations):
         # every projected token hands itself out, then every place fills up
         log_kernel = keep(keep(log_kernel).log_softmax(-2)).log_softmax(-1)
@@ -34,7 +35,8 @@ def standardise_scores(
     mask:Bool[Tensor, "batch tokens"]|None=None, # False on padding, whose scores become 0
 ) -> Float[Tensor, "batch projections tokens"]: # Mean 0 and variance 1 over tokens
     "Remove shift and scale of each projection, per clip"
-    if mask is None: mask = torch.ones_like(scores[:, 0], dtype=torch.bool)
+    if mask is None:
+        mask = torch.ones_like(scores[:, 0], dtype=torch.bool)
     share = (mask.to(scores.dtype) / mask.sum(-1, keepdim=True))[:, None]
     mask = mask[:, None]
     centred = torch.where(mask, scores, 0)
@@ -53,7 +55,8 @@ def mean_distance(
     "Mean distance between two sets of points on each line, in time N log N"
     shares = [] # of one token in its side
     for side, mask in ((projected_scores, projected_mask), (structured_scores, structured_mask)):
-        if mask is None: mask = torch.ones_like(side[:, 0], dtype=torch.bool)
+        if mask is None:
+            mask = torch.ones_like(side[:, 0], dtype=torch.bool)
         shares.append(mask.to(side.dtype) / mask.sum(-1, keepdim=True))
     scores = torch.cat([projected_scores, structured_scores], -1)
     order = scores.detach().argsort(-1)

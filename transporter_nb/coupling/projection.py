@@ -152,6 +152,7 @@ def forward(
     # Padding is zero, latents stay
     kept = F.pad(mask, (tokens.shape[1] - mask.shape[1], 0), value=True)
     tokens = tokens * kept[..., None]
-    for block in self.blocks: tokens = block(tokens)
+    for block in self.blocks:
+        tokens = block(tokens)
     resampled = self.resample(self.norm(tokens).transpose(1, 2)).transpose(1, 2)
     return self.to_vlm(resampled) + self.offset

@@ -14,8 +14,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from transporter_nb.coupling.compiled_loops import (
-    as_lines, compiled, compiled_sum, exp, inlined, keep_inputs, refuse_second_derivatives,
-    share_lines,
+    as_lines, compiled, compiled_sum, differentiate, exp, inlined, share_lines,
 )
 from .line_plan import ROW_TILE, ClipPlan, mean_plan, split, stack_clips
 # potentials: the backend's first function
@@ -52,11 +51,16 @@ def envelope(gap, emitting, receiving, R, decay, emitted, received):
     # decay[0, m] leads from m - 1 to m, decay[1, m] from m to m - 1
     n = len(gap)
     R[0] = emitting[0]
-    for m in range(1, n): R[m] = max(R[m - 1] - gap[m], emitting[m])
-    for m in range(n - 2, -1, -1): R[m] = max(R[m], R[m + 1] - gap[m + 1])
-    for m in range(n): emitted[m] = exp(emitting[m] - R[m])
-    for m in range(n): received[m] = exp(receiving[m] + R[m])
-    for m in range(1, n): decay[0, m] = exp(-(gap[m] + R[m] - R[m - 1]))
+    for m in range(1, n):
+        R[m] = max(R[m - 1] - gap[m], emitting[m])
+    for m in range(n - 2, -1, -1):
+        R[m] = max(R[m], R[m + 1] - gap[m + 1])
+    for m in range(n):
+        emitted[m] = exp(emitting[m] - R[m])
+    for m in range(n):
+        received[m] = exp(receiving[m] + R[m])
+    for m in range(1, n):
+        decay[0, m] = exp(-(gap[m] + R[m] - R[m - 1]))
     for m in range(1, n): decay[1, m] = exp(-(gap[m] + R[m - 1] - R[m]))
 
 # %% ../../nbs/3_coupling/08_sinkhorn_scan.ipynb #6f6706e1
@@ -69,17 +73,20 @@ def walk(order, n_rows, decay, emitted, received, values, rightward, state, out)
     state[:] = 0.
     for step in range(n):
         m = step if rightward else n - 1 - step
-        if step > 0: pending *= decay[0, m] if rightward else decay[1, m + 1]
+        if step > 0:
+            pending *= decay[0, m] if rightward else decay[1, m + 1]
         at = order[m]
         if at >= n_rows:
             share = emitted[m]
             value = values[at - n_rows]
-            for c in range(len(state)): state[c] = pending * state[c] + share * value[c]
+            for c in range(len(state)):
+                state[c] = pending * state[c] + share * value[c]
             pending = 1.
         elif received[m] * pending > 0.:
             share = received[m] * pending
             o = out[at]
-            for c in range(len(state)): o[c] += share * state[c]
+            for c in range(len(state)):
+                o[c] += share * state[c]
 
 # %% ../../nbs/3_coupling/08_sinkhorn_scan.ipynb #44ef1e91
 GROUP = 8 # lines a sum in the values' own precision (chosen)
@@ -115,7 +122,8 @@ def walk_lines(
             walk(o, n_rows, decay, emitted, received, values[clip], rightward, state, part)
         if k + 1 == stop or (k + 1) // per_clip != clip or (k - start) % GROUP == GROUP - 1:
             for j in range(n_rows):
-                for c in range(values.shape[2]): out[clip, j, c] += part[j, c]
+                for c in range(values.shape[2]):
+                    out[clip, j, c] += part[j, c]
             part[:] = 0
 
 # %% ../../nbs/3_coupling/08_sinkhorn_scan.ipynb #b49b05d7
@@ -123,20 +131,23 @@ def walk_lines(
 @no_type_check
 def add_scaled(out, share, state):
     "out += share state"
-    for c in range(len(state)): out[c] += share * state[c]
+    for c in range(len(state)):
+        out[c] += share * state[c]
 
 @inlined
 @no_type_check
 def fade_and_add(state, faded, share, value):
     "state = faded state + share value"
-    for c in range(len(state)): state[c] = faded * state[c] + share * value[c]
+    for c in range(len(state)):
+        state[c] = faded * state[c] + share * value[c]
 
 @inlined
 @no_type_check
 def dot_of(u, state, zero):
     "Inner product; zero gives the type of the sum"
     dot = zero
-    for c in range(len(state)): dot += u[c] * state[c]
+    for c in range(len(state)):
+        dot += u[c] * state[c]
     return dot
 
 # %% ../../nbs/3_coupling/08_sinkhorn_scan.ipynb #e6fcc3d0
@@ -156,7 +167,8 @@ def walk_adjoint(
     state[:] = 0
     for step in range(n):
         m = step if rightward else n - 1 - step
-        if step > 0: pending *= decay[0, m] if rightward else decay[1, m + 1]
+        if step > 0:
+            pending *= decay[0, m] if rightward else decay[1, m + 1]
         tied_left = m > 0 and gap[m] == 0.
         tied_right = m + 1 < n and gap[m + 1] == 0.
         if not (tied_left if rightward else tied_right): # the first of a group of equal points
@@ -172,10 +184,12 @@ def walk_adjoint(
             share = received[m] * pending
             dot = dot_of(against[point], state, number(0))
             mass[m] += share * dot
-            if tied: dot = dot_of(against[point], kept, number(0))
+            if tied:
+                dot = dot_of(against[point], kept, number(0))
             strict = received[m] * before * dot if tied else share * dot
             pull[m] += strict if rightward else -strict
-            if len(out): add_scaled(out[point], number(share), state)
+            if len(out):
+                add_scaled(out[point], number(share), state)
 
 # %% ../../nbs/3_coupling/08_sinkhorn_scan.ipynb #97a076fd
 @compiled
@@ -262,12 +276,14 @@ def walks(n_rows, n_columns, n_lines, n_channels, direction):
 def bands(n_rows, n_columns):
     "First row and number of rows of each band"
     step = max(ROW_TILE, BAND_ENTRIES // n_columns)
-    return [(start, min(step, n_rows - start)) for start in range(0, n_rows, step)]
+    return [(start, min(step, n_rows - start))
+            for start in range(0, n_rows, step)]
 
 # %% ../../nbs/3_coupling/08_sinkhorn_scan.ipynb #089927ea
 def apply_forward(inputs, values):
     "By bands of the plan, or by walks"
-    rows, columns = inputs[0], inputs[2]
+    rows = inputs[0]
+    columns = inputs[2]
     out = values.new_empty(len(values), rows.shape[-1], values.shape[-1])
     if not walks(rows.shape[-1], columns.shape[-1], rows.shape[1], values.shape[-1], "forward"):
         for item, clip in enumerate(split(inputs)):
@@ -293,7 +309,8 @@ def scan_apply(
 ) -> Tensor:
     "Mean plan times values"
     inputs = rows, row_potentials, columns, column_potentials, inverse_reg
-    with torch.autocast("cpu", enabled=False): return apply_forward(inputs, values)
+    with torch.autocast("cpu", enabled=False):
+        return apply_forward(inputs, values)
 
 @scan_apply.register_fake
 def _(rows, row_potentials, columns, column_potentials, inverse_reg, values):
@@ -348,16 +365,7 @@ def scan_apply_adjoint(
     with torch.autocast("cpu", enabled=False):
         return adjoint(out_bar.detach().to(values.dtype).contiguous(), inputs, values.detach())
 
-@scan_apply_adjoint.register_fake
-def _(out_bar, *inputs):
-    return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs]
-
-def apply_backward(ctx, out_bar):
-    "Gradients through `scan_apply`"
-    refuse_second_derivatives()
-    return tuple(scan_apply_adjoint(out_bar, *ctx.saved_tensors))
-
-scan_apply.register_autograd(apply_backward, setup_context=keep_inputs)
+differentiate(scan_apply, scan_apply_adjoint)
 
 # %% ../../nbs/3_coupling/08_sinkhorn_scan.ipynb #8cff7b09
 def apply_plan(

@@ -92,12 +92,15 @@ def log_sum_near(
         exponent = (log_mass - level) + points * (sign * inverse_reg)
         top = exponent.detach().amax(0)
         mass = (exponent - top).exp()
-        if sign > 0: running = torch.cat([nothing, mass.cumsum(0)])
-        else: running = torch.cat([mass.flip(0).cumsum(0).flip(0), nothing])
+        if sign > 0:
+            running = torch.cat([nothing, mass.cumsum(0)])
+        else:
+            running = torch.cat([mass.flip(0).cumsum(0).flip(0), nothing])
         scale = (top - queries * (sign * inverse_reg)).exp()
         gathered.append([running.gather(0, place) * scale for place in places])
     # at least exp(-range / tau): the point at the level is no farther
-    sums = [(left + right).log() for left, right in zip(*gathered)]
+    sums = [(left + right).log()
+            for left, right in zip(*gathered)]
     return sum(sums) / len(sums) + level
 
 # %% ../../nbs/3_coupling/09_sinkhorn_torch.ipynb #5341433e
@@ -139,7 +142,8 @@ def potentials(
     weights = first_log_weights.detach(), last_log_weights.detach()
     near = is_near(torch.cat([x, y], -1).detach(), inverse_reg.detach(), *weights)
     method = log_sum_near if near else log_sum_at
-    x, y, u, v = (side.movedim(-1, 0).contiguous() for side in (x, y, u, v))
+    x, y, u, v = (side.movedim(-1, 0).contiguous()
+                  for side in (x, y, u, v))
     def log_sum(*arguments):
         settings = dict(use_reentrant=False, preserve_rng_state=False)
         return checkpoint(method, *arguments, inverse_reg, **settings)
@@ -161,7 +165,9 @@ def tiles(
     limit:int, # Entries of one tile; a single row may exceed it
 ) -> product: # Triples of slices: clips, rows, projections
     "Cut all plans into tiles: by rows first, then by projections, then by clips"
-    def cut(total, size): return [slice(start, start + size) for start in range(0, total, size)]
+    def cut(total, size):
+        return [slice(start, start + size)
+                for start in range(0, total, size)]
     height = min(rows, max(1, limit // columns))
     depth = min(projections, max(1, limit // (columns * height)))
     clips = cut(batch, max(1, limit // (columns * height * depth)))
@@ -193,7 +199,8 @@ def _plan_adjoint(inputs, grad, needs_reg):
         )
     x, f, y, g, inverse_reg = inputs
     grad = grad / x.shape[1]
-    dx, df, dy, dg, dreg = (torch.zeros_like(like) for like in (f, f, g, g, inverse_reg))
+    dx, df, dy, dg, dreg = (torch.zeros_like(like)
+                            for like in (f, f, g, g, inverse_reg))
     for clips, rows, lines in _tiles_of(x, y):
         mass = _tile_of(inputs, clips, rows, lines, grad.dtype)
         mass *= grad[clips, None, rows]
@@ -203,8 +210,10 @@ def _plan_adjoint(inputs, grad, needs_reg):
         mass *= gap.sign() # before any scaling: only equal scores are a tie
         dx[clips, lines, rows] -= mass.sum(-1)
         dy[clips, lines] += mass.sum(-2)
-        if needs_reg: dreg[clips, lines] -= mass.mul_(gap).sum((-1, -2))
-    dx, dy = dx * inverse_reg[..., None], dy * inverse_reg[..., None]
+        if needs_reg:
+            dreg[clips, lines] -= mass.mul_(gap).sum((-1, -2))
+    dx = dx * inverse_reg[..., None]
+    dy = dy * inverse_reg[..., None]
     return dx.to(x.dtype), df, dy.to(y.dtype), dg, dreg
 
 # %% ../../nbs/3_coupling/09_sinkhorn_torch.ipynb #7a08b43d
@@ -268,6 +277,7 @@ def apply_plan(
         return AveragedPlan.apply(some, f, columns, column_potentials, inverse_reg) @ carried
     height = max(1, BAND // (values.shape[0] * values.shape[1]))
     bands = list(zip(rows.split(height, -1), row_potentials.split(height, -1)))
-    if len(bands) == 1: return band(*bands[0]).to(values.dtype)
+    if len(bands) == 1:
+        return band(*bands[0]).to(values.dtype)
     settings = dict(use_reentrant=False, preserve_rng_state=False)
     return torch.cat([checkpoint(band, *each, **settings) for each in bands], 1).to(values.dtype)

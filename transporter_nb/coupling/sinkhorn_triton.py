@@ -27,7 +27,8 @@ def triton_potentials(
     scores, order, sides, weights = merge(
         first_scores, last_scores, first_log_weights, last_log_weights,
     )
-    n_turns, shape = 2 * n_iterations, order.shape
+    n_turns = 2 * n_iterations
+    shape = order.shape
     history = weights.new_empty(n_turns + 1 if save else 2, *shape)
     history[0] = 0 # before the first half-step nothing was sent
     balance = weights.new_empty(n_iterations if save else 0, *shape)
@@ -89,7 +90,8 @@ def triton_potentials_backward(
 @triton_potentials_backward.register_fake
 @no_type_check
 def _(f_grad, g_grad, *rest):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in rest[:5])
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format)
+                 for x in rest[:5])
 
 # %% ../../nbs/3_coupling/12_sinkhorn_triton.ipynb #276accc6
 SECOND_DERIVATIVES = (
@@ -167,7 +169,8 @@ def triton_mean_plan_backward(
     sides = *inputs[:2], rows, *inputs[2:4], columns
     with torch.cuda.device_of(row_scores):
         mean_plan_backward_kernel[grid](*made, *sides, inputs[4], fits, **settings)
-    def mean(sums): return sums.sum(0, dtype=torch.float64).div(row_scores.shape[1]).unbind(-2)
+    def mean(sums):
+        return sums.sum(0, dtype=torch.float64).div(row_scores.shape[1]).unbind(-2)
     row_push, row_position = mean(row_sums)
     column_push, column_position = mean(column_sums)
     anchor = origin(row_scores, row_potentials)

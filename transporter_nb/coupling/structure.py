@@ -97,5 +97,6 @@ def forward(
     time = torch.as_tensor(1. if t is None else t, dtype=reencoded.dtype, device=reencoded.device)
     times = time.expand(len(reencoded))
     tokens = self.embed(reencoded) + self.positions + self.embed_time(times[:, None])[:, None]
-    for block in self.blocks: tokens = block(tokens)
+    for block in self.blocks:
+        tokens = block(tokens)
     return reencoded + self.out(self.norm(tokens))

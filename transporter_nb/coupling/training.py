@@ -65,7 +65,8 @@ class CouplingBatch(NamedTuple):
         device:str|torch.device, # Where to
     ) -> "CouplingBatch": # The batch there
         "Move a batch"
-        return CouplingBatch(*(None if tensor is None else tensor.to(device) for tensor in self))
+        return CouplingBatch(*(None if tensor is None else tensor.to(device)
+                               for tensor in self))
 
 # %% ../../nbs/3_coupling/18_training.ipynb #fd16003e
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ def coupling_optimizer(
     "AdamW for the transport at its own rate, and for the branches, whose matrices may go to Muon"
     branches = [*network.projection.named_parameters(), *network.structure.named_parameters()]
     matching = list(network.transport.parameters())
-    if network.places is not None: matching.append(network.places)
+    if network.places is not None:
+        matching.append(network.places)
     optimizer = MuonAdamW(
         branches, training.learning_rate, training.muon_rate,
         weight_decay=training.weight_decay, betas=(0.9, 0.999),
@@ -150,7 +152,8 @@ def accumulate_gradients(
             output = network(batch.latents, batch.condition_embeds, mask, batch.reencoded, batch.t)
         output = CouplingOutput(*(field.float() for field in output)) # losses in float32
         losses = coupling_losses(output, batch.target_embeddings, network.centre, network.scale)
-        if extra_loss is not None: losses["extra"] = extra_loss(output, batch)
+        if extra_loss is not None:
+            losses["extra"] = extra_loss(output, batch)
         total = sum(losses.values())
         (total / training.accumulation).backward()
         losses |= dict(loss=total, plan_entropy=plan_entropy(output.plan).mean())
@@ -170,11 +173,13 @@ class TrainingResult(NamedTuple):
 
     def report(self) -> list[list[str]]: # Header first
         "Every loss at the first and at the last point of the curve"
-        if not self.curve: return [["loss"], ["no point of the curve yet"]]
+        if not self.curve:
+            return [["loss"], ["no point of the curve yet"]]
         first = self.curve[0]
         last = self.curve[-1]
         names = [name for name in last if name != "step"]
-        rows = [[name, f"{first[name]:.3f}", f"{last[name]:.3f}"] for name in names]
+        rows = [[name, f"{first[name]:.3f}", f"{last[name]:.3f}"]
+                for name in names]
         return [["", f"step {first['step']}", f"step {last['step']}"], *rows]
 
     def __repr__(self) -> str: # For a terminal
@@ -197,7 +202,8 @@ def resume_coupling(
     generator:torch.Generator, # The data's generator
 ) -> tuple[int, list[dict[str, float]]]: # Steps done and the curve so far
     "Continue from a file if there is one"
-    if path is None or not Path(path).exists(): return 0, []
+    if path is None or not Path(path).exists():
+        return 0, []
     state = load_training(path)
     if state.extra["settings"] != settings:
         raise ValueError(

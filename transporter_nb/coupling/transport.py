@@ -191,7 +191,8 @@ def mean_cost_plan(
     mask:Bool[Tensor, "batch structured_tokens projected_tokens"]|None=None, # False on padding
 ) -> Float[Tensor, "batch structured_tokens projected_tokens"]: # One plan; each row sums to 1
     "`average='costs'`: Sinkhorn's rounds on the mean over projections of cost over tau"
-    def in_units(scores): return ((scores / line_reg[..., None]).mT / scores.shape[1]).contiguous()
+    def in_units(scores):
+        return ((scores / line_reg[..., None]).mT / scores.shape[1]).contiguous()
     # the sum over coordinates of |b - a|
     cost = torch.cdist(in_units(structured_scores), in_units(projected_scores), p=1)
     return sinkhorn_log_plan(-cost, self.n_iterations, mask).exp()
@@ -209,9 +210,12 @@ def _check_pair(projected, structured, positions):
 
 def _pair_mask(a, b, projected_mask, structured_mask):
     "True where both tokens are real; None if there is no padding"
-    if projected_mask is None and structured_mask is None: return None
-    if projected_mask is None: projected_mask = torch.ones_like(a[:, 0], dtype=torch.bool)
-    if structured_mask is None: structured_mask = torch.ones_like(b[:, 0], dtype=torch.bool)
+    if projected_mask is None and structured_mask is None:
+        return None
+    if projected_mask is None:
+        projected_mask = torch.ones_like(a[:, 0], dtype=torch.bool)
+    if structured_mask is None:
+        structured_mask = torch.ones_like(b[:, 0], dtype=torch.bool)
     return structured_mask[..., None] & projected_mask[:, None]
 
 # %% ../../nbs/3_coupling/15_transport.ipynb #013d6203

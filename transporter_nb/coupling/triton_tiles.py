@@ -155,7 +155,8 @@ def tile_launch(
     n_batch, n_projections, n_rows = row_scores.shape
     n_columns = column_scores.shape[-1]
     sizes = zip(TILE, (n_rows, n_columns))
-    rows, columns = (min(size, max(16, triton.next_power_of_2(n))) for size, n in sizes)
+    rows, columns = (min(size, max(16, triton.next_power_of_2(n)))
+                     for size, n in sizes)
     grid = triton.cdiv(n_rows, rows), triton.cdiv(n_columns, columns), n_batch
     return grid, {
         "n_rows": n_rows, "n_columns": n_columns, "n_projections": n_projections,

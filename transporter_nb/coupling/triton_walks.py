@@ -105,14 +105,19 @@ def listen(
 # %% ../../nbs/3_coupling/10_triton_walks.ipynb #54379cd4
 @triton.jit
 @no_type_check
+def unheard(inverse_reg):
+    "Scale, mass and ties before the first point of a walk, in the type of `inverse_reg`"
+    nothing = inverse_reg * 0.
+    return nothing - 1e300, nothing, nothing
+
+@triton.jit
+@no_type_check
 def listen_rightward(
     scores, sides, weights, before, aside, size, turn, n_points, inverse_reg,
     SAVE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     "First walk of a half-step: scale, mass and mass without ties are put aside"
-    reach = inverse_reg * 0. - 1e300
-    mass = inverse_reg * 0.
-    tied = inverse_reg * 0.
+    reach, mass, tied = unheard(inverse_reg)
     for start in range(0, n_points, BLOCK):
         here, inside, scale, total, strict, reach, mass, tied = listen(
             scores, sides, weights, before, turn, start, n_points, inverse_reg,
@@ -130,9 +135,7 @@ def listen_leftward(
     SAVE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     "Second walk of a half-step: y at every point and, for gradients, the listeners' balance"
-    reach = inverse_reg * 0. - 1e300
-    mass = inverse_reg * 0.
-    tied = inverse_reg * 0.
+    reach, mass, tied = unheard(inverse_reg)
     for start in range(0, n_points, BLOCK):
         here, inside, scale, total, strict, reach, mass, tied = listen(
             scores, sides, weights, before, turn, start, n_points, inverse_reg,

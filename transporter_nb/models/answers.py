@@ -32,7 +32,8 @@ def pair_ids(
 ) -> Int[Tensor, "words 2"]: # Source token and target token of each word
     "The two tokens between which each answer decides"
     rows = zip(pair.prefixes(caption), pair.words_in(caption))
-    return torch.tensor([[vlm.token_id(word, prefix) for word in words] for prefix, words in rows])
+    return torch.tensor([[vlm.token_id(word, prefix) for word in words]
+                         for prefix, words in rows])
 
 def word_answers(
     vlm:VideoLanguageModel, # Frozen
@@ -57,8 +58,10 @@ def answer_gap(
         raise ValueError(f"over must be 'pair' or 'vocab', got {over!r}.")
     ids = ids.to(log_probs.device)
     target = log_probs.gather(-1, ids[..., 1:])[..., 0]
-    if over == "pair": rest = log_probs.gather(-1, ids[..., :1])[..., 0]
-    else: rest = log_probs.scatter(-1, ids[..., 1:], -float("inf")).logsumexp(-1)
+    if over == "pair":
+        rest = log_probs.gather(-1, ids[..., :1])[..., 0]
+    else:
+        rest = log_probs.scatter(-1, ids[..., 1:], -float("inf")).logsumexp(-1)
     return (target - rest).mean(-1)
 
 # %% ../../nbs/2_models/17_answers.ipynb #646434bf
@@ -72,7 +75,8 @@ def answer_divergence(
     "Distance between a VLM's answers to two videos (paper §3.3, Delta omega), mean over words"
     if over not in ("pair", "vocab"):
         raise ValueError(f"over must be 'pair' or 'vocab', got {over!r}.")
-    measure, both = answer_distance(distance), (source_log_probs, target_log_probs)
+    measure = answer_distance(distance)
+    both = (source_log_probs, target_log_probs)
     if over == "pair":
         if bool((ids[..., 0] == ids[..., 1]).any()):
             raise ValueError("the two words of a pair start with the same token, so this VLM "

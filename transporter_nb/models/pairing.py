@@ -28,20 +28,24 @@ def sketch(
     "A few numbers of a tensor"
     flat = values.detach().float().cpu().flatten()
     places = torch.randint(len(flat), (PROBES,), generator=seeded_generator(0))
-    return [float(f"{value:.5g}") for value in flat[places].tolist()]
+    return [float(f"{value:.5g}")
+            for value in flat[places].tolist()]
 
 def sketch_distance(
     recorded:Sequence[float], # A sketch
     found:Sequence[float], # Another
 ) -> float: # 0 or more: 0 for the same answer, about 1.4 for an unrelated one of the same spread
     "How far two answers are apart, in units of the spread of the recorded one"
-    if len(recorded) != len(found): return float("inf")
+    if len(recorded) != len(found):
+        return float("inf")
     record, other = torch.tensor([list(recorded), list(found)], dtype=torch.float64)
-    apart, spread = (record - other).norm().item(), (record - record.mean()).norm().item()
+    apart = (record - other).norm().item()
+    spread = (record - record.mean()).norm().item()
     return apart / max(spread, 1e-12) # 1e-12: an answer may be constant
 
 # %% ../../nbs/2_models/19_pairing.ipynb #a1c0de0a
-GENERATOR_PROBES, VLM_PROBES = ("prompt", "decoded", "velocity"), ("tokens",)
+GENERATOR_PROBES = ("prompt", "decoded", "velocity")
+VLM_PROBES = ("tokens",)
 
 @torch.no_grad()
 def probe(
@@ -50,14 +54,18 @@ def probe(
     kind:str, # One of `GENERATOR_PROBES` or `VLM_PROBES`
 ) -> list[float]: # A sketch of the answer
     "Ask a model one fixed question"
-    if kind == "tokens": return sketch(vlm.embed(vlm.probe_clip()))
-    if kind == "prompt": return sketch(generator.null_condition(1).embeds)
-    if kind == "decoded": return sketch(generator.decode(generator.probe_latents()))
+    if kind == "tokens":
+        return sketch(vlm.embed(vlm.probe_clip()))
+    if kind == "prompt":
+        return sketch(generator.null_condition(1).embeds)
+    if kind == "decoded":
+        return sketch(generator.decode(generator.probe_latents()))
     if kind != "velocity":
         raise ValueError(f"a probe is one of {[*GENERATOR_PROBES, *VLM_PROBES]}, got {kind!r}.")
     edge = generator.boundary
     times = [.5] if edge is None else [edge / 2, (1 + edge) / 2]
-    latents, null = generator.probe_latents(), generator.null_condition(1)
+    latents = generator.probe_latents()
+    null = generator.null_condition(1)
     states = torch.randn(null.embeds.shape, generator=seeded_generator(1)).to(null.embeds)
     condition = PromptCondition(states, torch.ones_like(null.mask))
     return sketch(torch.stack([generator.velocity(latents, condition, t) for t in times]))
@@ -135,7 +143,8 @@ def check_coupling(
            "Or give coupling=None: answers then go through decode and re-encode alone.")
     present = model_sizes(generator, vlm)
     config = getattr(coupling, "config", None)
-    sizes = {name: getattr(config, name) for name in present if hasattr(config, name)}
+    sizes = {name: getattr(config, name)
+             for name in present if hasattr(config, name)}
     check_sizes(sizes, present, "the coupling", fix)
     record = getattr(coupling, "made_for", None)
     if record:
@@ -156,7 +165,8 @@ def check_concepts(
     recorded = any(concept.meta.get("made_for") for concept in concepts)
     present = made_for(generator, vlm, kinds) if recorded else {}
     for concept in concepts:
-        name, meta = concept.pair.name, concept.meta
+        name = concept.pair.name
+        meta = concept.meta
         if concept.vectors.shape[1] != generator.text_dim:
             width = concept.vectors.shape[1]
             raise ValueError(f"the concept {name!r} holds vectors of width {width}, and the "
@@ -167,4 +177,5 @@ def check_concepts(
         record = meta.get("made_for")
         if not record: continue
         check_probes(record, present, CONCEPT_PROBES, f"the concept {name!r}", anew)
-        if answers: check_probes(record, present, VLM_PROBES, f"the divergence of {name!r}", adopt)
+        if answers:
+            check_probes(record, present, VLM_PROBES, f"the divergence of {name!r}", adopt)

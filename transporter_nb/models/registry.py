@@ -38,7 +38,8 @@ def shipped_vlm_names() -> list[str]: # A part of `vlm_names()`, in the same ord
     "The VLMs that can explain at once: miniature, coupling and concepts are in the package"
     parts = ("vlm", "coupling", "concepts")
     return [name for name in VLMS
-            if all(checkpoint_path(f"{part}_{name}").exists() for part in parts)]
+            if all(checkpoint_path(f"{part}_{name}").exists()
+                   for part in parts)]
 
 def find_adapter(
     kind:str, # "generator" or "vlm", for the message
@@ -48,38 +49,50 @@ def find_adapter(
     "Look a name up and import its adapter"
     if name not in table:
         raise ValueError(f"there is no {kind} named {name!r}; choose one of: {', '.join(table)}")
-    if isinstance(table[name], type): return table[name]
+    if isinstance(table[name], type):
+        return table[name]
     module, cls = table[name].split(":")
     return getattr(import_module(module), cls)
 
 # %% ../../nbs/2_models/18_registry.ipynb #5c49088a
+def _load(kind, name, table, scale, device, options):
+    "Find an adapter and load its weights"
+    adapter = find_adapter(kind, name, table)
+    more = {"options": options} if options else {}
+    return adapter.load(scale=check_scale(scale), device=device, **more)
+
+_REFUSED = { # by `load_generator` and `load_vlm`
+    "ValueError": "No such name, scale or device; the message lists those there are.",
+    "OSError": "No weights on this machine; the message says which command fetches or trains them.",
+}
+
+@documented("""
+    wan = load_generator("wan")
+    condition = wan.encode_prompt(["one large red ball slides left slowly over a stone floor"])
+    video = wan.decode(wan.sample(condition, seeds=[0])) # "batch frames 3 height width" in [0, 1]
+""", _REFUSED)
 def load_generator(
     name:str="wan", # One of `generator_names()`
     scale:str="mini", # "mini": the shipped weights; "paper": the hub's, if on this machine
-    device:str="auto", # "auto", "cpu" or "cuda"
+    device:str="auto", # "auto" (CUDA where there is one), "cpu" or "cuda"
     options:LoadOptions|None=None, # At paper scale: types and places of the weights
 ) -> VideoGenerator: # Frozen, in evaluation mode
     "Load a video generator by name"
-    adapter = find_adapter("generator", name, GENERATORS)
-    more = {"options": options} if options else {}
-    return adapter.load(scale=check_scale(scale), device=device, **more)
+    return _load("generator", name, GENERATORS, scale, device, options)
 
-def load_vlm(
-    name:str="phi4", # One of `vlm_names()`
-    scale:str="mini", # "mini": the shipped weights; "paper": the hub's, if on this machine
-    device:str="auto", # "auto", "cpu" or "cuda"
-    options:LoadOptions|None=None, # At paper scale: types and places of the weights
-) -> VideoLanguageModel: # Frozen, in evaluation mode
-    "Load a video-language model by name"
-    adapter = find_adapter("vlm", name, VLMS)
-    more = {"options": options} if options else {}
-    return adapter.load(scale=check_scale(scale), device=device, **more)
-
-documented("""
+@documented("""
     vlm = load_vlm("phi4")
     tokens = vlm.embed(video) # "batch frames 3 height width" in [0, 1]
     vlm.next_token_log_probs(tokens, "what colour is it?")
-""")(load_vlm)
+""", _REFUSED)
+def load_vlm(
+    name:str="phi4", # One of `vlm_names()`
+    scale:str="mini", # "mini": the shipped weights; "paper": the hub's, if on this machine
+    device:str="auto", # "auto" (CUDA where there is one), "cpu" or "cuda"
+    options:LoadOptions|None=None, # At paper scale: types and places of the weights
+) -> VideoLanguageModel: # Frozen, in evaluation mode
+    "Load a video-language model by name"
+    return _load("vlm", name, VLMS, scale, device, options)
 
 # %% ../../nbs/2_models/18_registry.ipynb #e460a53e
 PACKAGE_VLMS = tuple(VLMS) # names that no registration may take

@@ -16,7 +16,13 @@ from typing import NamedTuple
 
 from fastcore.basics import patch
 
+from ..core.docstrings import documented
+
 # %% ../../nbs/1_world/01_contrasts.ipynb #0344752b
+@documented("""
+    pair = ContrastPair("red", "blue")
+    pair.apply("one large red ball") # 'one large blue ball'
+""", {"ValueError": "The sides have unequal numbers of words, or a word changes into itself or twice."})
 @dataclass(frozen=True)
 class ContrastPair:
     "One change of an answer: source words, and the words that take their place"
@@ -24,12 +30,14 @@ class ContrastPair:
     target: str # Takes the place of `source`; as many words, in the same order
 
     def __post_init__(self):
-        n_source, n_target = len(self.source.split("+")), len(self.target.split("+"))
+        n_source = len(self.source.split("+"))
+        n_target = len(self.target.split("+"))
         filled = all(word for pair in self.words for word in pair)
         if n_source != n_target or not filled:
             raise ValueError("source and target need the same number of words joined by '+', "
                              f"got {self.source!r} and {self.target!r}.")
-        unchanged = [source for source, target in self.words if source == target]
+        unchanged = [source for source, target in self.words
+                     if source == target]
         if unchanged:
             raise ValueError(f"a contrast changes every word it names, got {unchanged[0]!r} "
                              f"on both sides of {self.name!r}. Leave it out.")
@@ -49,16 +57,21 @@ class ContrastPair:
     def __str__(self) -> str: return self.name
 
 # %% ../../nbs/1_world/01_contrasts.ipynb #f55cc010
+@documented("""
+    parse_contrast("red -> blue")
+    parse_contrast("two+small -> one+large").words # [('two', 'one'), ('small', 'large')]
+""", {"ValueError": "There is not one arrow, or the pair is none, see `ContrastPair`."})
 def parse_contrast(
-    text:str|ContrastPair, # `"red -> blue"`, `"two+small -> one+large"`; a pair is kept
-) -> ContrastPair: # The pair
+    text:str|ContrastPair, # `"source -> target"`, several words joined by `+`; a pair is kept
+) -> ContrastPair: # Source words, and the words that take their place
     "Read a contrast as a person writes it"
     if isinstance(text, ContrastPair): return text
     sides = text.split("->")
     if len(sides) != 2:
         raise ValueError(f"a contrast is written 'source -> target', got {text!r}. "
                          "For several words: 'two+small -> one+large'.")
-    source, target = ("+".join(word.strip() for word in side.split("+")) for side in sides)
+    source, target = ("+".join(word.strip() for word in side.split("+"))
+                      for side in sides)
     return ContrastPair(source, target)
 
 ContrastPair.parse = staticmethod(parse_contrast)
@@ -92,7 +105,8 @@ def find_word(
     "Find a source word in a caption, in the number the caption uses"
     for table in ({}, PLURALS, SINGULARS):
         if table and source not in table: continue
-        form, instead = table.get(source, source), table.get(target, target)
+        form = table.get(source, source)
+        instead = table.get(target, target)
         found = [Occurrence(match.start(), match.end(), match.group(), instead)
                  for match in word_pattern(form).finditer(caption)]
         if found: return found
@@ -138,12 +152,16 @@ def apply(
     changed = caption
     places = sorted(self.occurrences(caption), reverse=True)
     for place in places: # from the right, so that earlier places stay valid
-        before, word, after = changed[:place.start], place.target, changed[place.end:]
+        before = changed[:place.start]
+        word = place.target
+        after = changed[place.end:]
         article = "an" if word[:1].lower() in "aeiou" else "a"
         before = re.sub(r"\b(a|an)(\s+)$", rf"{article}\2", before)
-        if place.source[0].isupper(): word = word[0].upper() + word[1:]
+        if place.source[0].isupper():
+            word = word[0].upper() + word[1:]
         changed = before + word + after
-    counts = {target for source, target in self.words if {source, target} == {"one", "two"}}
+    counts = {target for source, target in self.words
+              if {source, target} == {"one", "two"}}
     return agree(changed, counts.pop()) if counts else changed
 
 # %% ../../nbs/1_world/01_contrasts.ipynb #921f98e5
@@ -154,7 +172,8 @@ def prefixes(
 ) -> list[str]: # One for each word of the pair; empty where the word opens the caption
     "The beginning of the answer that makes each word the next token"
     self.occurrences(caption) # refuses a caption that lacks a word
-    places = [find_word(caption, source, target)[0] for source, target in self.words]
+    places = [find_word(caption, source, target)[0]
+              for source, target in self.words]
     return [caption[:place.start].rstrip() for place in places]
 
 # %% ../../nbs/1_world/01_contrasts.ipynb #d9a04411
@@ -180,7 +199,8 @@ def word_span(
     last:int, # One past the last word; equal to `first` for a place where a word is missing
 ) -> tuple[int, int]: # First and one-past-last character
     "From words to characters"
-    if first < last: return places[first][0], places[last - 1][1]
+    if first < last:
+        return places[first][0], places[last - 1][1]
     here = places[first][0] if first < len(places) else len(caption)
     return here, here
 
@@ -198,13 +218,16 @@ def changed_words(
 ) -> list[ChangedSpan]: # Left to right; by words where as many come as go, else a span a group
     "The words that differ between two captions"
     captions = (source_caption, target_caption)
-    sources, targets = ([m.span() for m in re.finditer(r"\S+", text)] for text in captions)
+    sources, targets = ([m.span() for m in re.finditer(r"\S+", text)]
+                        for text in captions)
     words = (source_caption.split(), target_caption.split())
     spans = []
     for kind, i, j, k, l in SequenceMatcher(None, *words, autojunk=False).get_opcodes():
         if kind == "equal": continue
         steps = [(i, j, k, l)]
-        if j - i == l - k: steps = [(i + n, i + n + 1, k + n, k + n + 1) for n in range(j - i)]
+        if j - i == l - k:
+            steps = [(i + n, i + n + 1, k + n, k + n + 1)
+                     for n in range(j - i)]
         for a, b, c, d in steps:
             gone = word_span(source_caption, sources, a, b)
             come = word_span(target_caption, targets, c, d)

@@ -43,7 +43,8 @@ def wheel_colour(
     low = at.detach().floor()
     first = low.long() % len(WHEEL)
     wheel = WHEEL.to(hue)
-    start, end = wheel[first], wheel[(first + 1) % len(wheel)]
+    start = wheel[first]
+    end = wheel[(first + 1) % len(wheel)]
     return start + (at - low)[..., None] * (end - start)
 
 # %% ../../nbs/1_world/06_drawing.ipynb #4198d3c1
@@ -52,8 +53,10 @@ def stone_ground() -> Float[Tensor, "3 pixels"]: # In [0, 1]
     x, y = pixel_grid()
     generator = torch.Generator().manual_seed(3)
     shift = 3.2 * (torch.rand(42, generator=generator) - .5)
-    column, row = torch.arange(42) % 7 - 1, torch.arange(42) // 7
-    px, py = 12 * column + 6 * (row % 2) - 3 + shift, 12 * row - 6 + shift.roll(1)
+    column = torch.arange(42) % 7 - 1
+    row = torch.arange(42) // 7
+    px = 12 * column + 6 * (row % 2) - 3 + shift
+    py = 12 * row - 6 + shift.roll(1)
     distance = torch.hypot(x[:, None] - px, y[:, None] - py)
     (first, second), which = distance.topk(2, largest=False)[0].T, distance.argmin(-1)
     tint = .05 * (torch.rand(42, generator=generator) - .5)[which]
@@ -84,7 +87,10 @@ def leafy_ground() -> Float[Tensor, "3 pixels"]: # In [0, 1]
     generator = torch.Generator().manual_seed(8)
     canvas = torch.tensor([[.25], [.20], [.12]]).expand(3, SIZE**2)
     for px, py, turn, long, shade in torch.rand(75, 5, generator=generator).tolist():
-        dx, dy, turn, long = x - 52 * px + 2, y - 52 * py + 2, math.pi * turn, 2.6 + 1.6 * long
+        dx = x - 52 * px + 2
+        dy = y - 52 * py + 2
+        turn = math.pi * turn
+        long = 2.6 + 1.6 * long
         along = dx * math.cos(turn) + dy * math.sin(turn)
         across = dy * math.cos(turn) - dx * math.sin(turn)
         half_width = .48 * long * (1 - (along / long).square()).clamp_min(-1)
@@ -110,9 +116,13 @@ def shaded(
     "The colour of a surface under the lamp"
     flat = normal_x.square() + normal_y.square()
     scale = (.96 / flat.clamp_min(.96)).sqrt() # a normal may not point away from the eye
-    nx, ny, nz = normal_x * scale, normal_y * scale, (1 - flat.clamp_max(.96)).sqrt()
-    bright = .62 + .46 * (nx * LAMP[0] + ny * LAMP[1] + nz * LAMP[2]).clamp_min(0)
-    mirrored = (nx * MIRROR[0] + ny * MIRROR[1] + nz * MIRROR[2]).clamp_min(0) ** 24
+    nx = normal_x * scale
+    ny = normal_y * scale
+    nz = (1 - flat.clamp_max(.96)).sqrt()
+    facing = nx * LAMP[0] + ny * LAMP[1] + nz * LAMP[2]
+    bright = .62 + .46 * facing.clamp_min(0)
+    mirrored = nx * MIRROR[0] + ny * MIRROR[1] + nz * MIRROR[2]
+    mirrored = mirrored.clamp_min(0) ** 24
     return colour * bright[..., None] + gloss * mirrored[..., None]
 
 # %% ../../nbs/1_world/06_drawing.ipynb #ced9b8f6
@@ -188,7 +198,8 @@ def gait_of(
     values:Callable, # Name of a number -> its values, "batch 1 1"
 ) -> Gait: # How a person moves
     "Angles of a gait (chosen: so that the four words look like themselves)"
-    run, wave = values("run"), values("wave")
+    run = values("run")
+    wave = values("wave")
     jump = (values("hop") / HOP).clamp(0, 1.2)
     return Gait(
         swing=(.42 + .38 * run) * (1 - .85 * wave) * (1 - .9 * jump.clamp_max(1)),
@@ -214,7 +225,8 @@ def legs_of(
     side:Float[Tensor, "batch 1 1"], # px from the hip to a leg
 ) -> dict[str, tuple[Tensor, Tensor]]: # Joint -> (x, y)
     "Hips, knees and feet"
-    joints, air = {}, gait.jump * phase.sin().abs()
+    joints = {}
+    air = gait.jump * phase.sin().abs()
     for name, sign in (("far", -1.), ("near", 1.)):
         thigh = sign * gait.swing * phase.sin() + .35 * air
         bend = gait.knee * (.5 + .5 * sign * phase.cos()) + 1.3 * air + .05
@@ -234,7 +246,8 @@ def arms_of(
     wave:Float[Tensor, "batch 1 1"], # 0 to 1
 ) -> dict[str, tuple[Tensor, Tensor]]: # Joint -> (x, y)
     "Shoulders, elbows and hands; the near arm waves"
-    joints, tilt = {}, .35 + .6 * (2 * phase).sin()
+    joints = {}
+    tilt = .35 + .6 * (2 * phase).sin()
     for name, sign in (("far", -1.), ("near", 1.)):
         raised = wave if sign > 0 else 0 * wave
         spread = 2 * sign * gait.jump * phase.sin().abs()
@@ -246,8 +259,10 @@ def arms_of(
         lower = (lower[0] + (.9 * tilt.sin() - lower[0]) * raised,
                  lower[1] + (-tilt.cos() - lower[1]) * raised)
         shoulder = (neck[0] + 1.3 * sign * side, neck[1] + .05 * height)
-        elbow = tuple(a + .155 * height * b for a, b in zip(shoulder, upper))
-        hand = tuple(a + .155 * height * b for a, b in zip(elbow, lower))
+        elbow = tuple(a + .155 * height * b
+                      for a, b in zip(shoulder, upper))
+        hand = tuple(a + .155 * height * b
+                     for a, b in zip(elbow, lower))
         joints |= {f"{name} shoulder": shoulder, f"{name} elbow": elbow, f"{name} hand": hand}
     return joints
 
@@ -257,7 +272,8 @@ def joints_of(
     phase:Float[Tensor, "1 frames 1"], # Of the step, 0 to 2 pi
 ) -> dict[str, tuple[Tensor, Tensor]]: # Joint -> (x, y) in px from the middle of the person
     "All joints of a person in every frame"
-    gait, height = gait_of(values), person_height(values("radius"))
+    gait = gait_of(values)
+    height = person_height(values("radius"))
     side = .045 * height * (1 - .8 * gait.front.square())
     lean = gait.front * gait.lean
     bob = .035 * height * values("run") * (2 * phase).cos()
@@ -291,10 +307,13 @@ def capsule(
     radius:Tensor, # px
 ) -> tuple[Tensor, Tensor, Tensor]: # Cover and the two components of the normal
     "A rounded stick"
-    dx, dy = end[0] - start[0], end[1] - start[1]
-    fromx, fromy = x - start[0], y - start[1]
+    dx = end[0] - start[0]
+    dy = end[1] - start[1]
+    fromx = x - start[0]
+    fromy = y - start[1]
     share = ((fromx * dx + fromy * dy) / (dx.square() + dy.square() + 1e-6)).clamp(0, 1)
-    offx, offy = fromx - share * dx, fromy - share * dy
+    offx = fromx - share * dx
+    offy = fromy - share * dy
     distance = (offx.square() + offy.square() + 1e-6).sqrt()
     return (.5 + radius - distance).clamp(0, 1), offx / radius, offy / radius
 
@@ -307,7 +326,8 @@ def person_layers(
 ) -> Iterator[tuple[Tensor, Tensor]]: # Colours and cover of each limb, from back to front
     "A person, limb by limb"
     phase = 2 * math.pi * torch.linspace(0, 1, FRAMES)[None, :, None]
-    joints, height = joints_of(values, phase), person_height(values("radius"))
+    joints = joints_of(values, phase)
+    height = person_height(values("radius"))
     material = {"shirt": colour, "skin": SKIN, "trousers": TROUSERS}
     for start, end, thickness, name, light in LIMBS:
         cover, nx, ny = capsule(x, y, joints[start], joints[end], thickness * height)
@@ -356,7 +376,8 @@ def draw(
 ) -> Float[Tensor, "batch frames pixels 3"]: # In [0, 1]
     "Draw clips at some of their pixels; differentiable in `numbers`"
     def values(name): return numbers[:, COLUMNS[name], None, None]
-    radius, height = values("radius"), person_height(values("radius"))
+    radius = values("radius")
+    height = person_height(values("radius"))
     colour = wheel_colour(values("hue"))
     foot, width = (.46 * height, .22 * height) if person else (.88 * radius, .95 * radius)
     paths = sprite_paths(values, count)
@@ -365,9 +386,12 @@ def draw(
         canvas = canvas * shadow(x - across, y - down, lift, foot, width)[..., None]
     for across, down, lift in paths:
         place = x - across, y - down + lift
-        if person: layers = person_layers(*place, values, colour)
-        else: layers = [thing_layer(*place, values, colour)]
-        for shade, cover in layers: canvas = canvas + cover[..., None] * (shade - canvas)
+        if person:
+            layers = person_layers(*place, values, colour)
+        else:
+            layers = [thing_layer(*place, values, colour)]
+        for shade, cover in layers:
+            canvas = canvas + cover[..., None] * (shade - canvas)
     return canvas.clamp(0, 1)
 
 # %% ../../nbs/1_world/06_drawing.ipynb #4f5574aa
@@ -387,7 +411,8 @@ def render(
     kinds = [(scene.count, scene.person) for scene in scenes]
     x, y = (axis[None, None] for axis in pixel_grid())
     for kind in sorted(set(kinds)):
-        rows = [row for row, other in enumerate(kinds) if other == kind]
+        rows = [row for row, other in enumerate(kinds)
+                if other == kind]
         for at in range(0, len(rows), chunk):
             some = rows[at:at + chunk]
             numbers = to_numbers([scenes[row] for row in some])

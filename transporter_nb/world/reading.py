@@ -29,7 +29,8 @@ def first_mixture(
     pixels:Float[Tensor, "batch frames pixels 3"], # Of clips, in [0, 1]
 ) -> Float[Tensor, "batch grounds"]: # Shares in quarters
     "The mixture of grounds that agrees with most pixels"
-    shares = [c for c in itertools.product(range(5), repeat=len(GROUNDS)) if sum(c) == 4]
+    shares = [c for c in itertools.product(range(5), repeat=len(GROUNDS))
+              if sum(c) == 4]
     grid = torch.tensor(shares) / 4
     some = torch.arange(0, SIZE**2, 3) # a third of the pixels is enough
     pictures = torch.einsum("gk,kcp->gpc", grid, ground_pictures())[:, some]
@@ -41,7 +42,8 @@ def fit_ground(
     rounds:int=6, # Of re-weighting
 ) -> Float[Tensor, "batch grounds"]: # Shares; they sum to about 1 on a clip of this world
     "Which mixture of grounds lies behind the sprites"
-    basis, shares = ground_pictures(), first_mixture(pixels)
+    basis = ground_pictures()
+    shares = first_mixture(pixels)
     for _ in range(rounds):
         behind = torch.einsum("bk,kcp->bpc", shares, basis)
         off = (pixels - behind[:, None]).norm(dim=-1)
@@ -112,15 +114,18 @@ def guess(
     "First guesses from the mask"
     (x, y), u, area = pixel_grid(), torch.linspace(0, 1, FRAMES), mask.sum(-1)
     weight = area / area.sum(1, keepdim=True).clamp_min(1e-6)
-    middle_x, middle_y = mask @ x / area.clamp_min(1), mask @ y / area.clamp_min(1)
+    middle_x = mask @ x / area.clamp_min(1)
+    middle_y = mask @ y / area.clamp_min(1)
     line = torch.stack([torch.ones(FRAMES), u - .5], -1)
     hops = -(2 * math.pi * u).sin().abs()
     bounce = torch.stack([torch.ones(FRAMES), .5 - u, hops], -1)
-    across, down = weighted_fit(middle_x, line, weight), weighted_fit(middle_y, bounce, weight)
+    across = weighted_fit(middle_x, line, weight)
+    down = weighted_fit(middle_y, bounce, weight)
     return Guess(shares, vote_for_hue(pixels, mask), area.median(1).values, across, down)
 
 # %% ../../nbs/1_world/07_reading.ipynb #74e42be5
-KINDS = [(count, person) for count in (1, 2, 3) for person in (False, True)]
+KINDS = [(count, person)
+         for count in (1, 2, 3) for person in (False, True)]
 
 # %% ../../nbs/1_world/07_reading.ipynb #409a3a05
 FORMS = { # of things and of people: (numbers, area of a sprite in squared radii or squared heights)
@@ -212,7 +217,8 @@ def free_numbers(
     "Which numbers a search may move, and how far"
     count, person = kind
     names = [name for name in RANGES if name not in UNUSED[person]]
-    names += [f"{axis}{k}" for k in range(1, count + 1) for axis in "xy"]
+    names += [f"{axis}{k}"
+              for k in range(1, count + 1) for axis in "xy"]
     limits = {**RANGES, "hue": (-9., 9.)} # the circle has no ends
     low, high = torch.tensor([limits.get(name, (-8., 8.)) for name in names]).T # px: a spot's
     steps = torch.tensor([STEPS.get(name, .05) for name in names])
@@ -228,7 +234,9 @@ def slopes(
 ) -> Float[Tensor, "batch free values"]: # Of every pixel's colour by every free number
     "Difference quotients, inward at a limit"
     columns, steps, low, high = free_numbers(kind)
-    n, batch, here = len(columns), len(numbers), numbers[:, columns]
+    n = len(columns)
+    batch = len(numbers)
+    here = numbers[:, columns]
     steps = side * steps
     outside = (here + steps > high) | (here + steps < low)
     change = torch.where(outside, -steps, steps)
@@ -247,10 +255,12 @@ def improve(
 ) -> tuple[Float[Tensor, "batch numbers"], Float[Tensor, "batch"]]: # Numbers, mean square left
     "Levenberg-Marquardt steps for many clips at once"
     columns, _, low, high = free_numbers(kind)
-    seen, damping = at.colour.flatten(1), torch.full((len(numbers),), 1e-2)
+    seen = at.colour.flatten(1)
+    damping = torch.full((len(numbers),), 1e-2)
     drawn = draw(numbers, *kind, at.ground, at.x, at.y).flatten(1)
     for k in range(rounds):
-        slope, off = slopes(numbers, drawn, kind, at, (-1) ** k), seen - drawn
+        slope = slopes(numbers, drawn, kind, at, (-1) ** k)
+        off = seen - drawn
         curve = slope @ slope.mT
         size = curve.diagonal(dim1=1, dim2=2)
         held = damping[:, None] * size + 1e-6 * size.amax(1, keepdim=True) + 1e-3
@@ -259,7 +269,8 @@ def improve(
         tried[:, columns] = (numbers[:, columns] + step).clamp(low, high)
         redrawn = draw(tried, *kind, at.ground, at.x, at.y).flatten(1)
         better = ((seen - redrawn).square().mean(1) < off.square().mean(1))[:, None]
-        numbers, drawn = torch.where(better, tried, numbers), torch.where(better, redrawn, drawn)
+        numbers = torch.where(better, tried, numbers)
+        drawn = torch.where(better, redrawn, drawn)
         damping = torch.where(better[:, 0], damping / 5, 8 * damping).clamp(1e-6, 1e4)
     return numbers, (seen - drawn).square().mean(1)
 
@@ -274,7 +285,8 @@ def search_kind(
     area_factor:float=1., # Of the area, see `hypothesis`
 ) -> tuple[Float[Tensor, "some numbers"], Float[Tensor, "some"]]: # Numbers, mean squared difference
     "The best start of one kind, improved"
-    seen, least = at[rows], torch.full((len(rows),), math.inf)
+    seen = at[rows]
+    least = torch.full((len(rows),), math.inf)
     best = torch.zeros(len(rows), len(COLUMNS))
     for form in forms or range(len(FORMS[kind[1]])):
         numbers = hypothesis(first, kind, form, area_factor)[rows]
@@ -294,7 +306,8 @@ def polish(
     numbers = found[torch.arange(len(found)), best]
     for k, kind in enumerate(KINDS):
         rows = (best == k).nonzero()[:, 0]
-        if len(rows): numbers[rows] = improve(numbers[rows], kind, many[rows], 8)[0]
+        if len(rows):
+            numbers[rows] = improve(numbers[rows], kind, many[rows], 8)[0]
     return numbers, best
 
 # %% ../../nbs/1_world/07_reading.ipynb #8382ad21
@@ -306,8 +319,10 @@ def search(
     many:Sample, # 360
 ) -> tuple[Float[Tensor, "batch numbers"], Int[Tensor, "batch"]]: # Numbers, and which of `KINDS`
     "The scene whose drawing is nearest to each clip"
-    n, everyone = len(first.hue), torch.arange(len(first.hue))
-    rough = [search_kind(kind, (), first, few, everyone, 0)[1] for kind in KINDS]
+    n = len(first.hue)
+    everyone = torch.arange(len(first.hue))
+    rough = [search_kind(kind, (), first, few, everyone, 0)[1]
+             for kind in KINDS]
     order = torch.stack(rough, 1).argsort(1)
     found = torch.zeros(n, len(KINDS), len(COLUMNS))
     off = torch.full((n, len(KINDS)), math.inf)
@@ -321,7 +336,8 @@ def search(
         likely = off.argsort(1)[:, :2]
         for k, kind in enumerate(KINDS):
             rows = (poor & (likely == k).any(1)).nonzero()[:, 0]
-            if not len(rows) or form >= len(FORMS[kind[1]]): continue
+            if not len(rows) or form >= len(FORMS[kind[1]]):
+                continue
             again, less = search_kind(kind, [form], first, few, rows, 6, area_factor)
             better = less < off[rows, k]
             found[rows[better], k], off[rows[better], k] = again[better], less[better]
@@ -336,7 +352,8 @@ def explained_share(
     kinds:Int[Tensor, "batch"], # Which of `KINDS`
 ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]: # Share explained (<= 1), rms elsewhere
     "The share of the sprites that the drawing explains, and how far off the ground is"
-    share, stray = torch.zeros(len(pixels)), torch.zeros(len(pixels))
+    share = torch.zeros(len(pixels))
+    stray = torch.zeros(len(pixels))
     x, y = (axis[None, None] for axis in pixel_grid())
     for row, (clip, kind) in enumerate(zip(pixels, kinds.tolist())):
         own = numbers[row:row + 1]
@@ -372,10 +389,12 @@ def check_clips(
 ) -> None:
     "Refuse clips that the readers cannot take"
     wanted = (FRAMES, 3, SIZE, SIZE)
-    if video.ndim != 5 or tuple(video.shape[1:]) != wanted or not len(video): raise ValueError(
-        f"the readers take clips of shape (batch >= 1, {FRAMES}, 3, {SIZE}, {SIZE}), "
-        f"got {tuple(video.shape)}. Resize the clips first.")
-    low, high = video.min().item(), video.max().item()
+    if video.ndim != 5 or tuple(video.shape[1:]) != wanted or not len(video):
+        raise ValueError(
+            f"the readers take clips of shape (batch >= 1, {FRAMES}, 3, {SIZE}, {SIZE}), "
+            f"got {tuple(video.shape)}. Resize the clips first.")
+    low = video.min().item()
+    high = video.max().item()
     if not (-.01 <= low and high <= 1.01): raise ValueError( # NaN fails both comparisons
         f"the readers take finite colours in [0, 1], got {low:.3g} to {high:.3g}. Clamp the clips.")
 
@@ -394,10 +413,12 @@ def read_video(
         behind = torch.einsum("bk,kcp->bpc", shares, ground_pictures())
         salience = salience_of(pixels, behind)
         first = guess(pixels, shares, sprite_mask(salience))
-        samples = [sample_pixels(pixels, behind, choose_pixels(salience, n)) for n in (200, 360)]
+        samples = [sample_pixels(pixels, behind, choose_pixels(salience, n))
+                   for n in (200, 360)]
         numbers, kinds = search(first, *samples)
         share, stray = explained_share(pixels, numbers, kinds)
-        scenes = [to_scene(row, *KINDS[k]) for row, k in zip(numbers.tolist(), kinds.tolist())]
+        scenes = [to_scene(row, *KINDS[k])
+                  for row, k in zip(numbers.tolist(), kinds.tolist())]
         for scene, words, *rest in zip(scenes, best_words(scenes), share.tolist(), stray.tolist()):
             reading = Reading(scene, *rest, words)
             unread = Reading(scene, *rest, dict.fromkeys(SLOTS, UNREADABLE))

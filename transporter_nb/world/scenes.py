@@ -33,7 +33,8 @@ SLOTS = {
     "pace": ("slightly", "slowly", "quickly"),
     "floor": ("stone", "snowy", "sandy", "leafy"),
 }
-THING_MOTIONS, PERSON_MOTIONS = SLOTS["motion"][:3], SLOTS["motion"][3:]
+THING_MOTIONS = SLOTS["motion"][:3]
+PERSON_MOTIONS = SLOTS["motion"][3:]
 UNREADABLE = "unreadable"
 
 # %% ../../nbs/1_world/05_scenes.ipynb #fcec8528
@@ -88,7 +89,8 @@ class Scene:
 
 # %% ../../nbs/1_world/05_scenes.ipynb #5cc5e75a
 SPOTS = ("x1", "y1", "x2", "y2", "x3", "y3") # px, the offsets
-COLUMNS = {name: k for k, name in enumerate((*RANGES, *GROUNDS, *SPOTS))} # column of each number
+COLUMNS = {name: k
+           for k, name in enumerate((*RANGES, *GROUNDS, *SPOTS))} # column of each number
 
 def to_numbers(
     scenes:Sequence[Scene], # One a clip
@@ -107,10 +109,12 @@ def to_scene(
 ) -> Scene: # Numbers are clipped to their ranges, shares of the ground normalised
     "A scene from a row of numbers"
     values = dict(zip(COLUMNS, map(float, numbers)))
-    clipped = {name: min(max(values[name], low), high) for name, (low, high) in RANGES.items()}
+    clipped = {name: min(max(values[name], low), high)
+               for name, (low, high) in RANGES.items()}
     clipped["hue"] = values["hue"] % 1
     shares = np.maximum([values[name] for name in GROUNDS], 0)
-    offsets = tuple((values[f"x{k}"], values[f"y{k}"]) for k in (1, 2, 3))
+    offsets = tuple((values[f"x{k}"], values[f"y{k}"])
+                    for k in (1, 2, 3))
     ground = tuple(map(float, shares / max(shares.sum(), 1e-9)))
     return Scene(count, person, **clipped, ground=ground, offsets=offsets)
 
@@ -210,7 +214,8 @@ def best_words(
     "The most probable word of every slot"
     said = [{} for _ in scenes]
     for slot, p in naming(scenes).items():
-        for words, k in zip(said, p.argmax(-1).tolist()): words[slot] = SLOTS[slot][k]
+        for words, k in zip(said, p.argmax(-1).tolist()):
+            words[slot] = SLOTS[slot][k]
     return said
 
 # %% ../../nbs/1_world/05_scenes.ipynb #c6a2c29f
@@ -222,18 +227,25 @@ def word_numbers(
     "The numbers in the middle of a word's region"
     if word not in SLOTS[slot]:
         raise ValueError(f"{slot} must be one of {', '.join(SLOTS[slot])}, got {word!r}.")
-    if slot == "count": return {"count": SLOTS["count"].index(word) + 1}
-    if slot == "size": return {"radius": RADII[word]}
-    if slot == "colour": return {"hue": SLOTS["colour"].index(word) / len(SLOTS["colour"])}
-    if slot == "floor": return {"ground": tuple(float(name == word) for name in GROUNDS)}
+    if slot == "count":
+        return {"count": SLOTS["count"].index(word) + 1}
+    if slot == "size":
+        return {"radius": RADII[word]}
+    if slot == "colour":
+        return {"hue": SLOTS["colour"].index(word) / len(SLOTS["colour"])}
+    if slot == "floor":
+        return {"ground": tuple(float(name == word) for name in GROUNDS)}
     if slot == "direction":
         sign = 1 if word == "right" else -1
         return {"travel": sign * max(abs(scene.travel), .01)} # also from rest
-    if slot == "pace": return {"travel": math.copysign(PACES[word], scene.travel)}
-    if slot == "shape" and word == "person": return {"person": True, "roundness": 1., "hole": 0.}
+    if slot == "pace":
+        return {"travel": math.copysign(PACES[word], scene.travel)}
+    if slot == "shape" and word == "person":
+        return {"person": True, "roundness": 1., "hole": 0.}
     group = "shape" if slot == "shape" else "thing" if word in THING_MOTIONS else "gait"
     names, scales, words = CORNERS[group]
-    values = {name: float(scale * c) for name, scale, c in zip(names, scales, words[word])}
+    values = {name: float(scale * c)
+              for name, scale, c in zip(names, scales, words[word])}
     return values | ({"person": False} if slot == "shape" else {})
 
 def check_kind(
@@ -242,9 +254,10 @@ def check_kind(
 ) -> None:
     "Refuse a thing that walks and a person that rolls"
     fitting = PERSON_MOTIONS if shape == "person" else THING_MOTIONS
-    if motion not in fitting: raise ValueError(
-        f"{motion!r} does not go with {shape!r}. "
-        f"Set motion to one of {', '.join(fitting)} as well.")
+    if motion not in fitting:
+        raise ValueError(
+            f"{motion!r} does not go with {shape!r}. "
+            f"Set motion to one of {', '.join(fitting)} as well.")
 
 # %% ../../nbs/1_world/05_scenes.ipynb #09e4f5c2
 def do(
@@ -253,17 +266,21 @@ def do(
 ) -> Scene: # The same clip with those set and everything else, offsets included, kept
     "Intervene on a scene: `do(scene, colour='blue')`, `do(scene, travel=3.)`"
     unknown = set(changes) - set(SLOTS) - {f.name for f in fields(Scene)}
-    if unknown: raise ValueError(
-        f"no attribute {', '.join(sorted(unknown))}; the slots are {', '.join(SLOTS)}, "
-        f"the numbers {', '.join(RANGES)}.")
-    words = {name: v for name, v in changes.items() if name in SLOTS and isinstance(v, str)}
-    numbers = {name: v for name, v in changes.items() if name not in words}
+    if unknown:
+        raise ValueError(
+            f"no attribute {', '.join(sorted(unknown))}; the slots are {', '.join(SLOTS)}, "
+            f"the numbers {', '.join(RANGES)}.")
+    words = {name: v for name, v in changes.items()
+             if name in SLOTS and isinstance(v, str)}
+    numbers = {name: v for name, v in changes.items()
+               if name not in words}
     said = best_words([scene])[0] | words
     check_kind(said["shape"], said["motion"])
     unused = ("rise",) if said["shape"] == "person" else ("run", "wave")
     numbers = dict.fromkeys(unused, 0.) | numbers
     scene = replace(scene, **numbers)
-    for slot, word in words.items(): scene = replace(scene, **word_numbers(slot, word, scene))
+    for slot, word in words.items():
+        scene = replace(scene, **word_numbers(slot, word, scene))
     return scene
 
 # %% ../../nbs/1_world/05_scenes.ipynb #b70eb45b
@@ -277,7 +294,8 @@ def between(
         raise ValueError(
             "between needs two scenes with as many sprites of the same kind, got counts "
             f"{source.count} and {target.count}, person {source.person} and {target.person}.")
-    if not 0 <= level <= 1: raise ValueError(f"level must be from 0 to 1, got {level!r}.")
+    if not 0 <= level <= 1:
+        raise ValueError(f"level must be from 0 to 1, got {level!r}.")
     a, b = to_numbers([source, target]).double()
     step = b - a
     step[COLUMNS["hue"]] = (step[COLUMNS["hue"]] + .5).remainder(1.) - .5
@@ -313,7 +331,8 @@ def draw_words(
     for slot, p in naming(scenes).items():
         below = p.double().cumsum(-1).numpy()
         chosen = (rng.random((len(scenes), 1)) * below[:, -1:] > below).sum(-1)
-        for row, k in zip(rows, chosen): row[slot] = SLOTS[slot][k]
+        for row, k in zip(rows, chosen):
+            row[slot] = SLOTS[slot][k]
     return rows
 
 # %% ../../nbs/1_world/05_scenes.ipynb #735d8446
@@ -323,17 +342,20 @@ def parse_caption(
 ) -> Scene: # With every number in the middle of its word's region
     "Read a caption back into a scene, or say which word is wrong"
     words = text.lower().rstrip(" .").split()
-    if len(words) != 11: raise ValueError(
-        f"a caption has 11 words like {caption(EXAMPLE)!r}, got {len(words)}: {text!r}")
+    if len(words) != 11:
+        raise ValueError(
+            f"a caption has 11 words like {caption(EXAMPLE)!r}, got {len(words)}: {text!r}")
     many = words[0] in ("two", "three")
-    singular = {PLURALS.get(word, word + "s"): word for word in SLOTS["shape"]}
+    singular = {PLURALS.get(word, word + "s"): word
+                for word in SLOTS["shape"]}
     said = {
         "count": "one" if words[0] == "a" else words[0], "size": words[1], "colour": words[2],
         "shape": singular.get(words[3], words[3]) if many else words[3],
         "motion": words[4] + "s" if many else words[4],
         "direction": words[5], "pace": words[6], "floor": words[9],
     }
-    for slot, word in said.items(): word_numbers(slot, word, EXAMPLE)
+    for slot, word in said.items():
+        word_numbers(slot, word, EXAMPLE)
     scene = do(Scene(offsets=offsets), **said)
     if spell(said).split()[1:] != words[1:]:
         raise ValueError(f"expected {spell(said)!r}, got {text!r}.")
@@ -375,8 +397,10 @@ def draw_line(
     closed:bool=False, # Whether the last borders on the first
 ) -> float: # Position; -.2 to n - .8, or 0 to n where closed
     "A point near a word, or anywhere"
-    if rng.random() < .5: at = rng.integers(n) + rng.normal(0, .18) # chosen: inside its word
-    else: at = rng.uniform(0, n) if closed else rng.uniform(-.2, n - .8)
+    if rng.random() < .5:
+        at = rng.integers(n) + rng.normal(0, .18) # chosen: inside its word
+    else:
+        at = rng.uniform(0, n) if closed else rng.uniform(-.2, n - .8)
     return float(at % n if closed else np.clip(at, -.2, n - .8))
 
 # %% ../../nbs/1_world/05_scenes.ipynb #dd8ce0ce
@@ -388,13 +412,15 @@ def draw_scene(
     "A random scene"
     person = bool(rng.random() < PEOPLE)
     numbers = draw_corner("gait" if person else "thing", rng)
-    if not person: numbers |= draw_corner("shape", rng)
+    if not person:
+        numbers |= draw_corner("shape", rng)
     step = math.log(RADII["huge"] / RADII["tiny"]) / 4
     radius = RADII["tiny"] * math.exp(step * draw_line(5, rng))
     root = [v**.5 for v in PACES.values()]
     speed = np.interp(draw_line(3, rng), [-.2, 0, 1, 2, 2.2], [0., *root, 4.2]) ** 2
     shares = draw_corner("floor", rng)
-    group, own = rng.uniform(-3, 3, 2), rng.uniform(-1.2, 1.2, (3, 2)) # px (chosen)
+    group = rng.uniform(-3, 3, 2)
+    own = rng.uniform(-1.2, 1.2, (3, 2)) # px (chosen)
     return Scene(
         count=int(rng.integers(1, 4)), person=person, hue=draw_line(8, rng, closed=True) / 8,
         radius=radius, travel=float(min(speed, 18) * rng.choice([-1, 1])), **numbers,
@@ -409,10 +435,13 @@ def sample_scenes(
     "Draw scenes of one split"
     if split not in (*SPLITS, "all"):
         raise ValueError(f"split must be {', '.join(SPLITS)} or all, got {split!r}.")
-    rng, scenes = np.random.default_rng([seed, (*SPLITS, "all").index(split)]), []
+    rng = np.random.default_rng([seed, (*SPLITS, "all").index(split)])
+    scenes = []
     while len(scenes) < n:
-        some = [draw_scene(rng) for _ in range(max(16, n - len(scenes)))]
-        scenes += [s for s, w in zip(some, best_words(some)) if split in ("all", split_of(w))]
+        some = [draw_scene(rng)
+                for _ in range(max(16, n - len(scenes)))]
+        scenes += [s for s, w in zip(some, best_words(some))
+                   if split in ("all", split_of(w))]
     return scenes[:n]
 
 # %% ../../nbs/1_world/05_scenes.ipynb #87f6ab44
@@ -424,12 +453,14 @@ def draw_captions(
 ) -> list[dict[str, str]]: # Slot -> word, one a clip; `spell` makes the sentence
     "Words for clips, drawn as speakers choose them, of one split only"
     rng = np.random.default_rng([seed, 77]) # 77: a stream of its own beside the scenes'
-    said, open_rows = best_words(scenes), list(range(len(scenes)))
+    said = best_words(scenes)
+    open_rows = list(range(len(scenes)))
     for _ in range(tries):
         drawn = draw_words([scenes[row] for row in open_rows], rng)
         fits = [split in ("all", split_of(words)) for words in drawn]
         for row, words, good in zip(open_rows, drawn, fits):
             if good: said[row] = words
-        open_rows = [row for row, good in zip(open_rows, fits) if not good]
+        open_rows = [row for row, good in zip(open_rows, fits)
+                     if not good]
         if not open_rows: break
     return said

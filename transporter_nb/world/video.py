@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Size', 'EARLY', 'MAX_FRAMES', 'MAX_PIXELS', 'CONTAINERS', 'SOURCES', 'MAX_BYTES', 'check_video', 'demo_video',
            'both_sides', 'resize_video', 'frames_to_uint8', 'contact_sheet', 'save_png', 'encode_gif', 'save_gif',
-           'save_mp4', 'MovingPicture', 'show_gif', 'early_share', 'frame_at', 'choose_times', 'pick_frames',
+           'save_mp4', 'MovingPicture', 'show_gif', 'early_share', 'frame_at', 'pick_frames', 'choose_times',
            'put_upright', 'background_colour', 'nameless', 'frame_picture', 'fit_picture', 'check_file',
            'open_container', 'check_pixels', 'open_video', 'Damage', 'read_packets', 'track_decoder', 'decode_frames',
            'Timeline', 'track_facts', 'scan_video', 'collect_pictures', 'SampledVideo', 'warn_of_damage',
@@ -37,6 +37,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..core.base import widen, write_aside
+from ..core.docstrings import documented
 from ..core.pages import html_block, html_image
 
 # %% ../../nbs/1_world/02_video.ipynb #562f0b9e
@@ -49,14 +50,16 @@ def check_video(
         raise ValueError("a video has axes (batch, frames, 3, height, width), "
                          f"got {tuple(getattr(video, 'shape', ()))}. Channels come after frames: "
                          "permute, or add a batch axis with video[None].")
-    if not video.is_floating_point(): raise ValueError(
-        f"a video holds floats in [0, 1], got {video.dtype}. Divide 8-bit values by 255.")
+    if not video.is_floating_point():
+        raise ValueError(
+            f"a video holds floats in [0, 1], got {video.dtype}. Divide 8-bit values by 255.")
     if video.numel() == 0:
         raise ValueError(f"the video is empty, its shape is {tuple(video.shape)}.")
     low, high = (value.item() for value in video.detach().aminmax())
-    if not (low >= -atol and high <= 1 + atol): raise ValueError(
-        f"a video holds values in [0, 1], got {low:.3g} to {high:.3g}. "
-        "From [-1, 1], use (video + 1) / 2; NaN comes from the model before.")
+    if not (low >= -atol and high <= 1 + atol):
+        raise ValueError(
+            f"a video holds values in [0, 1], got {low:.3g} to {high:.3g}. "
+            "From [-1, 1], use (video + 1) / 2; NaN comes from the model before.")
     return video
 
 def demo_video(
@@ -86,9 +89,10 @@ def both_sides(
     both = size if isinstance(size, (tuple, list)) else (size, size)
     try: sides = tuple(index(side) for side in both)
     except TypeError: sides = ()
-    if len(sides) != 2 or min(sides) < 1: raise ValueError(
-        "a size is positive: whole pixels, one number or (height, width), "
-        f"got {size!r}. Round it, or give two numbers.")
+    if len(sides) != 2 or min(sides) < 1:
+        raise ValueError(
+            "a size is positive: whole pixels, one number or (height, width), "
+            f"got {size!r}. Round it, or give two numbers.")
     return sides
 
 def resize_video(
@@ -148,11 +152,13 @@ def encode_gif(
     enlarge:int=4, # Each pixel becomes a square of this many pixels
 ) -> bytes: # A GIF that loops for ever
     "One clip as a looping GIF"
-    if not 0.1 <= fps <= 50 or enlarge < 1: raise ValueError(
-        f"fps must be from 0.1 to 50 and enlarge at least 1, got {fps} and {enlarge}.")
+    if not 0.1 <= fps <= 50 or enlarge < 1:
+        raise ValueError(
+            f"fps must be from 0.1 to 50 and enlarge at least 1, got {fps} and {enlarge}.")
     frames = frames_to_uint8(check_video(clip[None])[0]).repeat(enlarge, 1).repeat(enlarge, 2)
     first, *rest = [Image.fromarray(frame) for frame in frames]
-    buffer, pause = io.BytesIO(), round(100 / fps) * 10
+    buffer = io.BytesIO()
+    pause = round(100 / fps) * 10
     first.save(buffer, format="GIF", save_all=True, append_images=rest, duration=pause, loop=0)
     return buffer.getvalue()
 
@@ -164,7 +170,8 @@ def save_gif(
 ) -> Path: # Where the file is
     "Save one clip as a looping GIF, whole or not at all"
     content = encode_gif(clip, fps, enlarge)
-    with write_aside(path) as aside: aside.write_bytes(content)
+    with write_aside(path) as aside:
+        aside.write_bytes(content)
     return Path(path)
 
 # %% ../../nbs/1_world/02_video.ipynb #b6a7e773
@@ -178,8 +185,9 @@ def save_mp4(
     if min(clip.shape[-2:]) * enlarge < 2:
         raise ValueError(f"H.264 needs at least 2 x 2 pixels, got {clip.shape[-2]} x "
                          f"{clip.shape[-1]} with enlarge={enlarge}. Use enlarge=2.")
-    if not .1 <= fps <= 1000 or enlarge < 1: raise ValueError(
-        f"fps must be from 0.1 to 1000 and enlarge at least 1, got {fps} and {enlarge}.")
+    if not .1 <= fps <= 1000 or enlarge < 1:
+        raise ValueError(
+            f"fps must be from 0.1 to 1000 and enlarge at least 1, got {fps} and {enlarge}.")
     frames = frames_to_uint8(check_video(clip[None])[0]).repeat(enlarge, 1).repeat(enlarge, 2)
     height, width = (side // 2 * 2 for side in frames.shape[1:3])
     frames = frames[:, :height, :width] # yuv420p halves both: an odd last row or column is cut
@@ -187,7 +195,9 @@ def save_mp4(
     options = {"crf": "16"} # chosen: no visible loss on flat colours
     with write_aside(path) as aside, av.open(str(aside), "w") as container:
         stream = container.add_stream("libx264", rate=rate, options=options)
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        stream.height = height
+        stream.width = width
+        stream.pix_fmt = "yuv420p"
         for array in frames:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
             container.mux(stream.encode(frame))
@@ -234,7 +244,8 @@ def show_gif(
     if isinstance(captions, str) or len(captions) not in (0, len(clips)):
         raise ValueError("captions must be a list with one text for each of "
                          f"{len(clips)} clips, or empty, got {captions!r}.")
-    if enlarge < 1: raise ValueError(f"enlarge must be at least 1, got {enlarge}.")
+    if enlarge < 1:
+        raise ValueError(f"enlarge must be at least 1, got {enlarge}.")
     gap = torch.ones_like(clips[0, ..., :1])
     parts = [part for clip in clips for part in (clip, gap)][:-1]
     data = encode_gif(torch.cat(parts, dim=-1), fps, 1)
@@ -260,8 +271,27 @@ def frame_at(
 ) -> int: # Its place in `times`
     "The frame on screen at a moment; none comes early by more than its share of the gap before it"
     k = max(bisect_right(times, moment + early) - 1, 0)
-    while k > 0 and times[k] > moment + EARLY * (times[k] - times[k - 1]): k -= 1
+    while k > 0 and times[k] > moment + EARLY * (times[k] - times[k - 1]):
+        k -= 1
     return k
+
+def pick_frames(
+    frames:Iterable[tuple[float, Any]], # Times in seconds, rising, with the picture from then on
+    moments:Sequence[int|float], # Seconds, rising
+    early:float=0., # Seconds a frame may be taken before its time
+) -> Iterator[tuple[float, Any]]: # One for each moment, the same object where nothing changed
+    "The frame on screen at each moment; holds one at a time and stops reading after the last"
+    shown = None
+    waiting = list(moments)[::-1]
+    for arriving in frames:
+        ahead = 0. if shown is None else min(early, EARLY * (arriving[0] - shown[0]))
+        while shown is not None and waiting and arriving[0] > waiting[-1] + ahead:
+            waiting.pop()
+            yield shown
+        if not waiting: return
+        shown = arriving
+    if shown is not None:
+        yield from [shown] * len(waiting)
 
 # %% ../../nbs/1_world/02_video.ipynb #3579a240
 def choose_times(
@@ -280,7 +310,8 @@ def choose_times(
     if not 0 <= start < float("inf") or end is not None and not end >= start:
         raise ValueError("a part has 0 <= start <= end in seconds, "
                          f"got start={start} and end={end}.")
-    early, last = early_share(times), times[-1]
+    early = early_share(times)
+    last = times[-1]
     if start > last + 2.5 * early: # a frame stays about a gap
         raise ValueError(f"{name} shows its last frame {last:.3g} s after its first, and "
                          f"start={start:g} was asked for. Choose an earlier start.")
@@ -289,7 +320,8 @@ def choose_times(
         there = frame_at(times, stop, early) - frame_at(times, start, early) + 1
         if not 1 <= n_frames <= there:
             part = f" from {start:g} to {stop:.4g} s" * (start > 0 or end is not None)
-            many, upto = "s" * (there > 1), f" to {there}" * (there > 1)
+            many = "s" * (there > 1)
+            upto = f" to {there}" * (there > 1)
             raise ValueError(f"{name} has {there} frame{many}{part} and {n_frames} were asked "
                              f"for. Ask for 1{upto}.")
         return np.linspace(start, stop, n_frames).tolist()
@@ -299,23 +331,6 @@ def choose_times(
                          f"in {stop - start:.4g} s, got {frames_per_second}.")
     return (start + np.arange(int(steps) + 1) / frames_per_second).tolist()
 
-# %% ../../nbs/1_world/02_video.ipynb #d006868a
-def pick_frames(
-    frames:Iterable[tuple[float, Any]], # Times in seconds, rising, with the picture from then on
-    moments:Sequence[int|float], # Seconds, rising
-    early:float=0., # Seconds a frame may be taken before its time
-) -> Iterator[tuple[float, Any]]: # One for each moment, the same object where nothing changed
-    "The frame on screen at each moment; holds one at a time and stops reading after the last"
-    shown, waiting = None, list(moments)[::-1]
-    for arriving in frames:
-        ahead = 0. if shown is None else min(early, EARLY * (arriving[0] - shown[0]))
-        while shown is not None and waiting and arriving[0] > waiting[-1] + ahead:
-            waiting.pop()
-            yield shown
-        if not waiting: return
-        shown = arriving
-    if shown is not None: yield from [shown] * len(waiting)
-
 # %% ../../nbs/1_world/02_video.ipynb #a952b483
 def put_upright(
     picture:Float[Tensor, "channels height width"], # As stored
@@ -323,9 +338,14 @@ def put_upright(
 ) -> Float[Tensor, "channels new_height new_width"]: # As shown
     "Turn and mirror a picture as its display matrix says"
     a, b, _, c, d, *_ = matrix
-    if abs(a) + abs(d) < abs(b) + abs(c): picture, across, down = picture.transpose(1, 2), c, b
-    else: across, down = a, d
-    return picture.flip([axis for axis, sign in ((1, down), (2, across)) if sign < 0])
+    if abs(a) + abs(d) < abs(b) + abs(c):
+        picture = picture.transpose(1, 2)
+        across = c
+        down = b
+    else:
+        across, down = a, d
+    return picture.flip([axis for axis, sign in ((1, down), (2, across))
+                         if sign < 0])
 
 def background_colour(
     background:int|float|tuple[int|float, ...], # A grey, or red, green and blue, each in [0, 1]
@@ -344,7 +364,8 @@ def nameless(
 ) -> SideDataType: # A stand-in, which compares unequal to all that are
     "A kind of note on a frame for which PyAV has no name"
     kind = object.__new__(kinds)
-    kind._value_, kind._name_ = number, f"NUMBER_{number}"
+    kind._value_ = number
+    kind._name_ = f"NUMBER_{number}"
     return kind
 
 SideDataType._missing_ = classmethod(nameless) # only where reading a note would have failed
@@ -363,9 +384,11 @@ def frame_picture(
     array = frame.reformat(width=width, format="rgba" if clear else "rgb24").to_ndarray()
     picture = torch.from_numpy(array).movedim(-1, 0) / 255
     if clear:
-        colour, opacity = picture[:3], picture[3:]
+        colour = picture[:3]
+        opacity = picture[3:]
         picture = colour * opacity + background_colour(background) * (1 - opacity)
-    notes = [bytes(part) for part in frame.side_data if part.type.name == "DISPLAYMATRIX"]
+    notes = [bytes(part)
+             for part in frame.side_data if part.type.name == "DISPLAYMATRIX"]
     return put_upright(picture, np.frombuffer(notes[0], np.int32).tolist()) if notes else picture
 
 # %% ../../nbs/1_world/02_video.ipynb #bd4359c6
@@ -383,15 +406,19 @@ def fit_picture(
     if fit == "crop":
         keep_high = min(high, max(1, round(wide * height / width)))
         keep_wide = min(wide, max(1, round(high * width / height)))
-        top, left = (high - keep_high) // 2, (wide - keep_wide) // 2
+        top = (high - keep_high) // 2
+        left = (wide - keep_wide) // 2
         picture = picture[:, top:top + keep_high, left:left + keep_wide]
     scale = min(height / high, width / wide)
     inner = (height, width)
-    if fit == "pad": inner = (max(1, round(high * scale)), max(1, round(wide * scale)))
-    if picture.shape[1:] != inner: picture = resize_video(picture[None, None], inner)[0, 0]
+    if fit == "pad":
+        inner = (max(1, round(high * scale)), max(1, round(wide * scale)))
+    if picture.shape[1:] != inner:
+        picture = resize_video(picture[None, None], inner)[0, 0]
     if inner == (height, width): return picture
     canvas = background_colour(background).repeat(1, height, width)
-    top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
+    top = (height - inner[0]) // 2
+    left = (width - inner[1]) // 2
     canvas[:, top:top + inner[0], left:left + inner[1]] = picture
     return canvas
 
@@ -410,14 +437,18 @@ def check_file(
     if not path.exists():
         where = "the current folder, " * (path.parent == Path()) + str(path.parent.absolute())
         raise FileNotFoundError(f"there is no video {path.name} in {where}. Check its name.")
-    if path.is_dir(): raise IsADirectoryError(
-        f"a video is one file, got the folder {path.name}. Name a file in it.")
-    if not path.is_file(): raise ValueError(f"a video is a regular file, got {path.name}, a pipe "
-                                            "or a device. Write its content to a file first.")
-    if not os.access(path, os.R_OK): raise PermissionError(
-        f"{path.name} may not be read by this user. Change its permissions: chmod u+r.")
-    if not path.stat().st_size: raise ValueError(
-        f"a video has content, got {path.name} with 0 bytes. Copy or download it again.")
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"a video is one file, got the folder {path.name}. Name a file in it.")
+    if not path.is_file():
+        raise ValueError(f"a video is a regular file, got {path.name}, a pipe "
+                         "or a device. Write its content to a file first.")
+    if not os.access(path, os.R_OK):
+        raise PermissionError(
+            f"{path.name} may not be read by this user. Change its permissions: chmod u+r.")
+    if not path.stat().st_size:
+        raise ValueError(
+            f"a video has content, got {path.name} with 0 bytes. Copy or download it again.")
     return path
 
 def open_container(
@@ -442,7 +473,8 @@ def check_pixels(
     if not height * width:
         with open_container(path) as container:
             codec = container.streams.video[0].codec_context
-            height, width = codec.height, codec.width
+            height = codec.height
+            width = codec.width
     if height * width > MAX_PIXELS:
         raise ValueError(f"a frame has at most {MAX_PIXELS} pixels, those of {path.name} have "
                          f"{width} x {height}. Make it smaller.")
@@ -452,9 +484,11 @@ def open_video(
     path:str|Path, # A file
 ) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]: # Closed when the block ends
     "Open a file and find its first track of moving pictures"
-    path, cover = check_file(path), av.stream.Disposition.attached_pic
+    path = check_file(path)
+    cover = av.stream.Disposition.attached_pic
     with open_container(path, max_pixels=str(MAX_PIXELS)) as container:
-        tracks = [track for track in container.streams.video if not track.disposition & cover]
+        tracks = [track for track in container.streams.video
+                  if not track.disposition & cover]
         if not tracks:
             kinds = {track.type for track in container.streams}
             found = {"a cover picture" if kind == "video" else kind for kind in kinds}
@@ -462,8 +496,9 @@ def open_video(
                              f"{', '.join(sorted(found)) or 'nothing'}. "
                              "Give a file with a video track.")
         codec = tracks[0].codec_context
-        if codec is None: raise ValueError(f"the pictures of {path.name} are in a code that this "
-                                           "FFmpeg does not know. Convert it to H.264.")
+        if codec is None:
+            raise ValueError(f"the pictures of {path.name} are in a code that this "
+                             "FFmpeg does not know. Convert it to H.264.")
         check_pixels(path, codec.height, codec.width)
         codec.options = {"max_pixels": str(MAX_PIXELS)} # frames may be larger than the head says
         yield container, tracks[0]
@@ -491,7 +526,8 @@ def read_packets(
     max_frames:int=MAX_FRAMES, # A limit, for files without end
 ) -> Iterator[av.Packet]: # With content
     "The packets of a track, as far as they can be read"
-    packets, count = container.demux(track), 0
+    packets = container.demux(track)
+    count = 0
     while True:
         try: packet = next(packets, None)
         except av.error.FFmpegError as error:
@@ -499,9 +535,10 @@ def read_packets(
             return
         if packet is None: return
         count += 1
-        if count > max_frames: raise ValueError(
-            f"at most {max_frames} frames of a file are read, this one has more. "
-            "Give `end` in seconds, or raise max_frames.")
+        if count > max_frames:
+            raise ValueError(
+                f"at most {max_frames} frames of a file are read, this one has more. "
+                "Give `end` in seconds, or raise max_frames.")
         if packet.size: yield packet
 
 # %% ../../nbs/1_world/02_video.ipynb #4e4a1308
@@ -509,7 +546,8 @@ def track_decoder(
     track:av.VideoStream, # Open
 ) -> av.VideoCodecContext: # Takes packets
     "The decoder of a track, with transparency where it has any"
-    notes = {key.lower(): value for key, value in track.metadata.items()}
+    notes = {key.lower(): value
+             for key, value in track.metadata.items()}
     libraries = {"vp8": "libvpx", "vp9": "libvpx-vp9"} if notes.get("alpha_mode") == "1" else {}
     name = libraries.get(track.codec_context.name)
     if name not in av.codecs_available: return track.codec_context
@@ -524,18 +562,22 @@ def decode_frames(
 ) -> Iterator[tuple[float, av.VideoFrame]]: # Rising times on the clock of the file, in seconds
     "All frames that decode, one at a time"
     with open_video(path) as (container, track):
-        decoder, before = track_decoder(track), None
+        decoder = track_decoder(track)
+        before = None
         gap = 1 / float(track.average_rate or 25)
         packets = read_packets(container, track, damage, max_frames)
         for packet in chain(packets, [None]): # None asks for what the decoder still holds
             try: frames = decoder.decode(packet)
             except av.error.FFmpegError:
-                damage.packets, frames = damage.packets + (packet is not None), []
+                damage.packets = damage.packets + (packet is not None)
+                frames = []
             for frame in frames:
                 time = None if frame.pts is None else float(frame.pts * track.time_base)
                 if before is not None:
-                    if time is None or time <= before + 1e-6: time = before + gap
-                    else: gap = time - before
+                    if time is None or time <= before + 1e-6:
+                        time = before + gap
+                    else:
+                        gap = time - before
                 before = time or 0.
                 damage.frames += frame.is_corrupt
                 yield before, frame
@@ -573,7 +615,8 @@ def scan_video(
             if known and float(packet.dts * packet.time_base) - stamps[0] > far: break
         sorts = None not in stamps and len(set(stamps)) == len(stamps)
         sorts = sorts and (stamps == sorted(stamps) or track.codec_context.has_b_frames)
-    if sorts: return Timeline(sorted(stamps), aspect, declared)
+    if sorts:
+        return Timeline(sorted(stamps), aspect, declared)
     times = []
     for time, _ in decode_frames(path, Damage(), max_frames):
         times.append(time)
@@ -592,16 +635,21 @@ def collect_pictures(
     aspect:float, # Width of a stored pixel over its height
 ) -> tuple[Float[Tensor, "1 frames 3 height width"]|None, list[float]]: # And their times
     "Turn frames into one tensor as they come; None if there are none"
-    video, times, before = None, [], None
+    video = None
+    times = []
+    before = None
     for time, frame in picked:
-        if frame is not before: picture, before = frame_picture(frame, background, aspect), frame
+        if frame is not before:
+            picture = frame_picture(frame, background, aspect)
+            before = frame
         if video is None:
             size = tuple(picture.shape[1:]) if size is None else both_sides(size)
             n_bytes = 12 * n_frames * size[0] * size[1]
-            if n_bytes > MAX_BYTES: raise ValueError(
-                f"{n_frames} frames of {size[0]} x {size[1]} pixels take "
-                f"{n_bytes / 2**30:.1f} GiB, the limit is {MAX_BYTES / 2**30:g}. "
-                "Give a smaller size, or take fewer frames.")
+            if n_bytes > MAX_BYTES:
+                raise ValueError(
+                    f"{n_frames} frames of {size[0]} x {size[1]} pixels take "
+                    f"{n_bytes / 2**30:.1f} GiB, the limit is {MAX_BYTES / 2**30:g}. "
+                    "Give a smaller size, or take fewer frames.")
             video = torch.empty(1, n_frames, 3, *size)
         video[0, len(times)] = fit_picture(picture, size, fit, background)
         times.append(time)
@@ -647,10 +695,12 @@ def sample_video(
     fit_picture(torch.zeros(3, 1, 1), 1, fit) # refuses wrong words before a long file is read
     background_colour(background)
     if size is not None: size = both_sides(size)
-    path, damage = Path(path), Damage()
+    path = Path(path)
+    damage = Damage()
     times, aspect, declared = scan_video(path, end, max_frames)
-    if not times: raise ValueError(f"no frame of {path.name} can be decoded "
-                                   f"({path.stat().st_size} bytes). Is the file complete?")
+    if not times:
+        raise ValueError(f"no frame of {path.name} can be decoded "
+                         f"({path.stat().st_size} bytes). Is the file complete?")
     since = [time - times[0] for time in times]
     early = early_share(since)
     moments = choose_times(since, n_frames, frames_per_second, start, end, path.name, max_frames)
@@ -665,11 +715,16 @@ def sample_video(
     return SampledVideo(video, torch.tensor([time - times[0] for time in taken]))
 
 # %% ../../nbs/1_world/02_video.ipynb #5d268171
+@documented("""
+    clip = load_video("ball.mp4", n_frames=9, size=32) # 9 frames of 32 x 32 px
+    clip = load_video("ball.mp4", frames_per_second=4, size=(48, 64), start=1.5, fit="pad")
+""", {"ValueError": "The file is damaged, empty or too long, or more is asked for than it has.",
+      "FileNotFoundError": "There is no such file."})
 def load_video(
-    path:str|Path, # As in `sample_video`
+    path:str|Path, # mp4, webm, gif, mkv, avi, mov or another file that FFmpeg decodes
     n_frames:int|None=None, # Frames to take, evenly in time, the first and the last included
     size:Size|None=None, # Height and width in pixels; None keeps the size of the file
-    **options, # As in `sample_video`, for example `frames_per_second`, `start`, `fit`
+    **options, # As in `sample_video`: `frames_per_second`, `start` and `end` in seconds, `fit`, ...
 ) -> Float[Tensor, "1 frames 3 height width"]: # Values in [0, 1]
     "Read one clip in our convention"
     return sample_video(path, n_frames, size, **options).video

@@ -65,8 +65,9 @@ def do(
 ) -> Scene: # The same clip with these attributes set; all others and the places are kept
     "Intervene on a scene: `do(scene, colour='blue')`"
     unknown = set(words) - set(SLOTS)
-    if unknown: raise ValueError(
-        f"no attribute {', '.join(sorted(unknown))}; the attributes are {', '.join(SLOTS)}")
+    if unknown:
+        raise ValueError(
+            f"no attribute {', '.join(sorted(unknown))}; the attributes are {', '.join(SLOTS)}")
     return replace(scene, **words)
 
 # %% ../../nbs/1_world/04_words.ipynb #021ecca2
@@ -74,8 +75,11 @@ def caption(
     scene:Scene, # The clip to describe
 ) -> str: # Such as "two small blue rings bounce right quickly over a sandy floor"
     "The caption of a scene, in plain English"
-    noun, verb = scene.shape, scene.motion
-    if scene.count == "two": noun, verb = noun + "s", verb[:-1]
+    noun = scene.shape
+    verb = scene.motion
+    if scene.count == "two":
+        noun = noun + "s"
+        verb = verb[:-1]
     return (f"{scene.count} {scene.size} {scene.colour} {noun} {verb} {scene.direction} "
             f"{scene.pace} over a {scene.floor} floor")
 
@@ -85,11 +89,14 @@ def parse_caption(
 ) -> Scene: # The scene it names
     "Read a caption back into a scene, or say which word is wrong"
     words = text.lower().rstrip(" .").split()
-    if len(words) != 11: raise ValueError(
-        f"a caption has 11 words like {caption(EXAMPLE)!r}, got {len(words)}: {text!r}")
+    if len(words) != 11:
+        raise ValueError(
+            f"a caption has 11 words like {caption(EXAMPLE)!r}, got {len(words)}: {text!r}")
     count, size, colour, noun, verb, direction, pace = words[:7]
     if count == "a": count = "one"
-    if count == "two": noun, verb = noun.removesuffix("s"), verb + "s"
+    if count == "two":
+        noun = noun.removesuffix("s")
+        verb = verb + "s"
     scene = Scene(count, size, colour, noun, verb, direction, pace, words[9], place)
     if caption(scene).split()[1:] != words[1:]:
         raise ValueError(f"expected {caption(scene)!r}, got {text!r}")
@@ -113,11 +120,14 @@ def sample_scenes(
     "Draw scenes of one split"
     if split not in ("train", "heldout", "all"):
         raise ValueError(f"split must be train, heldout or all, got {split!r}")
-    rng, scenes = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    scenes = []
     while len(scenes) < n:
-        words = {slot: options[rng.integers(len(options))] for slot, options in SLOTS.items()}
+        words = {slot: options[rng.integers(len(options))]
+                 for slot, options in SLOTS.items()}
         scene = Scene(**words, place=tuple(float(x) for x in rng.uniform(-1, 1, 4)))
-        if split == "all" or is_held_out(scene) == (split == "heldout"): scenes.append(scene)
+        if split == "all" or is_held_out(scene) == (split == "heldout"):
+            scenes.append(scene)
     return scenes
 
 # %% ../../nbs/1_world/04_words.ipynb #d7696e1b
@@ -127,7 +137,9 @@ def floor_images() -> Float[Tensor, "floors 3 height width"]: # In [0, 1], in th
     y, x = torch.meshgrid(side, side, indexing="ij")
     # 0 in the middle of a tile row or column, larger near its border
     tile = torch.minimum((y % 16 - 8).abs(), (x % 16 - 8).abs())
-    shine = 0.045 * torch.cos(2 * math.pi * x / 16) * torch.cos(2 * math.pi * y / 16)
+    across = torch.cos(2 * math.pi * x / 16)
+    down = torch.cos(2 * math.pi * y / 16)
+    shine = 0.045 * across * down
     joint = 0.05 * torch.exp(-((8 - tile.sub(8).abs().sub(8).abs()) ** 2))
     patterns = [
         shine - joint,
@@ -137,7 +149,8 @@ def floor_images() -> Float[Tensor, "floors 3 height width"]: # In [0, 1], in th
             * torch.sin(y / 2.6 + 1.1 * torch.sin(x / 4.3)),
     ]
     bases = torch.tensor([[.43, .44, .48], [.86, .90, .95], [.83, .71, .52], [.33, .20, .11]])
-    pictures = [base[:, None, None] + pattern for base, pattern in zip(bases, patterns)]
+    pictures = [base[:, None, None] + pattern
+                for base, pattern in zip(bases, patterns)]
     return torch.stack([picture.clamp(0, 1) for picture in pictures])
 
 # %% ../../nbs/1_world/04_words.ipynb #bbae25ca
@@ -165,9 +178,11 @@ def sprite_centres(
     rise = vertical_paths()[SLOTS["motion"].index(scene.motion)]
     x_first, x_second, y_both, _ = scene.place
     rows = [(x_first, 8 + 0.3 * y_both), (x_second, 24 + 0.3 * y_both)]
-    if scene.count == "one": rows = [(x_first, SIZE / 2 + 4 * y_both)]
+    if scene.count == "one":
+        rows = [(x_first, SIZE / 2 + 4 * y_both)]
     way = sign * TRAVEL[scene.pace] * u
-    paths = [torch.stack([SIZE / 2 + 2.5 * x + way, y + rise], -1) for x, y in rows]
+    paths = [torch.stack([SIZE / 2 + 2.5 * x + way, y + rise], -1)
+             for x, y in rows]
     return torch.stack(paths)
 
 # %% ../../nbs/1_world/04_words.ipynb #5de8961a
@@ -178,7 +193,8 @@ def shape_distance(
     radius:float, # px, half the width
 ) -> Float[Tensor, "*grid"]: # px, negative inside
     "Signed distance to the border of a sprite"
-    if shape == "ball": return (x**2 + y**2).sqrt() - radius
+    if shape == "ball":
+        return (x**2 + y**2).sqrt() - radius
     if shape == "ring":
         half_width = 0.27 * radius + 0.1
         return ((x**2 + y**2).sqrt() - (radius - half_width)).abs() - half_width
@@ -190,7 +206,8 @@ def render(
     scenes:list, # `Scene`s, one a clip
 ) -> Float[Tensor, "batch frames 3 height width"]: # Colours in [0, 1]
     "Draw scenes"
-    floors, grid = floor_images(), torch.arange(SIZE) + 0.5
+    floors = floor_images()
+    grid = torch.arange(SIZE) + 0.5
     videos = torch.empty(len(scenes), FRAMES, 3, SIZE, SIZE)
     for video, scene in zip(videos, scenes):
         video[:] = floors[SLOTS["floor"].index(scene.floor)]
@@ -239,8 +256,10 @@ def fit_sprites(
     far = distance.flatten(1).topk(40).values[:, -1].clamp_min(0.3)
     core = distance > 0.6 * far[:, None, None, None]
     unseen = torch.full((3,), float("nan"))
-    inside = [clip.permute(0, 2, 3, 1)[own] for clip, own in zip(video, core)]
-    colour = torch.stack([px.median(0).values if len(px) else unseen for px in inside])
+    inside = [clip.permute(0, 2, 3, 1)[own]
+              for clip, own in zip(video, core)]
+    colour = torch.stack([px.median(0).values if len(px) else unseen
+                          for px in inside])
     direction = colour[:, None, :, None, None] - background[:, None]
     coverage = (away * direction).sum(2) / (direction**2).sum(2).clamp_min(0.03)
     return coverage.nan_to_num().clamp(0, 1), colour
@@ -260,15 +279,19 @@ def measure_blob(
     cover:np.ndarray, # "height width" coverage in [0, 1], zero outside the region
 ) -> Blob: # Its measurements
     "Centre, extent and form of one region"
-    mass, rows, cols = cover.sum(), cover.max(1), cover.max(0)
+    mass = cover.sum()
+    rows = cover.max(1)
+    cols = cover.max(0)
     index = np.arange(SIZE) + 0.5
     inside = index[rows > 0.5], index[cols > 0.5]
     (top, bottom), (left, right) = ((own.min(), own.max()) for own in inside)
-    x, y = (left + right) / 2, (top + bottom) / 2
+    x = (left + right) / 2
+    y = (top + bottom) / 2
     near = np.hypot(index[None] - x, index[:, None] - y)
     fullest = np.sort(cover[near <= 7])[-8:].mean()
     hollow = 1 - cover[near <= 1.0].mean() / max(fullest, 1e-6)
-    widths, third = cover.sum(1), (bottom - top) / 3 + 0.01
+    widths = cover.sum(1)
+    third = (bottom - top) / 3 + 0.01
     upper = widths[(index <= top + third) & (index >= top)]
     lower = widths[(index >= bottom - third) & (index <= bottom)]
     taper = upper.mean() / max(lower.mean(), 1e-6)
@@ -286,7 +309,8 @@ def find_blobs(
     for k in range(1, n + 1):
         region = ndimage.binary_dilation(labels == k, iterations=1)
         inside = np.where(region & ((labels == k) | (labels == 0)), cover, 0.0)
-        if inside.sum() >= smallest and (inside > 0.5).any(): blobs.append(measure_blob(inside))
+        if inside.sum() >= smallest and (inside > 0.5).any():
+            blobs.append(measure_blob(inside))
     return sorted(blobs, key=lambda b: b.y)
 
 # %% ../../nbs/1_world/04_words.ipynb #d0bc8e53
@@ -308,7 +332,8 @@ def read_colour(
     distance = (torch.tensor(list(COLOURS.values())) - colour).norm(dim=1)
     order = distance.argsort()
     nearest, second = distance[order[:2]]
-    if not nearest <= farthest or nearest > 0.6 * second: return UNREADABLE
+    if not nearest <= farthest or nearest > 0.6 * second:
+        return UNREADABLE
     return list(COLOURS)[order[0]]
 
 # %% ../../nbs/1_world/04_words.ipynb #2775e11a
@@ -317,7 +342,8 @@ def read_form(
 ) -> dict: # Words for size and shape
     "Size and shape from the measurements of all sprites in all frames"
     size = np.median([(b.width + b.height) / 2 for b in blobs])
-    hollow, taper = np.median([b.hollow for b in blobs]), np.median([b.taper for b in blobs])
+    hollow = np.median([b.hollow for b in blobs])
+    taper = np.median([b.taper for b in blobs])
     solid = between(taper, 0.58, 0.63, "cone", "ball")
     return {"size": between(size, 9.1, 9.6, "small", "large"),
             "shape": between(hollow, 0.4, 0.55, solid, "ring")}
@@ -335,7 +361,8 @@ def read_path(
     paths = vertical_paths() - vertical_paths().mean(1, keepdim=True)
     misfit = (paths - (y - y.mean())).pow(2).mean(1).sqrt()
     best = misfit.argsort()
-    fits = misfit[best[0]] <= farthest and misfit[best[0]] <= 0.8 * misfit[best[1]]
+    first, second = misfit[best[0]], misfit[best[1]]
+    fits = first <= farthest and first <= 0.8 * second
     moves = straight and abs(travel) > 2.5
     pace = between(abs(travel), 9.3, 10.7, "slowly", "quickly") if moves else UNREADABLE
     motion = SLOTS["motion"][best[0]] if fits else UNREADABLE
@@ -357,13 +384,16 @@ def read_clip(
     frames = [find_blobs(cover) for cover in coverage.numpy()]
     numbers = [len(blobs) for blobs in frames]
     count = max((1, 2), key=numbers.count)
-    if numbers.count(count) < FRAMES - 2: return words
+    if numbers.count(count) < FRAMES - 2:
+        return words
     words |= {"count": SLOTS["count"][count - 1], "colour": read_colour(colour)}
-    seen = np.array([k for k in range(FRAMES) if numbers[k] == count])
+    seen = np.array([k for k in range(FRAMES)
+                     if numbers[k] == count])
     words |= read_form([blob for k in seen for blob in frames[k]])
     path = []
     for axis in "xy":
-        middles = [np.mean([getattr(blob, axis) for blob in frames[k]]) for k in seen]
+        middles = [np.mean([getattr(blob, axis) for blob in frames[k]])
+                   for k in seen]
         path.append(torch.tensor(np.interp(np.arange(FRAMES), seen, middles), dtype=torch.float32))
     return words | read_path(*path)
 
@@ -383,7 +413,8 @@ def read_video(
                          f"got {len(video)} clips{span}")
     mixture, background = fit_floor(video)
     coverage, colour = fit_sprites(video, background)
-    return [read_clip(*parts) for parts in zip(coverage, colour, mixture)]
+    return [read_clip(*parts)
+            for parts in zip(coverage, colour, mixture)]
 
 # %% ../../nbs/1_world/04_words.ipynb #837051c3
 def agreement(
@@ -393,7 +424,8 @@ def agreement(
     "How often readings agree with scenes, slot by slot"
     scores = {}
     for slot in SLOTS:
-        right = [r[slot] == getattr(s, slot) for r, s in zip(readings, scenes, strict=True)]
+        right = [r[slot] == getattr(s, slot)
+                 for r, s in zip(readings, scenes, strict=True)]
         unread = [r[slot] == UNREADABLE for r in readings]
         scores[slot] = float(np.mean(right)), float(np.mean(unread))
     return scores

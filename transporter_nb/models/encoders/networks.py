@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ...world.contrasts import PLURALS
 from ...core.base import (
     checkpoint_path, load_checkpoint, resolve_device, save_checkpoint)
+from ...core.hints import did_you_mean
 from ...world.words import FRAMES, SIZE, SLOTS
 
 # %% ../../../nbs/2_models/14_encoders.networks.ipynb #b6c3649c
@@ -90,13 +91,16 @@ class Trunk(nn.Module):
         over:str, # "clips" (three dimensions) or "frames" (two)
     ):
         super().__init__()
-        n, widths = {"clips": 3, "frames": 2}[over], config.widths
+        n = {"clips": 3, "frames": 2}[over]
+        widths = config.widths
         conv, norm = (nn.Conv3d, nn.BatchNorm3d) if n == 3 else (nn.Conv2d, nn.BatchNorm2d)
-        kernel, half = (3, 5, 5)[-n:], (1, 2, 2)[-n:]
+        kernel = (3, 5, 5)[-n:]
+        half = (1, 2, 2)[-n:]
         padding = tuple(k // 2 for k in kernel)
         self.stem = conv(3, widths[0], kernel, half, padding, bias=False)
         self.norm = norm(widths[0])
-        strides = [stride[-n:] for stride in ((1, 1, 1), (1, 2, 2), (2, 2, 2))]
+        strides = [stride[-n:]
+                   for stride in ((1, 1, 1), (1, 2, 2), (2, 2, 2))]
         sizes = zip((widths[0], *widths), widths, strides)
         self.blocks = nn.ModuleList([ResidualBlock(*size) for size in sizes])
         self.to_features = nn.Linear(widths[-1], config.n_features)
@@ -105,7 +109,8 @@ class Trunk(nn.Module):
     def forward(self, x:Float[Tensor, "batch 3 *grid"]) -> tuple:
         colours = x.to(self.stem.weight.dtype) # clips come in any float type
         layers = [self.norm(self.stem(2 * colours - 1)).relu()] # colours around 0
-        for block in self.blocks: layers.append(block(layers[-1]))
+        for block in self.blocks:
+            layers.append(block(layers[-1]))
         return self.to_features(layers[-1].float().flatten(2).mean(-1)), layers[1:]
 
 # %% ../../../nbs/2_models/14_encoders.networks.ipynb #069a2da3
@@ -144,7 +149,8 @@ class WordHead(nn.Module):
     def forward(
         self, features:Float[Tensor, "batch features"]) -> dict[str, Float[Tensor, "batch words"]]:
         parts = self.map(features.float()).split(self.sizes, -1)
-        return {slot: logits.log_softmax(-1) for slot, logits in zip(self.slots, parts)}
+        return {slot: logits.log_softmax(-1)
+                for slot, logits in zip(self.slots, parts)}
 
 # %% ../../../nbs/2_models/14_encoders.networks.ipynb #bd4f155b
 class VideoEncoder(nn.Module):
@@ -207,8 +213,8 @@ def caption_ids(
         raise ValueError(f"need at least one caption, each with at least one word, got {texts!r}.")
     unknown = sorted({word for row in rows for word in row} - set(numbers))
     if unknown:
-        raise ValueError(f"the text tower does not know {', '.join(map(repr, unknown))}. "
-                         f"Its words are: {', '.join(numbers)}.")
+        raise ValueError(f"the text tower does not know {', '.join(map(repr, unknown))}."
+                         f"{did_you_mean(unknown, numbers)} Its words are: {', '.join(numbers)}.")
     longest = max(map(len, rows))
     if longest > max_words:
         raise ValueError(f"a caption has at most {max_words} words, got {longest}. "
@@ -278,7 +284,8 @@ def save_encoder(
     path:str|Path, # Ends in `.safetensors`
 ) -> Path: # Where the file is
     "Write an encoder's weights with its settings"
-    name = next(name for name, cls in ENCODERS.items() if isinstance(encoder, cls))
+    name = next(name for name, cls in ENCODERS.items()
+                if isinstance(encoder, cls))
     config = {"encoder": name, "config": encoder.config, "words": caption_words()}
     return save_checkpoint(path, encoder.state_dict(), config)
 
@@ -300,6 +307,7 @@ def load_encoder(
                          f"{caption_words()}. Train it again with "
                          "`nbs/training/train_encoders.ipynb`.")
     config = EncoderConfig(**kept["config"] | {"widths": tuple(kept["config"]["widths"])})
-    with torch.random.fork_rng(devices=[]): encoder = ENCODERS[name](config) # overwritten below
+    with torch.random.fork_rng(devices=[]):
+        encoder = ENCODERS[name](config) # overwritten below
     encoder.load_state_dict(tensors)
     return encoder.to(resolve_device(device)).eval().requires_grad_(False)

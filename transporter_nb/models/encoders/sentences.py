@@ -44,7 +44,8 @@ def _check_sentences(sentences:Sequence[str]) -> None:
     "Refuse text that has no embedding"
     if isinstance(sentences, str) or not len(sentences):
         raise ValueError(f"sentences must be a list of at least one string, got {sentences!r}.")
-    empty = [k for k, text in enumerate(sentences) if not text.strip()]
+    empty = [k for k, text in enumerate(sentences)
+             if not text.strip()]
     if empty:
         raise ValueError("an empty sentence has no meaning to encode, and sentence "
                          f"{empty[0]} is {sentences[empty[0]]!r}. "

@@ -36,7 +36,8 @@ def wear(
     clean:float=0.5, # Share of clips left as they are
 ) -> Float[Tensor, "batch frames 3 height width"]: # In [0, 1] again
     "Soften, coarsen, relight and sprinkle a share of clips"
-    n, size = len(video), video.shape[-2:]
+    n = len(video)
+    size = video.shape[-2:]
     def uniform(): return torch.rand(n, 1, 1, 1, 1, generator=generator)
     def amount(low=0.0): return low + (1 - low) * uniform()
     flat = video.flatten(0, 1)
@@ -57,7 +58,8 @@ def change_one(
     rng:np.random.Generator, # Chooses the new word
 ) -> Scene: # The same clip with another word there
     "Change one word of a scene"
-    others = [word for word in SLOTS[slot] if word != getattr(scene, slot)]
+    others = [word for word in SLOTS[slot]
+              if word != getattr(scene, slot)]
     return do(scene, **{slot: str(rng.choice(others))})
 
 def change_in_training(
@@ -65,7 +67,8 @@ def change_in_training(
     rng:np.random.Generator, # Chooses slot and word
 ) -> Scene: # Another training combination
     "Change one word, and stay among the combinations that may be learned from"
-    while is_held_out(changed := change_one(scene, str(rng.choice(list(SLOTS))), rng)): pass
+    while is_held_out(changed := change_one(scene, str(rng.choice(list(SLOTS))), rng)):
+        pass
     return changed
 
 # %% ../../../nbs/2_models/15_encoders.training.ipynb #6e61b5a0
@@ -85,7 +88,8 @@ def encoder_batch(
     key = 2**44 + seed * 2**24 + step
     rng = np.random.default_rng(key)
     scenes = sample_scenes(batch_size // 2 if paired else batch_size, key)
-    if paired: scenes = scenes + [change_in_training(scene, rng) for scene in scenes]
+    if paired:
+        scenes = scenes + [change_in_training(scene, rng) for scene in scenes]
     return EncoderBatch(wear(render(scenes), seeded_generator(key)), scenes, rng)
 
 # %% ../../../nbs/2_models/15_encoders.training.ipynb #96c8fcfa
@@ -94,7 +98,8 @@ def _slot_indices(
     slot:str, # Name of a slot
 ) -> list[int]: # Places of their words in `SLOTS[slot]`
     "The right word of each scene, as a number"
-    return [SLOTS[slot].index(getattr(scene, slot)) for scene in scenes]
+    return [SLOTS[slot].index(getattr(scene, slot))
+            for scene in scenes]
 
 def naming_loss(
     log_probs:dict[str, Float[Tensor, "batch words"]], # Of an encoder
@@ -104,7 +109,8 @@ def naming_loss(
     def loss(slot, given):
         right = torch.tensor(_slot_indices(scenes, slot), device=given.device)
         return nn.functional.nll_loss(given, right)
-    return sum(loss(slot, given) for slot, given in log_probs.items()) / len(log_probs)
+    return sum(loss(slot, given)
+               for slot, given in log_probs.items()) / len(log_probs)
 
 def pick_frames(
     batch:EncoderBatch, # Clips
@@ -112,7 +118,8 @@ def pick_frames(
 ) -> tuple[Float[Tensor, "images 3 height width"], list[Scene]]: # Images, and the scene of each
     "Some frames of every clip"
     n_frames = batch.video.shape[1]
-    chosen = np.stack([batch.rng.permutation(n_frames)[:n] for _ in batch.scenes])
+    chosen = np.stack([batch.rng.permutation(n_frames)[:n]
+                       for _ in batch.scenes])
     rows = torch.arange(len(batch.scenes))[:, None]
     images = batch.video[rows, torch.from_numpy(chosen)].flatten(0, 1)
     return images, [scene for scene in batch.scenes for _ in range(n)]
@@ -123,7 +130,8 @@ def same_words(
     columns:Sequence[Scene], # Others
 ) -> Bool[Tensor, "rows columns"]: # True where all eight words agree
     "Which captions say the same"
-    def numbers(scenes): return torch.tensor([_slot_indices(scenes, slot) for slot in SLOTS]).T
+    def numbers(scenes):
+        return torch.tensor([_slot_indices(scenes, slot) for slot in SLOTS]).T
     return (numbers(rows)[:, None] == numbers(columns)[None]).all(-1)
 
 def contrast_loss(
@@ -142,7 +150,8 @@ def with_article(
 ) -> str: # Its caption
     "The caption, now and then with an article instead of a count"
     text = caption(scene)
-    if scene.count == "one" and rng.random() < share: return "a " + text.removeprefix("one ")
+    if scene.count == "one" and rng.random() < share:
+        return "a " + text.removeprefix("one ")
     return text
 
 def contrastive_loss(
@@ -154,8 +163,10 @@ def contrastive_loss(
     Each clip adds eight captions that are wrong in one word; these are ours.
     """
     # held-out captions do not occur even as wrong ones
-    wrong = [change_in_training(scene, batch.rng) for scene in batch.scenes for _ in range(8)]
-    offered, n = [*batch.scenes, *wrong], len(batch.scenes)
+    wrong = [change_in_training(scene, batch.rng)
+             for scene in batch.scenes for _ in range(8)]
+    offered = [*batch.scenes, *wrong]
+    n = len(batch.scenes)
     text = encoder.embed_text([with_article(scene, batch.rng) for scene in offered])
     scale = encoder.log_scale.clamp(max=math.log(100)).exp() # 100: CLIP's own limit
     scores = scale * encoder.embed_video(batch.video) @ text.T
@@ -226,7 +237,8 @@ def channels_last(
     "Keep kernels with the channels last: the numbers stay, their order in memory changes"
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     for p in encoder.parameters():
-        if p.ndim in formats: p.data = p.data.contiguous(memory_format=formats[p.ndim])
+        if p.ndim in formats:
+            p.data = p.data.contiguous(memory_format=formats[p.ndim])
     return encoder
 
 # %% ../../../nbs/2_models/15_encoders.training.ipynb #98958b20
@@ -240,7 +252,9 @@ def train_encoder(
 ) -> list[float]: # Loss of every step since the very start
     "Teach a measuring network, resumable to the same numbers"
     channels_last(encoder.train().requires_grad_(True))
-    optimizer, losses, step = encoder_optimizer(encoder, settings), [], 0
+    optimizer = encoder_optimizer(encoder, settings)
+    losses = []
+    step = 0
     device = next(encoder.parameters()).device.type
     if resume_path and Path(resume_path).exists():
         state = load_training(resume_path)
@@ -250,7 +264,8 @@ def train_encoder(
             save_training(resume_path, step, encoder, optimizer, extra={"losses": losses})
     start = time.monotonic()
     while step < settings.steps and time.monotonic() - start < 60 * minutes:
-        for group in optimizer.param_groups: group["lr"] = settings.rate * settings.share(step)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.rate * settings.share(step)
         with torch.autocast(device, torch.bfloat16) if settings.autocast else nullcontext():
             loss = encoder_loss(encoder, step, settings)
         optimizer.zero_grad()
@@ -259,7 +274,8 @@ def train_encoder(
         optimizer.step()
         losses.append(loss.item())
         step += 1
-        if report: report(step, losses[-1])
+        if report:
+            report(step, losses[-1])
         if step % save_every == 0: save()
     save()
     encoder.eval().requires_grad_(False)
@@ -276,10 +292,12 @@ def naming_accuracy(
     "How often the right word is the most probable one"
     video = render(scenes) if video is None else video
     if isinstance(encoder, FrameEncoder):
-        scenes = [scene for scene in scenes for _ in range(0, video.shape[1], 3)]
+        scenes = [scene
+                  for scene in scenes for _ in range(0, video.shape[1], 3)]
         video = video[:, ::3].flatten(0, 1)
     device = next(encoder.parameters()).device
-    said = [encoder(part.to(device)).log_probs for part in video.split(64)]
+    said = [encoder(part.to(device)).log_probs
+            for part in video.split(64)]
     def share(slot):
         best = torch.cat([part[slot] for part in said]).argmax(1).cpu()
         return (best == torch.tensor(_slot_indices(scenes, slot))).double().mean().item()
@@ -297,16 +315,19 @@ def one_word_accuracy(
     "How often one wrong word is noticed"
     rng, device = np.random.default_rng(seed), next(encoder.parameters()).device
     def look(seen):
-        parts = [distort(render(seen[at:at + 64])) for at in range(0, len(seen), 64)]
+        parts = [distort(render(seen[at:at + 64]))
+                 for at in range(0, len(seen), 64)]
         return torch.cat([encoder.embed_video(part.to(device)) for part in parts])
     def read(seen): return encoder.embed_text([caption(scene) for scene in seen])
     def cosine(a, b): return (a * b).sum(1)
-    clips, texts = look(scenes), read(scenes)
+    clips = look(scenes)
+    texts = read(scenes)
     fits = cosine(clips, texts)
     shares = {"wrong caption": {}, "wrong clip": {}}
     for slot in SLOTS:
         wrong = [change_one(scene, slot, rng) for scene in scenes]
         found = {"wrong caption": cosine(clips, read(wrong)),
                  "wrong clip": cosine(look(wrong), texts)}
-        for side, other in found.items(): shares[side][slot] = (fits > other).double().mean().item()
+        for side, other in found.items():
+            shares[side][slot] = (fits > other).double().mean().item()
     return shares

@@ -62,8 +62,10 @@ def index(
     rows:int|Sequence[int]|slice|Tensor, # Which prompts; an int keeps the batch axis
 ) -> PromptCondition: # Condition of the chosen rows, in the order given
     "Choose prompts of the batch"
-    if isinstance(rows, int): rows = [rows]
-    if not isinstance(rows, (slice, Tensor)): rows = list(rows)
+    if isinstance(rows, int):
+        rows = [rows]
+    if not isinstance(rows, (slice, Tensor)):
+        rows = list(rows)
     return PromptCondition(self.embeds[rows], self.mask[rows])
 
 @patch
@@ -222,7 +224,8 @@ def noise(
         raise ValueError(f"seeds is a list, one seed a clip, got {seeds}. Write [{seeds}].")
     if len(seeds) == 0: raise ValueError("seeds is empty; give one seed a clip")
     shape = self.latent_shape(1)
-    clips = [torch.randn(shape, generator=seeded_generator(int(seed))) for seed in seeds]
+    clips = [torch.randn(shape, generator=seeded_generator(int(seed)))
+             for seed in seeds]
     return torch.cat(clips).to(self.device)
 
 @patch
@@ -251,7 +254,8 @@ def guidance_at(
 ) -> float: # The number that holds at `t`
     "Guidance at a flow time"
     guidance = self.default_guidance if guidance is None else guidance
-    if isinstance(guidance, (int, float)): return float(guidance)
+    if isinstance(guidance, (int, float)):
+        return float(guidance)
     if self.boundary is None:
         raise ValueError("a pair of guidances needs a generator of two experts, "
                          f"got {guidance} for one of one. Give one number.")
@@ -273,9 +277,11 @@ def guided_velocity(
     n = len(latents)
     scale = self.guidance_at(guidance, t)
     condition = condition.expand_to(n)
-    if scale == 1: return self.velocity(latents, condition, t)
+    if scale == 1:
+        return self.velocity(latents, condition, t)
     null = (self.null_condition(1) if null is None else null).expand_to(n)
-    if scale == 0: return self.velocity(latents, null, t)
+    if scale == 0:
+        return self.velocity(latents, null, t)
     prompts = PromptCondition.cat([null.to(dtype=condition.embeds.dtype), condition])
     velocities = self.velocity(torch.cat([latents, latents]), prompts, t)
     with_null, with_prompt = velocities.chunk(2)
@@ -304,7 +310,8 @@ def sample(
         got = "given" if noise is not None else "None"
         raise ValueError(f"give seeds or noise, one of the two, got seeds={seeds} and noise {got}")
     steps = self.default_steps if steps is None else steps
-    if steps < 1: raise ValueError(f"steps must be at least 1, got {steps}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
     noise = self.noise(seeds) if noise is None else noise
     condition = condition.expand_to(len(noise))
     null = self.null_condition(1, negative_prompt)

@@ -90,7 +90,8 @@ def compute_in(
     autocast = precision == "bf16"
     try:
         if precision == "bf16-matmul": matmul.fp32_precision = "bf16"
-        with torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext(): yield
+        with torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext():
+            yield
     finally: matmul.fp32_precision = before
 
 # %% ../../../nbs/2_models/03_generators.training.ipynb #31763af1
@@ -142,7 +143,8 @@ def train(
     "Train a module, resumable to the same numbers"
     module.train().requires_grad_(True)
     optimizer, device = wan_optimizer(module, settings), next(module.parameters()).device
-    average = {name: value.detach().clone() for name, value in module.named_parameters()}
+    average = {name: value.detach().clone()
+               for name, value in module.named_parameters()}
     losses, step = [], 0
     if resume_path and Path(resume_path).exists():
         state = load_training(resume_path)
@@ -152,12 +154,14 @@ def train(
             save_training(resume_path, step, module, optimizer, average, extra={"losses": losses})
     start = time.monotonic()
     while step < settings.steps and time.monotonic() - start < 60 * minutes:
-        with compute_in(settings.precision, device): loss = loss_fn(step)
+        with compute_in(settings.precision, device):
+            loss = loss_fn(step)
         take_step(module, optimizer, loss, settings, step)
         update_average(average, module, step, settings.ema_decay)
         losses.append(loss.item())
         step += 1
-        if report: report(step, losses[-1])
+        if report:
+            report(step, losses[-1])
         if step % save_every == 0: save()
     save()
     module.load_state_dict(average, strict=False) # buffers keep their own values
@@ -189,7 +193,8 @@ def whole_clips(
 ):
     "Let an autoencoder's layers read whole clips"
     layers = [m for m in vae.modules() if isinstance(m, WanResample)]
-    for layer in layers: layer.forward = MethodType(resample_whole, layer)
+    for layer in layers:
+        layer.forward = MethodType(resample_whole, layer)
     try: yield
     finally:
         for layer in layers: del layer.forward
@@ -304,8 +309,10 @@ def train_vae(
 ) -> list[float]: # Loss of every step since the very start
     "Train the autoencoder, resumable to the same numbers"
     device = next(vae.parameters()).device
-    def loss_fn(step): return vae_loss(vae, batches(step).to(device), settings, step)
-    with whole_clips(vae): return train(vae, loss_fn, settings, **loop)
+    def loss_fn(step):
+        return vae_loss(vae, batches(step).to(device), settings, step)
+    with whole_clips(vae):
+        return train(vae, loss_fn, settings, **loop)
 
 # %% ../../../nbs/2_models/03_generators.training.ipynb #77546299
 @torch.no_grad()
@@ -345,12 +352,14 @@ def flow_loss(
     step:int, # Seeds every draw
 ) -> Float[Tensor, ""]: # Mean squared error; 1 + mean square of the latents for an answer of 0
     "Flow-matching loss of one batch"
-    def numbers(shape, stream): return draw(shape, settings.seed, step, stream, latents.device)
+    def numbers(shape, stream):
+        return draw(shape, settings.seed, step, stream, latents.device)
     n = len(latents)
     noise = numbers(latents.shape, "noise")
     t = torch.sigmoid(settings.t_mean + settings.t_std * numbers((n,), "time"))
     dropped = torch.special.ndtr(numbers((n,), "dropout")) < settings.caption_dropout
-    shown = ["" if drop else prompt for drop, prompt in zip(dropped.tolist(), prompts)]
+    shown = ["" if drop else prompt
+             for drop, prompt in zip(dropped.tolist(), prompts)]
     predicted = generator.velocity(mix(noise, latents, t), generator.encode_prompt(shown), t)
     return (predicted - (latents - noise)).square().mean()
 
@@ -364,7 +373,8 @@ def train_generator(
     "Train transformers and text encoder, resumable to the same numbers"
     names = ("transformer", "transformer_2", "text_encoder")
     parts = {name: getattr(generator, name) for name in names}
-    module = nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
+    module = nn.ModuleDict({name: part for name, part in parts.items()
+                            if part is not None})
     on_cpu = generator.device.type == "cpu"
     def loss_fn(step):
         latents, prompts = batches(step)
@@ -372,7 +382,8 @@ def train_generator(
         with sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
             return flow_loss(generator, latents.to(generator.device), prompts, settings, step)
     generator.vae.eval().requires_grad_(False)
-    transformers = [part for name, part in module.items() if name.startswith("transformer")]
+    transformers = [part for name, part in module.items()
+                    if name.startswith("transformer")]
     if settings.compiled:
         for part in transformers: part.compile()
     try: return train(module, loss_fn, settings, **loop)

@@ -31,6 +31,7 @@ from transformers import (AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBas
 from ...core.base import (as_config, check_scale, checkpoint_path, load_checkpoint,
                                  resolve_device, save_checkpoint, tensor_digest, widen)
 from .base import PromptCondition, VideoGenerator, per_clip
+from ...core.hints import did_you_mean
 from ...core.hub import DTYPES, SOURCES, LoadOptions, find_source, require
 from ...world.words import FRAMES, SIZE, SLOTS
 
@@ -86,7 +87,8 @@ def _size_rules(
     text:WanTextConfig, # Sizes of the text encoder
 ) -> dict[str, tuple]: # Name of a size -> (its value, the value it must have)
     "The sizes that follow from others"
-    patch, n_halvings = vae.patch_size or 1, len(vae.dim_mult) - 1
+    patch = vae.patch_size or 1
+    n_halvings = len(vae.dim_mult) - 1
     return {
         "vae.scale_factor_spatial": (vae.scale_factor_spatial, patch * 2**n_halvings),
         "vae.scale_factor_temporal": (vae.scale_factor_temporal, 2**sum(vae.temperal_downsample)),
@@ -123,7 +125,8 @@ class WanConfig:
 
     def __post_init__(self):
         errors = size_errors(self)
-        if errors: raise ValueError("; ".join(errors) + ". These follow from the other sizes.")
+        if errors:
+            raise ValueError("; ".join(errors) + ". These follow from the other sizes.")
     @classmethod
     def mini(cls, words:Sequence[str]|None=None, **changes) -> "WanConfig":
         return cls(words=tuple(words or world_words()), **changes)
@@ -188,10 +191,12 @@ def config_from_dict(
         raise ValueError("the configuration has settings this version does not know: "
                          f"{sorted(unknown)}. Update the package, or train the weights again.")
     def revive(value): return tuple(value) if isinstance(value, list) else value
-    revived = {name: revive(value) for name, value in values.items()}
+    revived = {name: revive(value)
+               for name, value in values.items()}
     parts = {"vae": WanVAEConfig, "transformer": WanTransformerConfig, "text": WanTextConfig}
     for name in parts.keys() & values.keys():
-        revived[name] = parts[name](**{key: revive(value) for key, value in values[name].items()})
+        revived[name] = parts[name](**{key: revive(value)
+                                       for key, value in values[name].items()})
     return WanConfig(**revived)
 
 # %% ../../../nbs/2_models/02_generators.wan.ipynb #3a93c74e
@@ -247,7 +252,8 @@ def word_tokenizer(
     words:Sequence[str], # Vocabulary, lower case, each once; ids follow the special tokens
 ) -> PreTrainedTokenizerFast: # One token a word and an end token
     "Word-level tokenizer in T5's manner"
-    ids = {word: i for i, word in enumerate((*SPECIAL_TOKENS, *words))}
+    ids = {word: i
+           for i, word in enumerate((*SPECIAL_TOKENS, *words))}
     if len(ids) != len(SPECIAL_TOKENS) + len(words):
         raise ValueError("words must differ from one another and from the special tokens")
     pad, end, unknown = SPECIAL_TOKENS
@@ -268,11 +274,13 @@ def _check_prompt(
     prompt_tokens:int, # Most tokens allowed
 ) -> None:
     "Refuse unknown words and prompts longer than the window"
-    unknown = [prompt[a:b] for i, (a, b) in zip(ids, offsets) if i == tokenizer.unk_token_id]
+    unknown = [prompt[a:b]
+               for i, (a, b) in zip(ids, offsets) if i == tokenizer.unk_token_id]
     if unknown:
-        strange, known = ", ".join(map(repr, unknown)), " ".join(sorted(tokenizer.get_vocab()))
-        raise ValueError(f"the text encoder does not know {strange} in {prompt!r}. "
-                         f"Its words: {known}")
+        strange = ", ".join(map(repr, unknown))
+        known = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
+        raise ValueError(f"the text encoder does not know {strange} in {prompt!r}."
+                         f"{did_you_mean(unknown, known)} Its words: {' '.join(known)}")
     if len(ids) > prompt_tokens:
         raise ValueError(f"a prompt may have {prompt_tokens} tokens with the end token, "
                          f"got {len(ids)}: {prompt!r}. Shorten it.")
@@ -308,7 +316,8 @@ def tokens_covering(
     start = start_char + len(stretch) - len(stretch.lstrip())
     end = end_char - len(stretch) + len(stretch.rstrip())
     offsets = tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
-    found = [i for i, (a, b) in enumerate(offsets) if b > a and a < end and b > start]
+    found = [i for i, (a, b) in enumerate(offsets)
+             if b > a and a < end and b > start]
     if not found:
         raise ValueError(f"no token covers {stretch!r} in {prompt!r}: the tokenizer drops it")
     return found
@@ -329,7 +338,8 @@ def check_clip(
         raise ValueError(
             f"the autoencoder holds 1 + {ENCODER_CHUNK}*k frames and would silently drop the "
             f"others, got {frames}. Nearest: {below} or {below + ENCODER_CHUNK}.")
-    cells = [config.vae.scale_factor_spatial * side for side in config.transformer.patch_size[1:]]
+    cells = [config.vae.scale_factor_spatial * side
+             for side in config.transformer.patch_size[1:]]
     if shape[3] % cells[0] or shape[4] % cells[1]:
         raise ValueError(f"height and width must be multiples of {cells[0]} and {cells[1]}, "
                          f"got {shape[3]} and {shape[4]}. Resize the video first.")
@@ -378,7 +388,8 @@ class _WanParts(VideoGenerator):
         self.runs_on = None # Where it computes when its weights wait elsewhere, see `place`
 
     @property
-    def device(self) -> torch.device: return self.runs_on or next(self.parameters()).device
+    def device(self) -> torch.device:
+        return self.runs_on or next(self.parameters()).device
 
 # %% ../../../nbs/2_models/02_generators.wan.ipynb #757bfd4e
 class WanGenerator(_WanParts):
@@ -399,7 +410,8 @@ class WanGenerator(_WanParts):
     def load(cls, scale:str="mini", device:str|torch.device="auto",
              options:LoadOptions|None=None) -> "WanGenerator":
         "Trained weights, frozen: the shipped miniature, or the hub's, placed as `options` say"
-        if check_scale(scale) == "mini": return load_files(device=device)
+        if check_scale(scale) == "mini":
+            return load_files(device=device)
         return load_hub(device=device, options=options)
 
     @classmethod
@@ -421,7 +433,8 @@ def latent_size(
     config:WanConfig, # Sizes
 ) -> tuple[int, int, int, int]: # channels, latent frames, latent height, latent width
     "Shape of one clip's latents"
-    vae, cell = config.vae, config.vae.scale_factor_spatial
+    vae = config.vae
+    cell = config.vae.scale_factor_spatial
     frames = 1 + (config.frames - 1) // vae.scale_factor_temporal
     return (vae.z_dim, frames, config.height // cell, config.width // cell)
 
@@ -438,7 +451,8 @@ def encode_words(
 ) -> PromptCondition: # Text tokens, always float32; exactly zero on padding
     "Encode prompts the way Wan's pipeline does"
     ids, mask = tokenize(generator.tokenizer, prompts, generator.config.prompt_tokens)
-    ids, mask = ids.to(generator.device), mask.to(generator.device)
+    ids = ids.to(generator.device)
+    mask = mask.to(generator.device)
     encoded = generator.text_encoder(input_ids=ids, attention_mask=mask.long())
     states = widen(encoded.last_hidden_state)
     return PromptCondition(states * mask.unsqueeze(-1).to(states.dtype), mask)
@@ -458,8 +472,10 @@ def wan_velocity(
     timestep = to_timestep(t)
     early = t <= (1 if generator.boundary is None else generator.boundary)
     experts = generator.transformer, generator.transformer_2
-    if bool(early.all()): return run_expert(experts[0], latents, embeds, timestep)
-    if not bool(early.any()): return run_expert(experts[1], latents, embeds, timestep)
+    if bool(early.all()):
+        return run_expert(experts[0], latents, embeds, timestep)
+    if not bool(early.any()):
+        return run_expert(experts[1], latents, embeds, timestep)
     out = torch.empty_like(latents)
     for expert, rows in zip(experts, (early, ~early)):
         velocity = run_expert(expert, latents[rows], embeds[rows], timestep[rows])
@@ -487,7 +503,8 @@ def encode_video(
     "Latents of videos: the mode of the posterior, normalised"
     check_clip(generator.config, video.shape)
     colours = (2 * widen(video) - 1).transpose(1, 2).to(compute_dtype(generator.vae))
-    with VAE_LOCK: latents = generator.vae.encode(colours).latent_dist.mode().float()
+    with VAE_LOCK:
+        latents = generator.vae.encode(colours).latent_dist.mode().float()
     mean, std = latent_scale(generator, latents)
     return (latents - mean) / std
 
@@ -500,7 +517,8 @@ def decode_latents(
     latents = widen(latents)
     mean, std = latent_scale(generator, latents)
     own = (latents * std + mean).to(compute_dtype(generator.vae))
-    with VAE_LOCK: video = generator.vae.decode(own).sample.float()
+    with VAE_LOCK:
+        video = generator.vae.decode(own).sample.float()
     return ((video + 1) / 2).transpose(1, 2)
 
 # %% ../../../nbs/2_models/02_generators.wan.ipynb #89372ef1
@@ -552,7 +570,8 @@ def fit_tensors(
         raise ValueError(f"{part}.safetensors does not fit its own sizes: {len(names)} tensors "
                          f"{problem}, first {names[0]}. Restore the file, or train it again.")
     with torch.no_grad():
-        for name, value in given.items(): wanted[name].copy_(value)
+        for name, value in given.items():
+            wanted[name].copy_(value)
 
 def load_files(
     folder:str|Path|None=None, # With the two files; None is the place of the shipped weights
@@ -582,7 +601,8 @@ class OneAtATime(ModelHook):
 
     def pre_forward(self, module:nn.Module, *args, **kwargs) -> tuple:
         if not any(other is module for other in self.resident):
-            while self.resident: self.resident.pop().to("cpu")
+            while self.resident:
+                self.resident.pop().to("cpu")
             self.resident.append(module.to(self.device))
         return args, kwargs
 
@@ -593,7 +613,8 @@ def place(
 ) -> WanGenerator: # The same object
     "Put a generator on a machine as the options say"
     device = resolve_device(device) if str(device) != "meta" else torch.device("meta")
-    experts = [e for e in (generator.transformer, generator.transformer_2) if e is not None]
+    experts = [e for e in (generator.transformer, generator.transformer_2)
+               if e is not None]
     if options.vae_tiling:
         generator.vae.enable_tiling()
         generator.vae.enable_slicing()
@@ -604,8 +625,10 @@ def place(
     generator.runs_on = device
     resident = []
     for part in (generator.text_encoder, *experts, generator.vae):
-        if options.offload == "layers": cpu_offload(part, device)
-        else: add_hook_to_module(part, OneAtATime(device, resident))
+        if options.offload == "layers":
+            cpu_offload(part, device)
+        else:
+            add_hook_to_module(part, OneAtATime(device, resident))
     return generator
 
 # %% ../../../nbs/2_models/02_generators.wan.ipynb #207a8402
@@ -615,8 +638,10 @@ def load_hub(
     options:LoadOptions|None=None, # Types and places; None is bfloat16, everything on `device`
 ) -> WanGenerator: # Frozen
     "Load Wan's released weights from the local hub cache"
-    config, options = config or WanConfig.paper(), options or LoadOptions()
-    dtype, vae_dtype = DTYPES[options.dtype], DTYPES[options.vae_dtype]
+    config = config or WanConfig.paper()
+    options = options or LoadOptions()
+    dtype = DTYPES[options.dtype]
+    vae_dtype = DTYPES[options.vae_dtype]
     folder = require(find_source(config.hub, config.revision))
     spread = {"device_map": options.device_map} if options.device_map else {}
     names = ("transformer", "transformer_2")[:1 if config.boundary_ratio is None else 2]
@@ -625,7 +650,8 @@ def load_hub(
     vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=vae_dtype)
     text_encoder = UMT5EncoderModel.from_pretrained(
         folder, subfolder="text_encoder", dtype=dtype, **spread)
-    if options.device_map: vae = vae.to(resolve_device(device))
+    if options.device_map:
+        vae = vae.to(resolve_device(device))
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     generator = WanGenerator(config, vae, experts[0], text_encoder, tokenizer, *experts[1:])
     return place(generator.freeze(), options, device)
@@ -640,7 +666,8 @@ def widen_kept(
     "Give a blank network the types that it would be loaded with"
     kept = set(kept_in_float32(network, dtype))
     for name, value in network.named_parameters():
-        if not kept.isdisjoint(name.split(".")): value.data = value.data.float()
+        if not kept.isdisjoint(name.split(".")):
+            value.data = value.data.float()
 
 def _blank_part(
     part:str, # One of `PARTS`
@@ -653,7 +680,8 @@ def _blank_part(
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device(device): network = build(config)
+        with torch.device(device):
+            network = build(config)
     finally: torch.set_default_dtype(before)
     widen_kept(network, dtype)
     return network
@@ -675,7 +703,8 @@ def blank_generator(
     built = {part: nn.Identity() for part in PARTS} | {"transformer_2": None}
     for part in PARTS:
         dtype = DTYPES[options.vae_dtype if part == "vae" else options.dtype]
-        if part in parts: built[part] = _blank_part(part, config, dtype, device)
+        if part in parts:
+            built[part] = _blank_part(part, config, dtype, device)
     generator = WanGenerator(config, tokenizer=word_tokenizer(config.words), **built).freeze()
     generator.runs_on = torch.device(device)
     if options.vae_tiling and "vae" in parts:

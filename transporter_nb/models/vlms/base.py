@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from ...core.base import seeded_generator
+from ...core.hints import did_you_mean
 from ...world.words import FRAMES, SIZE, SLOTS
 
 # %% ../../../nbs/2_models/05_vlms.base.ipynb #da64370f
@@ -32,8 +33,10 @@ SLOT_QUESTIONS = {
 
 def world_words() -> list[str]: # Every word of captions, questions and answers, in a fixed order
     "The vocabulary of a miniature VLM"
-    nouns = [form for shape in SLOTS["shape"] for form in (shape, shape + "s")]
-    verbs = [form for verb in SLOTS["motion"] for form in (verb, verb.removesuffix("s"))]
+    nouns = [form
+             for shape in SLOTS["shape"] for form in (shape, shape + "s")]
+    verbs = [form
+             for verb in SLOTS["motion"] for form in (verb, verb.removesuffix("s"))]
     others = [word for slot, words in SLOTS.items() if slot not in ("shape", "motion")
               for word in words]
     asked = " ".join([DESCRIBE, *SLOT_QUESTIONS.values()]).replace("?", " ?").split()
@@ -46,7 +49,8 @@ def word_tokenizer(
 ) -> PreTrainedTokenizerFast: # Splits at spaces and punctuation, lower-cases
     "A word-level tokenizer of the real `transformers` class"
     n_given = len(special_tokens) + len(words)
-    vocabulary = {token: k for k, token in enumerate(dict.fromkeys([*special_tokens, *words]))}
+    vocabulary = {token: k
+                  for k, token in enumerate(dict.fromkeys([*special_tokens, *words]))}
     if len(vocabulary) != n_given:
         raise ValueError(f"words and special tokens must all differ, got {n_given} with "
                          f"{len(vocabulary)} different ones.")
@@ -84,7 +88,8 @@ def pack_turns(
     ends = lengths.cumsum(1)
     width = int(ends[:, -1].max())
     flat = [[token for turn in row for token in turn] for row in turns]
-    token_ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in flat])
+    token_ids = torch.tensor([row + [pad_id] * (width - len(row))
+                              for row in flat])
     column = torch.arange(width).expand(len(turns), -1)
     # index of the turn; padding gets one past the last
     owner = torch.searchsorted(ends, column.contiguous(), right=True)
@@ -151,12 +156,15 @@ def word_ids(
 ) -> list[int]: # Its token ids
     "Tokenize text, refusing words the VLM has no token for"
     def ids_of(text): return self.tokenizer(text, add_special_tokens=False).input_ids
-    ids, stand_in = ids_of(text), self.tokenizer.unk_token_id
+    ids = ids_of(text)
+    stand_in = self.tokenizer.unk_token_id
     if stand_in is not None and stand_in in ids:
-        unknown = [word for word in text.replace("?", " ").split() if stand_in in ids_of(word)]
-        known = sorted(word for word in self.tokenizer.get_vocab() if word.isalpha())
-        raise ValueError(f"{self.name} has no token for {', '.join(map(repr, unknown))} "
-                         f"in {text!r}. Its words: {' '.join(known)}.")
+        unknown = [word for word in text.replace("?", " ").split()
+                   if stand_in in ids_of(word)]
+        words = set(self.tokenizer.get_vocab()) - set(self.tokenizer.all_special_tokens)
+        known = sorted(word for word in words if word.isalpha())
+        raise ValueError(f"{self.name} has no token for {', '.join(map(repr, unknown))} in {text!r}."
+                         f"{did_you_mean(unknown, known)} Its words: {' '.join(known)}.")
     return ids
 
 @patch
@@ -166,7 +174,8 @@ def token_id(
     prefix:str="", # The words before it; "" for a word that starts the answer
 ) -> int: # Its first token there
     "The token by which the VLM starts to say a word"
-    if not word.strip(): raise ValueError(f"token_id needs a word, got {word!r}.")
+    if not word.strip():
+        raise ValueError(f"token_id needs a word, got {word!r}.")
     said = self.word_ids(prefix) if prefix else []
     return self.word_ids(f"{prefix} {word}".strip())[len(said)]
 
@@ -177,7 +186,8 @@ def check_embeddings(
     vlm_embeddings:Float[Tensor, "batch vlm_tokens vlm_dim"], # To be checked
 ):
     "Refuse embeddings that are not of this VLM"
-    shape, own = tuple(vlm_embeddings.shape), (self.n_tokens, self.vlm_dim)
+    shape = tuple(vlm_embeddings.shape)
+    own = (self.n_tokens, self.vlm_dim)
     if len(shape) != 3 or shape[1:] != own or not len(vlm_embeddings):
         raise ValueError(f"{self.name} takes embeddings of shape (batch >= 1, {own[0]}, {own[1]}), "
                          f"got {shape}. Use embed(video).")
@@ -193,7 +203,8 @@ def turn_log_probs(
     if len(turns) != len(vlm_embeddings):
         raise ValueError(f"one list of turns a video, got {len(turns)} lists for "
                          f"{len(vlm_embeddings)} videos.")
-    prompts = [[self.prompt_ids(turn.question, turn.prefix) for turn in row] for row in turns]
+    prompts = [[self.prompt_ids(turn.question, turn.prefix) for turn in row]
+               for row in turns]
     packed = pack_turns(prompts, self.tokenizer.pad_token_id)
     packed = PackedTurns(*(part.to(vlm_embeddings.device) for part in packed))
     logits = self.text_logits(vlm_embeddings, packed)
@@ -232,7 +243,8 @@ def caption(
 ) -> list[str]: # One answer a video
     "The VLM's answer in words"
     self.check_embeddings(vlm_embeddings)
-    prompt, said = self.prompt_ids(question), [[] for _ in vlm_embeddings]
+    prompt = self.prompt_ids(question)
+    said = [[] for _ in vlm_embeddings]
     for _ in range(max_tokens):
         packed = pack_turns([[prompt + words] for words in said], self.tokenizer.pad_token_id)
         packed = PackedTurns(*(part.to(vlm_embeddings.device) for part in packed))
@@ -240,8 +252,10 @@ def caption(
         best = logits[:, packed.last[0, 0]].argmax(-1).tolist()
         for words, word in zip(said, best):
             words.append(self.end_id if self.end_id in words else word)
-        if all(self.end_id in words for words in said): break
-    ended = [words[:words.index(self.end_id)] if self.end_id in words else words for words in said]
+        if all(self.end_id in words for words in said):
+            break
+    ended = [words[:words.index(self.end_id)] if self.end_id in words else words
+             for words in said]
     return [self.tokenizer.decode(words, skip_special_tokens=True) for words in ended]
 
 # %% ../../../nbs/2_models/05_vlms.base.ipynb #5eb21faa
@@ -254,7 +268,8 @@ def answer_ids(
     said = self.word_ids(turn.prefix) if turn.prefix else []
     ids = self.word_ids(f"{turn.prefix} {turn.answer}".strip())[len(said):]
     ids = ids + [self.end_id] * turn.complete
-    if not ids: raise ValueError(f"a turn to learn needs an answer, got {turn}.")
+    if not ids:
+        raise ValueError(f"a turn to learn needs an answer, got {turn}.")
     return ids
 
 @patch
@@ -265,9 +280,11 @@ def answer_loss(
 ) -> Float[Tensor, ""]: # Mean over all answer tokens of the batch, in nats
     "Cross-entropy of the right answers"
     self.check_embeddings(vlm_embeddings)
-    prompts = [[self.prompt_ids(turn.question, turn.prefix) for turn in row] for row in turns]
+    prompts = [[self.prompt_ids(turn.question, turn.prefix) for turn in row]
+               for row in turns]
     answers = [[self.answer_ids(turn) for turn in row] for row in turns]
-    shown = [[prompt + answer[:-1] for prompt, answer in zip(*row)]
+    shown = [[prompt + answer[:-1]
+              for prompt, answer in zip(*row)]
              for row in zip(prompts, answers)]
     packed = pack_turns(shown, self.tokenizer.pad_token_id)
     targets = torch.full_like(packed.token_ids, -100) # -100 is skipped by cross_entropy

@@ -29,7 +29,8 @@ class ContractReport(tuple[Measured, ...]):
     "The rules that an adapter keeps, shown as a table"
     def __repr__(self) -> str:
         width = max(len(row.rule) for row in self)
-        return "\n".join(f"{row.rule:{width}}  {row.found}" for row in self)
+        return "\n".join(f"{row.rule:{width}}  {row.found}"
+                         for row in self)
 
 def require(
     kept:bool, # Whether the rule holds
@@ -38,7 +39,8 @@ def require(
     fix:str, # Where to look
 ):
     "Refuse an adapter that breaks a rule"
-    if not kept: raise ValueError(f"adapter {vlm.name!r}: {broken}. {fix}")
+    if not kept:
+        raise ValueError(f"adapter {vlm.name!r}: {broken}. {fix}")
 
 def gap(
     a:Float[Tensor, "*shape"], # Any numbers
@@ -55,7 +57,8 @@ def check_shapes(
 ) -> str: # What was measured
     "Embeddings have the promised shape, and a clip does not see its neighbours"
     embeddings = vlm.embed(video)
-    shape, got = (len(video), vlm.n_tokens, vlm.vlm_dim), tuple(embeddings.shape)
+    shape = (len(video), vlm.n_tokens, vlm.vlm_dim)
+    got = tuple(embeddings.shape)
     require(got == shape, vlm,
             f"embed must give (batch, n_tokens, vlm_dim) = {shape}, got {got}",
             "Check tokens_per_frame and the reshape at the end of embed.")
@@ -80,7 +83,8 @@ def check_normalisation(
     require(answers.dtype == torch.float32, vlm,
             f"answers must be float32, got {answers.dtype}",
             "Return text_logits(...).float().")
-    n_words, n_needed = answers.shape[-1], len(vlm.tokenizer)
+    n_words = answers.shape[-1]
+    n_needed = len(vlm.tokenizer)
     require(n_words >= n_needed, vlm,
             f"answers must cover the {n_needed} tokens of the tokenizer, got {n_words}",
             "Give vocab_size to the configuration.")
@@ -98,8 +102,10 @@ def check_reading(
 ) -> str: # What was measured
     "Answers depend on the clip and on the order of its frames"
     def answer(clips): return vlm.next_token_log_probs(vlm.embed(clips), DESCRIBE)
-    forwards, backwards = answer(video), answer(video.flip(1))
-    apart, turned = gap(forwards[:-1], forwards[1:]), gap(forwards, backwards)
+    forwards = answer(video)
+    backwards = answer(video.flip(1))
+    apart = gap(forwards[:-1], forwards[1:])
+    turned = gap(forwards, backwards)
     require(apart > 10 * tolerance, vlm,
             f"different clips must get different answers, got a difference of {apart:.2g}",
             "Check that embeddings are written to the places of the image tokens.")
@@ -122,7 +128,8 @@ def check_injection(
     if pixels is None: return "not checked: give `pixels`, the class's own path"
     ours = vlm.next_token_log_probs(vlm.embed(video), DESCRIBE, "two large")
     turn = vlm.prompt_ids(DESCRIBE, "two large")
-    with torch.no_grad(): theirs = pixels(vlm, video, turn).float().log_softmax(-1)
+    with torch.no_grad():
+        theirs = pixels(vlm, video, turn).float().log_softmax(-1)
     apart = gap(ours, theirs)
     require(apart <= tolerance, vlm,
             "injected embeddings must answer as pixels do, "
@@ -141,9 +148,11 @@ def check_questions(
     asked = [Turn(DESCRIBE, "two large"), Turn(SLOT_QUESTIONS["colour"]),
              Turn(DESCRIBE, "one small red ball slides left"), Turn(SLOT_QUESTIONS["count"])]
     n = len(asked)
-    rows = [[asked[(k + j) % n] for j in range(n)] for k in range(len(video))] # orders differ
+    rows = [[asked[(k + j) % n] for j in range(n)]
+            for k in range(len(video))] # orders differ
     def ask(z, turns):
-        questions, prefixes = [t.question for t in turns], [t.prefix for t in turns]
+        questions = [t.question for t in turns]
+        prefixes = [t.prefix for t in turns]
         return vlm.next_token_log_probs(z, questions, prefixes)
     alone = torch.stack([torch.cat([ask(z[None], [turn]) for turn in row])
                          for z, row in zip(embeddings, rows)])
@@ -197,7 +206,8 @@ def check_gradients(
             "Some embeddings are not written into the prompt.")
     require(frames > 0, vlm,
             "a gradient must reach the pixels, got zeros", "Compute embed from the video itself.")
-    learning = sum(p.requires_grad or p.grad is not None for p in vlm.parameters())
+    learning = sum(p.requires_grad or p.grad is not None
+                   for p in vlm.parameters())
     require(not learning, vlm,
             f"no weight may learn once the VLM is frozen, got {learning} that do", "Freeze it.")
     return f"at all {reached} tokens and {frames} of {video.shape[1]} frames, at no weight"
@@ -209,7 +219,8 @@ def check_determinism(
     tolerance:float, # Not used: equal means equal
 ) -> str: # What was measured
     "Twice the same question, twice the same numbers"
-    once, again = (vlm.next_token_log_probs(vlm.embed(video), DESCRIBE, "two") for _ in range(2))
+    once, again = (vlm.next_token_log_probs(vlm.embed(video), DESCRIBE, "two")
+                   for _ in range(2))
     require(torch.equal(once, again), vlm,
             "the same question must get the same answer, "
             f"got a difference of {gap(once, again):.2g} nats",
@@ -250,14 +261,17 @@ def check_saving(
     tolerance:float, # Not used: the second copy is equal, the first to half precision
 ) -> str: # What was measured
     "What is loaded answers as what was saved"
-    def answer(some): return some.next_token_log_probs(some.embed(video), DESCRIBE).exp().cpu()
+    def answer(some):
+        return some.next_token_log_probs(some.embed(video), DESCRIBE).exp().cpu()
     with tempfile.TemporaryDirectory() as folder:
-        first, second = (Path(folder) / f"{name}.safetensors" for name in ("first", "second"))
+        first, second = (Path(folder) / f"{name}.safetensors"
+                         for name in ("first", "second"))
         vlm.save(first)
         copy = type(vlm).load(path=first)
         copy.save(second)
         twice = type(vlm).load(path=second)
-    rounded, apart = gap(answer(vlm), answer(copy)), gap(answer(copy), answer(twice))
+    rounded = gap(answer(vlm), answer(copy))
+    apart = gap(answer(copy), answer(twice))
     # 0.01 (chosen): 20 times the change by half precision, measured in vlms.hub
     require(rounded <= 0.01, vlm,
             "a loaded VLM must answer as the saved one, "
@@ -296,6 +310,8 @@ def check_adapter(
         raise ValueError("check_adapter compares clips: give two or more different ones, "
                          f"got {len(video)}. Render some scenes.")
     def measure(check):
-        if check is check_injection: return check(vlm, video, tolerance, pixels=pixels)
+        if check is check_injection:
+            return check(vlm, video, tolerance, pixels=pixels)
         return check(vlm, video, tolerance)
-    return ContractReport(Measured(rule, measure(check)) for rule, check in RULES.items())
+    return ContractReport(Measured(rule, measure(check))
+                          for rule, check in RULES.items())

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from ...core.hub import SOURCES
-from .hub import HubVLM, VLMSettings, additive_mask
+from .hub import (
+    HubVLM, VLMSettings, additive_mask, text_sizes, vision_sizes)
 from .preprocessing import FRAMES_TEXT, normalise, take_frames
 
 # %% ../../../nbs/2_models/09_vlms.gemma3.ipynb #71fe61d7
@@ -34,18 +35,14 @@ def _mini_config(
     vocab_size:int, # Tokens of the tokenizer
 ) -> Gemma3Config:
     "The class's configuration of a small model"
-    width, heads = settings.hidden_size, settings.n_heads
+    head_dim = settings.hidden_size // settings.n_heads
     text = dict(
-        vocab_size=vocab_size, hidden_size=width, intermediate_size=3 * width,
-        num_hidden_layers=settings.n_layers, num_attention_heads=heads, num_key_value_heads=heads,
-        head_dim=width // heads, query_pre_attn_scalar=width // heads,
-        sliding_window=512, sliding_window_pattern=2, max_position_embeddings=512,
-        pad_token_id=ids["<pad>"], bos_token_id=ids["<bos>"], eos_token_id=ids["<end_of_turn>"])
+        vocab_size=vocab_size, head_dim=head_dim, query_pre_attn_scalar=head_dim,
+        sliding_window=512, sliding_window_pattern=2, pad_token_id=ids["<pad>"],
+        bos_token_id=ids["<bos>"], eos_token_id=ids["<end_of_turn>"], **text_sizes(settings))
     vision = dict(
-        model_type="siglip_vision_model", vision_use_head=False,
-        hidden_size=settings.vision_size, intermediate_size=3 * settings.vision_size,
-        num_hidden_layers=settings.vision_layers, num_attention_heads=settings.vision_heads,
-        image_size=settings.image_size, patch_size=settings.patch_size)
+        model_type="siglip_vision_model", vision_use_head=False, image_size=settings.image_size,
+        **vision_sizes(settings))
     return Gemma3Config(
         text_config=text, vision_config=vision, image_token_index=ids["<image_soft_token>"],
         mm_tokens_per_image=(settings.image_size // settings.patch_size // 2)**2,
@@ -54,7 +51,9 @@ def _mini_config(
 # %% ../../../nbs/2_models/09_vlms.gemma3.ipynb #8a528c6c
 class Gemma3VLM(HubVLM):
     "`Gemma3ForConditionalGeneration` behind the common interface"
-    name, model_class, two_way = "gemma3", Gemma3ForConditionalGeneration, True
+    name = "gemma3"
+    model_class = Gemma3ForConditionalGeneration
+    two_way = True
     mini = VLMSettings(n_frames=5, image_size=32, patch_size=8)
     paper = VLMSettings(
         n_frames=8, image_size=896, patch_size=14,

@@ -36,14 +36,18 @@ def forms(
     many:bool=False, # Whether the caption counts more than one
 ) -> tuple[str, ...]: # One form for each word of the slot, in the order of `SLOTS`
     "The words of a slot as a caption spells them"
-    if many and slot == "shape": return tuple(PLURALS.get(w, w + "s") for w in SLOTS["shape"])
-    if many and slot == "motion": return tuple(w.removesuffix("s") for w in SLOTS["motion"])
+    if many and slot == "shape":
+        return tuple(PLURALS.get(w, w + "s")
+                     for w in SLOTS["shape"])
+    if many and slot == "motion":
+        return tuple(w.removesuffix("s") for w in SLOTS["motion"])
     return SLOTS[slot]
 
 def lesson_words() -> list[str]: # In a fixed order
     "The vocabulary of a miniature VLM: captions, questions and answers"
     asked = " ".join([DESCRIBE, *QUESTIONS.values()]).replace("?", " ?").split()
-    said = [word for slot in SLOTS for many in (False, True) for word in forms(slot, many)]
+    said = [word
+            for slot in SLOTS for many in (False, True) for word in forms(slot, many)]
     return list(dict.fromkeys([*said, "a", "over", "floor", *asked]))
 
 # %% ../../../nbs/2_models/20_vlms.lessons.ipynb #018929c9
@@ -53,7 +57,8 @@ def whole_turn(
 ) -> Turn: # Three captions in ten that count one begin with "a"
     "The whole caption as an answer"
     text = spell(words)
-    if words["count"] != "one" or rng.random() >= .3: return Turn(DESCRIBE, "", text)
+    if words["count"] != "one" or rng.random() >= .3:
+        return Turn(DESCRIBE, "", text)
     return Turn(DESCRIBE, "a", text.removeprefix("one "))
 
 def contrary_turn(
@@ -64,7 +69,9 @@ def contrary_turn(
     "A caption that is wrong before a slot, up to that slot"
     before = list(SLOTS)[:list(SLOTS).index(slot)]
     wrong = rng.sample(before, min(len(before), rng.randint(1, 3)))
-    false = {name: rng.choice([w for w in SLOTS[name] if w != words[name]]) for name in wrong}
+    false = {name: rng.choice([w for w in SLOTS[name]
+                               if w != words[name]])
+             for name in wrong}
     said = spell(words | false).split()
     return Turn(DESCRIBE, " ".join(said[:PLACES[slot]]), said[PLACES[slot]], complete=False)
 
@@ -88,10 +95,13 @@ def slots_of(
     "Which words of an answer belong to which slot"
     words = turn.answer.split()
     for slot, question in QUESTIONS.items():
-        if turn.question == question: return [slot] * len(words), False
-    at, said = len(turn.prefix.split()), f"{turn.prefix} {turn.answer}".split()
+        if turn.question == question:
+            return [slot] * len(words), False
+    at = len(turn.prefix.split())
+    said = f"{turn.prefix} {turn.answer}".split()
     named = {place: slot for slot, place in PLACES.items()}
-    return [named.get(at + k) for k in range(len(words))], said[0] in ("two", "three")
+    return [named.get(at + k)
+            for k in range(len(words))], said[0] in ("two", "three")
 
 class Targets(NamedTuple):
     "What a VLM should say at each place of the packed text"
@@ -117,16 +127,22 @@ def ideal_tokens(
 ) -> list[tuple[int, list[int], list[float]]]: # Of each answer token: it, what may come, how likely
     "What may be said at each place of an answer"
     slots, many = slots_of(turn)
-    said, tokens = turn.prefix, []
+    said = turn.prefix
+    tokens = []
     for word, slot in zip(turn.answer.split(), slots):
         pieces = word_pieces(vlm, word, said)
-        may, p = pieces[:1], [1.]
-        if slot: may = [word_pieces(vlm, other, said)[0] for other in forms(slot, many)]
+        may = pieces[:1]
+        p = [1.]
+        if slot:
+            may = [word_pieces(vlm, other, said)[0]
+                   for other in forms(slot, many)]
         if slot: p = chances[slot]
         tokens.append((pieces[0], may, p))
-        tokens += [(piece, [piece], [1.]) for piece in pieces[1:]]
+        tokens += [(piece, [piece], [1.])
+                   for piece in pieces[1:]]
         said = f"{said} {word}".strip()
-    if turn.complete: tokens.append((vlm.end_id, [vlm.end_id], [1.]))
+    if turn.complete:
+        tokens.append((vlm.end_id, [vlm.end_id], [1.]))
     return tokens
 
 # %% ../../../nbs/2_models/20_vlms.lessons.ipynb #b09bb3fe
@@ -136,9 +152,14 @@ def answer_targets(
     chances:dict[str, Float[Tensor, "batch words"]], # From `naming`
 ) -> Targets: # On the CPU
     "Ideal answers of a batch"
-    packed, places, ids, weights = [], [], [], []
+    packed = []
+    places = []
+    ids = []
+    weights = []
     widest = max(map(len, SLOTS.values()))
-    rows = [{slot: p[row].tolist() for slot, p in chances.items()} for row in range(len(turns))]
+    rows = [{slot: p[row].tolist()
+             for slot, p in chances.items()}
+            for row in range(len(turns))]
     for row, clip in enumerate(turns):
         texts, at = [], 0
         for turn in clip:
@@ -148,7 +169,8 @@ def answer_targets(
                 places.append((row, at + len(prompt) - 1 + k))
                 ids.append(may + may[:1] * (widest - len(may)))
                 weights.append(p + [0.] * (widest - len(p)))
-            texts.append(prompt + [token for token, *_ in answer[:-1]])
+            texts.append(prompt + [token
+                                   for token, *_ in answer[:-1]])
             at += len(texts[-1])
         packed.append(texts)
     text = pack_turns(packed, vlm.tokenizer.pad_token_id)
@@ -193,9 +215,11 @@ def frame_numbers(
     turn = 2 * torch.pi * table[:, COLUMNS["hue"]]
     shape = 2 * table[:, [COLUMNS[name] for name in READ]] - 1
     shape[:, 0] = (table[:, COLUMNS["radius"]] - 6) / 3 # px, the middle and half of its range
-    kind = torch.tensor([[2. * s.person - 1, s.count - 2.] for s in scenes])
+    kind = torch.tensor([[2. * s.person - 1, s.count - 2.]
+                         for s in scenes])
     ground = 2 * table[:, COLUMNS["stone"]:COLUMNS["stone"] + 4] - 1
-    still = torch.cat([turn.cos()[:, None], turn.sin()[:, None], shape, kind, ground], -1)
+    angle = torch.stack([turn.cos(), turn.sin()], -1)
+    still = torch.cat([angle, shape, kind, ground], -1)
     return torch.cat([places, still[:, None].expand(-1, n_frames, -1)], -1)
 
 # %% ../../../nbs/2_models/20_vlms.lessons.ipynb #a493d5cc
@@ -233,11 +257,13 @@ def answer_quality(
     "How near a VLM's answers are to the ideal ones"
     if len(video) != len(scenes):
         raise ValueError(f"one clip a scene, got {len(video)} clips and {len(scenes)} scenes.")
-    device, parts = next(vlm.parameters()).device, []
+    device = next(vlm.parameters()).device
+    parts = []
     asked = [Turn(question) for question in QUESTIONS.values()]
     for some in video.split(batch_size):
         parts.append(vlm.turn_log_probs(vlm.embed(some.to(device)), [asked] * len(some)).cpu())
-    said, ideal = torch.cat(parts).exp(), naming(scenes)
+    said = torch.cat(parts).exp()
+    ideal = naming(scenes)
     answers = {slot: said[:, k, [vlm.token_id(w) for w in SLOTS[slot]]]
                for k, slot in enumerate(QUESTIONS)}
     right, error = {}, {}

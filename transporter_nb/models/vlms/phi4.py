@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Phi4MultimodalConfig, Phi4MultimodalForCausalLM, PreTrainedModel
 
 from ...core.hub import SOURCES
-from .hub import HubVLM, VLMSettings
+from .hub import HubVLM, VLMSettings, text_sizes, vision_sizes
 from .preprocessing import normalise, take_frames
 
 # %% ../../../nbs/2_models/08_vlms.phi4.ipynb #404994b4
@@ -43,23 +43,18 @@ def _mini_config(
 ) -> Phi4MultimodalConfig:
     "The class's configuration of a small model"
     vision = dict(
-        hidden_size=settings.vision_size, intermediate_size=3 * settings.vision_size,
-        num_hidden_layers=settings.vision_layers, num_attention_heads=settings.vision_heads,
         image_size=settings.image_size, crop_size=settings.image_size,
-        patch_size=settings.patch_size, image_token_id=ids["<|image|>"], feature_layer=-1)
+        image_token_id=ids["<|image|>"], feature_layer=-1, **vision_sizes(settings))
     audio = dict(
         hidden_size=8, intermediate_size=8, num_blocks=1, num_attention_heads=1,
         ext_pw_out_channel=8, depthwise_separable_out_channel=8, nemo_conv_channels=8,
         input_size=8, bias_max_distance=8, audio_token_id=ids["<|audio|>"], feature_layer=-1)
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
     return Phi4MultimodalConfig(
-        vocab_size=vocab_size, vision_config=vision, audio_config=audio,
-        hidden_size=settings.hidden_size, intermediate_size=3 * settings.hidden_size,
-        num_hidden_layers=settings.n_layers, num_attention_heads=settings.n_heads,
-        num_key_value_heads=settings.n_heads, tie_word_embeddings=True,
-        max_position_embeddings=512, original_max_position_embeddings=512,
-        pad_token_id=ids["<|pad|>"], bos_token_id=ids["<|user|>"],
-        eos_token_id=[ids["<|end|>"]], rope_parameters=rope)
+        vocab_size=vocab_size, vision_config=vision, audio_config=audio, tie_word_embeddings=True,
+        original_max_position_embeddings=512, rope_parameters=rope,
+        pad_token_id=ids["<|pad|>"], bos_token_id=ids["<|user|>"], eos_token_id=[ids["<|end|>"]],
+        **text_sizes(settings))
 
 # %% ../../../nbs/2_models/08_vlms.phi4.ipynb #e66f680d
 class Phi4VLM(HubVLM):

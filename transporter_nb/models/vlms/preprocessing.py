@@ -45,8 +45,10 @@ def byte_product(
     "One pass of a resize on bytes: weights of 16 bits, rounded, cut at black and white"
     smooth = (images @ weights.T.to(images)).clamp(0, 1)
     with torch.no_grad():
-        top, bits = weights.max().item(), 0
-        while bits < 22 and int(.5 + top * 2**(bits + 1)) < 2**15: bits += 1
+        top = weights.max().item()
+        bits = 0
+        while bits < 22 and int(.5 + top * 2**(bits + 1)) < 2**15:
+            bits += 1
         in_bits = (weights * 2**bits).round().T.to(images.device)
         whole = (images * 255).round().double() @ in_bits
         exact = (whole / 2**bits + .5).floor().clamp(0, 255) / 255
@@ -139,13 +141,19 @@ def paced_frames(
     skip:float|int=1, # Seconds left out at each end of a long clip
 ) -> list[int]: # Both ends of what is left are among them
     "Frames as SmolVLM2 chooses them"
-    duration, first, last = n_total / rate, 0, n_total - 1
+    duration = n_total / rate
+    first = 0
+    last = n_total - 1
     count = max(1, min(round(fps * duration), most))
     if skip > 0 and duration - 2 * skip > most * fps:
-        first, last = int(skip * rate), min(int(n_total - skip * rate), last)
-    if first >= last: first, last = 0, n_total - 1
+        first = int(skip * rate)
+        last = min(int(n_total - skip * rate), last)
+    if first >= last:
+        first = 0
+        last = n_total - 1
     step = (last - first) / max(count - 1, 1)
-    chosen = {math.floor(k * step + first) for k in range(max(count - 1, 1))}
+    chosen = {math.floor(k * step + first)
+              for k in range(max(count - 1, 1))}
     return sorted(chosen | {last} if count > 1 else chosen)
 
 # %% ../../../nbs/2_models/04_vlms.preprocessing.ipynb #5d19648b
@@ -156,7 +164,8 @@ SLACK = 1e-3
 def _check_colours(video:Float[Tensor, "batch frames 3 height width"]) -> None:
     "Refuse a video that is not in [0, 1]"
     low, high = (value.item() for value in video.detach().aminmax())
-    if low >= -SLACK and high <= 1 + SLACK: return
+    if low >= -SLACK and high <= 1 + SLACK:
+        return
     raise ValueError(f"a video has colours in [0, 1], got {low:.3g} to {high:.3g}. From [-1, 1], "
                      "use (video + 1) / 2; clamp what a decoder overshoots; NaN comes from the "
                      "model before.")
@@ -193,14 +202,17 @@ def round_to_blocks(
     if max(height, width) > 200 * min(height, width):
         raise ValueError(f"a frame's sides differ at most 200-fold, got {height} x {width}. "
                          "Crop or pad it first.")
-    sides, area = (height, width), height * width
+    sides = (height, width)
+    area = height * width
     new = [round(side / block) * block for side in sides]
     if new[0] * new[1] > most:
         shrink = math.sqrt(area / most)
-        return tuple(max(block, math.floor(side / shrink / block) * block) for side in sides)
+        return tuple(max(block, math.floor(side / shrink / block) * block)
+                     for side in sides)
     if new[0] * new[1] < least:
         grow = math.sqrt(least / area)
-        return tuple(math.ceil(side * grow / block) * block for side in sides)
+        return tuple(math.ceil(side * grow / block) * block
+                     for side in sides)
     return tuple(new)
 
 def fit_longest_edge(
@@ -226,7 +238,8 @@ def smol_squares(
     def fit(images, height, width):
         return resize(images, height, width, "lanczos", rounded=rounded)
     fitted = fit(images, *fit_longest_edge(*images.shape[-2:], edge))
-    if not split: return fit(fitted, square, square)[:, None]
+    if not split:
+        return fit(fitted, square, square)[:, None]
     height, width = fitted.shape[-2:]
     if width >= height:
         wide = math.ceil(width / square)
@@ -235,7 +248,8 @@ def smol_squares(
         high = math.ceil(height / square)
         wide = math.ceil(int(high * square * (width / height)) / square)
     fitted = fit(fitted, high * square, wide * square)
-    if high == wide == 1: return fitted[:, None]
+    if high == wide == 1:
+        return fitted[:, None]
     grid = fitted.unflatten(-2, (high, square)).unflatten(-1, (wide, square))
     cut = grid.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
     return torch.cat([cut, fit(fitted, square, square)[:, None]], 1)
@@ -248,15 +262,20 @@ def crop_grid(
     most:int=36, # Crops
 ) -> tuple[int, int]: # Rows and columns
     "The grid of crops for a frame, as Phi-4 chooses it"
-    rows, columns = math.ceil(height / size), math.ceil(width / size)
-    if rows * columns <= most: return rows, columns
-    def off(grid): return abs(width / height - grid[1] / grid[0])
-    grids = [(j, i) for i in range(1, most + 1) for j in range(1, most // i + 1)]
+    rows = math.ceil(height / size)
+    columns = math.ceil(width / size)
+    if rows * columns <= most:
+        return rows, columns
+    def off(grid):
+        return abs(width / height - grid[1] / grid[0])
+    grids = [(j, i)
+             for i in range(1, most + 1) for j in range(1, most // i + 1)]
     grids.sort(key=lambda grid: grid[0] * grid[1])
     nearest = min(map(off, grids))
     first, *larger = [grid for grid in grids if off(grid) == nearest]
     for rows, columns in larger: # the same aspect with more crops, if the frame has the pixels
-        if height * width > .5 * size**2 * rows * columns: first = (rows, columns)
+        if height * width > .5 * size**2 * rows * columns:
+            first = (rows, columns)
     return first
 
 # %% ../../../nbs/2_models/04_vlms.preprocessing.ipynb #597a2191
@@ -271,10 +290,14 @@ def phi4_crops(
     "Frames as Phi-4 sees them"
     height, width = images.shape[-2:]
     rows, columns = crop_grid(height, width, size, most)
-    across, down = columns * size / width, rows * size / height
-    if across < down: new = int(height * across), columns * size
-    else: new = rows * size, int(width * down)
-    below, right = rows * size - new[0], columns * size - new[1]
+    across = columns * size / width
+    down = rows * size / height
+    if across < down:
+        new = int(height * across), columns * size
+    else:
+        new = rows * size, int(width * down)
+    below = rows * size - new[0]
+    right = columns * size - new[1]
     fitted = resize(images, *new, rounded=rounded)
     laid = nn.functional.pad(fitted, (0, right, 0, below), value=1)
     patches = rows * size // patch_size, columns * size // patch_size
@@ -284,7 +307,8 @@ def phi4_crops(
 
     def to_grid(x): # "... (rows y) (columns x)" -> "... rows columns y x"
         return x.unflatten(-2, (rows, -1)).unflatten(-1, (columns, -1)).transpose(-3, -2)
-    cut, masks = to_grid(laid), to_grid(shown)
+    cut = to_grid(laid)
+    masks = to_grid(shown)
     overview = resize(laid, size, size, "bicubic", antialias=False, clip=False)[:, None]
     crops = torch.cat([overview, cut.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)], 1)
     mask = torch.cat([torch.ones_like(masks[0, :1]), masks.flatten(0, 1)])
@@ -304,8 +328,10 @@ def flatten_patches(
     if height % block or width % block:
         raise ValueError("the sides of an image must be multiples of patch_size * merge = "
                          f"{block}, got {height} x {width}. Resize it first.")
-    images = torch.cat([images, images[-1:].expand(-n % depth, -1, -1, -1)])
-    high, wide = height // block, width // block
+    repeated = images[-1:].expand(-n % depth, -1, -1, -1)
+    images = torch.cat([images, repeated])
+    high = height // block
+    wide = width // block
     cut = images.reshape(-1, depth, 3, high, merge, patch_size, wide, merge, patch_size)
     return cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, 3 * depth * patch_size**2)
 
@@ -339,9 +365,12 @@ class FramesText:
         seconds:Sequence[float|int], # When each frame is shown
     ) -> list[str]: # What stands before the tokens of each frame
         "The mark of each frame"
-        clocks = [f"{int(s // 60):02d}:{int(s % 60):02d}" for s in seconds]
-        filled = [self.mark.format(seconds=s, clock=clock) for s, clock in zip(seconds, clocks)]
-        return [(self.between if k else "") + mark + self.before for k, mark in enumerate(filled)]
+        clocks = [f"{int(s // 60):02d}:{int(s % 60):02d}"
+                  for s in seconds]
+        filled = [self.mark.format(seconds=s, clock=clock)
+                  for s, clock in zip(seconds, clocks)]
+        return [(self.between if k else "") + mark + self.before
+                for k, mark in enumerate(filled)]
 
 # %% ../../../nbs/2_models/04_vlms.preprocessing.ipynb #eaceeb7e
 FRAMES_TEXT = {
@@ -370,6 +399,7 @@ def text(
     whole = int(seconds[-1] if duration is None else duration)
     clock = f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
     count = in_words(len(seconds)) if "{count}" in self.opening else ""
-    frames = [mark + self.token * n_tokens + self.after for mark in self.marks(seconds)]
+    frames = [mark + self.token * n_tokens + self.after
+              for mark in self.marks(seconds)]
     opening = self.opening.format(count=count, duration=clock)
     return opening + "".join(frames) + self.closing

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from .hub import HubVLM, VLMSettings
+from .hub import HubVLM, VLMSettings, text_sizes
 from .preprocessing import (
     CLIP_MEAN, CLIP_STD, flatten_patches, normalise, take_frames)
 
@@ -23,20 +23,17 @@ def _mini_config(
     vocab_size:int, # Tokens of the tokenizer
 ) -> Qwen2_5_VLConfig:
     "The class's configuration of a small model"
-    width = settings.hidden_size
-    pairs = width // settings.n_heads // 2 # rotary frequencies of a head
+    pairs = settings.hidden_size // settings.n_heads // 2 # rotary frequencies of a head
     space = 3 * pairs // 8
     rope = {"rope_type": "default", "rope_theta": 1e6,
             "mrope_section": [pairs - 2 * space, space, space]}
     text = dict(
-        vocab_size=vocab_size, hidden_size=width, intermediate_size=3 * width,
-        num_hidden_layers=settings.n_layers, num_attention_heads=settings.n_heads,
-        num_key_value_heads=settings.n_heads, max_position_embeddings=512, rope_parameters=rope,
-        pad_token_id=ids["<|endoftext|>"], bos_token_id=None, eos_token_id=ids["<|im_end|>"])
+        vocab_size=vocab_size, rope_parameters=rope, pad_token_id=ids["<|endoftext|>"],
+        bos_token_id=None, eos_token_id=ids["<|im_end|>"], **text_sizes(settings))
     vision = dict(
         hidden_size=settings.vision_size, intermediate_size=3 * settings.vision_size,
         depth=settings.vision_layers, num_heads=settings.vision_heads,
-        patch_size=settings.patch_size, out_hidden_size=width,
+        patch_size=settings.patch_size, out_hidden_size=settings.hidden_size,
         window_size=2 * settings.patch_size, tokens_per_second=2,
         fullatt_block_indexes=list(range(1, settings.vision_layers)))
     return Qwen2_5_VLConfig(
@@ -47,7 +44,9 @@ def _mini_config(
 # %% ../../../nbs/2_models/11_vlms.qwen25vl.ipynb #0717e309
 class Qwen25VLM(HubVLM):
     "`Qwen2_5_VLForConditionalGeneration` behind the common interface"
-    name, model_class, marked = "qwen25vl", Qwen2_5_VLForConditionalGeneration, False
+    name = "qwen25vl"
+    model_class = Qwen2_5_VLForConditionalGeneration
+    marked = False
     mini = VLMSettings(n_frames=5, image_size=32, patch_size=8) # steps of two frames
     paper = VLMSettings(
         n_frames=8, image_size=336, patch_size=14, hidden_size=3584, n_layers=28, n_heads=28,
@@ -103,6 +102,8 @@ def rope_positions(
     positions:Int[Tensor, "batch tokens"], # Of each token in a prompt that held its turn alone
 ) -> Int[Tensor, "3 batch tokens"]: # Time, height and width
     "Positions in the form that the class takes"
-    n_before, lead = len(self.preamble), self.lead.to(positions.device)
+    n_before = len(self.preamble)
+    lead = self.lead.to(positions.device)
     text = positions[:, n_before:] - n_before + lead[0, -1] + 1
-    return torch.cat([lead[:, None].expand(-1, len(positions), -1), text.expand(3, -1, -1)], 2)
+    before = lead[:, None].expand(-1, len(positions), -1)
+    return torch.cat([before, text.expand(3, -1, -1)], 2)

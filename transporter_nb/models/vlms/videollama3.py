@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import VideoLlama3Config, VideoLlama3ForConditionalGeneration
 
 from ...core.hub import SOURCES
-from .hub import HubVLM, VLMSettings
+from .hub import HubVLM, VLMSettings, text_sizes, vision_sizes
 from .preprocessing import (
     FRAMES_TEXT, flatten_patches, normalise, stepped_frames, take_frames)
 
@@ -33,16 +33,10 @@ def _mini_config(
 ) -> VideoLlama3Config:
     "The class's configuration of a small model"
     text = dict(
-        model_type="qwen2", vocab_size=vocab_size,
-        hidden_size=settings.hidden_size, intermediate_size=3 * settings.hidden_size,
-        num_hidden_layers=settings.n_layers, num_attention_heads=settings.n_heads,
-        num_key_value_heads=settings.n_heads, max_position_embeddings=512,
-        tie_word_embeddings=True, pad_token_id=ids["<|endoftext|>"],
-        eos_token_id=ids["<|im_end|>"], bos_token_id=None)
-    vision = dict(
-        model_type="video_llama_3_vision", patch_size=settings.patch_size,
-        hidden_size=settings.vision_size, intermediate_size=3 * settings.vision_size,
-        num_hidden_layers=settings.vision_layers, num_attention_heads=settings.vision_heads)
+        model_type="qwen2", vocab_size=vocab_size, tie_word_embeddings=True,
+        pad_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"], bos_token_id=None,
+        **text_sizes(settings))
+    vision = dict(model_type="video_llama_3_vision", **vision_sizes(settings))
     return VideoLlama3Config(
         text_config=text, vision_config=vision, image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"], tie_word_embeddings=True)
@@ -50,7 +44,9 @@ def _mini_config(
 # %% ../../../nbs/2_models/10_vlms.videollama3.ipynb #94a7b394
 class VideoLlama3VLM(HubVLM):
     "`VideoLlama3ForConditionalGeneration` behind the common interface"
-    name, model_class, merge = "videollama3", VideoLlama3ForConditionalGeneration, 2
+    name = "videollama3"
+    model_class = VideoLlama3ForConditionalGeneration
+    merge = 2
     mini = VLMSettings(n_frames=5, image_size=32, patch_size=8)
     paper = VLMSettings(
         n_frames=16, image_size=336, patch_size=14,
@@ -60,7 +56,8 @@ class VideoLlama3VLM(HubVLM):
     special_tokens = (
         "<|endoftext|>", "<|unknown|>", "<|im_start|>", "<|im_end|>", "user", "assistant",
         "<|image_pad|>", "<|video_pad|>")
-    image_token, end_token = FRAMES_TEXT["videollama3"].token, "<|im_end|>"
+    image_token = FRAMES_TEXT["videollama3"].token
+    end_token = "<|im_end|>"
     # the line break after a video: inferred, as in Qwen's formats
     opening, after_frames = "<|im_start|>user\n", "\n"
     closing = "<|im_end|>\n<|im_start|>assistant\n"
