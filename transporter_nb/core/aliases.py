@@ -26,5 +26,6 @@ def with_aliases(
                                  f"{given[other]!r} and {given[own]!r}. Give one of them.")
             given[own] = given.pop(other)
         return f(*args, **given)
-    called.__doc__ = f"{f.__doc__ or ''}\n\nTakes the names {' and '.join(ALIASES)} as well.".strip()
+    names = " and ".join(ALIASES)
+    called.__doc__ = f"{f.__doc__ or ''}\n\nTakes the names {names} as well.".strip()
     return called

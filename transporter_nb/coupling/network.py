@@ -63,8 +63,7 @@ class CouplingConfig:
             vlm_tokens=2048, vlm_dim=3840, # eight frames of Gemma 3
             patch=(2, 6, 6), # 1800 mixer tokens, chosen to fit
             projection_width=1024, projection_depth=24, projection_hidden=1024,
-            structure_width=1024, structure_depth=12, structure_heads=16, n_projections=100,
-        )
+            structure_width=1024, structure_depth=12, structure_heads=16, n_projections=100)
         return cls(**(sizes | changes))
 
 # %% ../../nbs/3_coupling/17_network.ipynb #65227457

@@ -161,6 +161,10 @@ class Calibration:
     found: tuple[Calibrated, ...] # In the order asked for
     tried: dict[float, float] # Strength -> measured answer, in the order tried
 
+    def misses(self) -> list[str]: # One sentence each
+        "Why answers were not reached"
+        return [answer.note for answer in self.found if not answer.reached]
+
     def record(self) -> dict: # Plain values
         "For a JSON file"
         found = [answer._asdict() for answer in self.found]

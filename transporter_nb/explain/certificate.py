@@ -308,8 +308,7 @@ def certify(
     steered_by, table = random_controls(directions, row, n_random)
     sweep = steer(generator, caption, generator.noise([seed]), steered_by, table, **run)
     view = models.view(sweep.latents[0], sweep.condition)
-    videos = view.videos
-    reader = choose_reader(vlm, pair, caption, videos.shape[1:])
+    videos, reader = view.videos, choose_reader(vlm, pair, caption, view.videos.shape[1:])
     def report(view):
         distances = distance_fn(view.videos, videos[:1].expand_as(view.videos)).cpu()
         return report_clips(vlm, view, pair, caption, reader, distances)

@@ -90,6 +90,7 @@ class Transporter:
         if self.coupling is None: facts.append("no coupling")
         return f"Transporter({', '.join([*facts, f'{len(self.bank)} concepts'])})"
 
+# %% ../../nbs/5_explain/09_transporter.ipynb #5ad1c2e7
 @patch(as_prop=True)
 def models(self:Transporter) -> Models: # As they are now
     "Generator, VLM and coupling as one object, for functions that take all three"
@@ -364,8 +365,8 @@ def explain(
 ) -> Explanation: # Videos, answers, captions, distances; one clip a strength or wanted answer
     "Videos that change only in what the VLM associates with a change of its answer (paper §3.4)"
     _check_subject(caption, seed)
-    strengths, wanted, evaluations, vlm_weight = check_request(
-        strengths, target_probability, evaluations, vlm_weight)
+    asked = strengths, target_probability, evaluations, vlm_weight
+    strengths, wanted, evaluations, vlm_weight = check_request(*asked)
     self.models.check_through(through)
     pairs, merged = self.changes(caption, change, target_caption)
     noise = self.generator.noise([seed])
@@ -377,8 +378,7 @@ def explain(
     if wanted is None: run, calibration = steered(_with_zero(strengths, len(directions))), None
     else: run, calibration = self.answered(steered, wanted, merged, caption, through, evaluations)
     settings = self._settings(seed, dials, vlm_weight, pairs, directions, calibration, through)
-    for found in calibration.found if calibration else ():
-        if not found.reached: warnings.warn(found.note, stacklevel=4) # 4: past the decorators
+    for note in calibration.misses() if calibration else (): warnings.warn(note, stacklevel=4)
     return self._explanation(caption, merged, run, directions, settings)
 
 documented("l2v.explain('one large red ball slides ...', 'red -> blue')")(Transporter.explain)

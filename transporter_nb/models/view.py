@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+from fastcore.basics import patch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -76,25 +77,29 @@ class Models:
         if self.check_through(through) == "phi": return self
         return replace(self, coupling=None)
 
-    def view(self,
-        latents:Float[Tensor, "clips channels latent_frames latent_height latent_width"], # At `t`
-        condition:PromptCondition, # Of their generation, one row a clip or one for all
-        t:float|Float[Tensor, "clips"]=1., # Flow time of the latents, for Phi: 1 is finished
-        batch_size:int=64, # Clips at once
-    ) -> View: # On the models' device
-        "Decode latents, and get the VLM's tokens of them in both ways (paper, section 3.2)"
-        condition, parts = condition.expand_to(len(latents)), []
-        for start in range(0, len(latents), batch_size):
-            rows = slice(start, start + batch_size)
-            time = t[rows] if isinstance(t, Tensor) and t.ndim else t
-            videos = self.decode(latents[rows])
-            seen = self.vlm.embed(videos)
-            phi = self._through_phi(latents[rows], condition.index(rows), seen, time)
-            parts.append((videos, seen, phi))
-        return View(latents, condition, *(torch.cat(part) for part in zip(*parts)))
+# %% ../../nbs/2_models/22_view.ipynb #33515fb9
+@patch
+def _through_phi(self:Models, latents, condition, seen, t):
+    "Tokens of the coupling, without gradient to the prompt"
+    if self.coupling is None: return seen
+    embeds = condition.embeds.detach()
+    return self.coupling(latents, embeds, condition.mask, seen, t).transported
 
-    def _through_phi(self, latents, condition, seen, t):
-        "Tokens of the coupling, without gradient to the prompt"
-        if self.coupling is None: return seen
-        embeds = condition.embeds.detach()
-        return self.coupling(latents, embeds, condition.mask, seen, t).transported
+@patch
+def view(
+    self:Models,
+    latents:Float[Tensor, "clips channels latent_frames latent_height latent_width"], # At `t`
+    condition:PromptCondition, # Of their generation, one row a clip or one for all
+    t:float|Float[Tensor, "clips"]=1., # Flow time of the latents, for Phi: 1 is finished
+    batch_size:int=64, # Clips at once
+) -> View: # On the models' device
+    "Decode latents, and get the VLM's tokens of them in both ways (paper, section 3.2)"
+    condition, parts = condition.expand_to(len(latents)), []
+    for start in range(0, len(latents), batch_size):
+        rows = slice(start, start + batch_size)
+        time = t[rows] if isinstance(t, Tensor) and t.ndim else t
+        videos = self.decode(latents[rows])
+        seen = self.vlm.embed(videos)
+        phi = self._through_phi(latents[rows], condition.index(rows), seen, time)
+        parts.append((videos, seen, phi))
+    return View(latents, condition, *(torch.cat(part) for part in zip(*parts)))

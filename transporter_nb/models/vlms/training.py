@@ -242,6 +242,12 @@ def training_step(
     optimizer.step()
     return loss.item()
 
+def _seeded_locator(make_locator, vlm, seed):
+    "A new locator, the same for the same seed, where the VLM is"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make_locator(vlm).to(next(vlm.parameters()).device)
+
 # %% ../../../nbs/2_models/13_vlms.training.ipynb #93859fbc
 def train_vlm(
     vlm:VideoLanguageModel, # Changed in place: ends with the averaged weights, frozen
@@ -256,11 +262,9 @@ def train_vlm(
 ) -> list[float]: # Loss of every step since the very start
     "Teach a VLM to answer, resumable to the same numbers"
     batches = batches or (lambda step: world_batch(step, settings.batch_size, settings.seed))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        locator = make_locator(vlm).to(next(vlm.parameters()).device)
+    locator = _seeded_locator(make_locator, vlm, settings.seed)
     parts = vlm.train().learned_parts()
-    learned = nn.ModuleDict({"vlm": parts, "locator": locator}).train().requires_grad_(True)
+    learned = nn.ModuleDict({"vlm": parts, "locator": locator}).requires_grad_(True)
     optimizer = vlm_optimizer(learned, settings)
     average = {name: value.detach().clone() for name, value in parts.named_parameters()}
     losses, step = [], 0
@@ -268,13 +272,12 @@ def train_vlm(
         state = load_training(resume_path)
         step, losses = state.restore(learned, optimizer, average), list(state.extra["losses"])
     def save():
-        if resume_path:
-            save_training(resume_path, step, learned, optimizer, average, extra={"losses": losses})
-    start = time.monotonic()
+        state = step, learned, optimizer, average
+        if resume_path: save_training(resume_path, *state, extra={"losses": losses})
+    end = time.monotonic() + 60 * minutes
     with matmul_precision(settings.matmul):
-        while step < settings.steps and time.monotonic() - start < 60 * minutes:
-            batch = batches(step)
-            taught = vlm, learned, optimizer, batch, settings, step, answer_loss
+        while step < settings.steps and time.monotonic() < end:
+            taught = vlm, learned, optimizer, batches(step), settings, step, answer_loss
             losses.append(training_step(*taught))
             update_average(average, parts, step, settings.ema_decay)
             step += 1
