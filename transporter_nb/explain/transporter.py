@@ -23,9 +23,8 @@ from transporter_nb.concepts.shaping import (
     WORD_GROUPS, ShapedConcept, ShapingConfig, measure_answers, with_word, word_of,
 )
 from ..core.aliases import with_aliases
-from transporter_nb.core.base import (
-    as_config, check_scale, checkpoint_path, resolve_device, tensor_digest,
-)
+from ..core.base import (as_config, check_scale, checkpoint_path, resolve_device,
+                                      tensor_digest)
 from ..core.hub import SOURCES, LoadOptions
 from ..coupling.network import CouplingNetwork
 from .answer_table import read_answers
@@ -90,7 +89,6 @@ class Transporter:
         if self.coupling is None: facts.append("no coupling")
         return f"Transporter({', '.join([*facts, f'{len(self.bank)} concepts'])})"
 
-# %% ../../nbs/5_explain/09_transporter.ipynb #5ad1c2e7
 @patch(as_prop=True)
 def models(self:Transporter) -> Models: # As they are now
     "Generator, VLM and coupling as one object, for functions that take all three"
