@@ -22,7 +22,7 @@ from ..core.docstrings import documented
 @documented("""
     pair = ContrastPair("red", "blue")
     pair.apply("one large red ball") # 'one large blue ball'
-""", {"ValueError": "The sides have unequal numbers of words, or a word changes into itself or twice."})
+""", {"ValueError": "The sides have unequal numbers of words, or a word stays or changes twice."})
 @dataclass(frozen=True)
 class ContrastPair:
     "One change of an answer: source words, and the words that take their place"

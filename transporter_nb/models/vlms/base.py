@@ -163,7 +163,8 @@ def word_ids(
                    if stand_in in ids_of(word)]
         words = set(self.tokenizer.get_vocab()) - set(self.tokenizer.all_special_tokens)
         known = sorted(word for word in words if word.isalpha())
-        raise ValueError(f"{self.name} has no token for {', '.join(map(repr, unknown))} in {text!r}."
+        strange = ", ".join(map(repr, unknown))
+        raise ValueError(f"{self.name} has no token for {strange} in {text!r}."
                          f"{did_you_mean(unknown, known)} Its words: {' '.join(known)}.")
     return ids
 
