@@ -54,7 +54,6 @@ class CouplingConfig:
     def mini(cls, **changes) -> "CouplingConfig": # `changes`: above all sizes of the models at hand
         "The miniature of about 1.2M parameters, trained on a CPU"
         return cls(**changes)
-
     @classmethod
     def paper(cls, **changes) -> "CouplingConfig": # `changes`: above all `vlm_tokens` and `vlm_dim`
         "24 mixer layers, 12 Transformer layers, 100 projections (paper §3.2); the rest is chosen"
