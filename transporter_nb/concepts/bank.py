@@ -30,10 +30,7 @@ from ..world.contrasts import ContrastPair, parse_contrast
 # %% ../../nbs/4_concepts/03_bank.ipynb #57ac788a
 class ConceptBank(MutableMapping):
     "Concepts by name: `bank['red -> blue']`"
-    def __init__(self,
-        concepts:Sequence[Direction]=(), # Concepts, or paths of words (`concepts.paths`)
-        **facts, # Plain values, kept in the file
-    ):
+    def __init__(self, concepts:Sequence[Direction]=(), **facts):
         self.concepts = {concept.pair.name: concept for concept in concepts}
         self.facts = facts
 

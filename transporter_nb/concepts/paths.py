@@ -373,6 +373,7 @@ def step_seen(
             f"{len(clips)} seeds. Give more seeds, more way points, or a distance of pixels.")
     return found.mean().item()
 
+# %% ../../nbs/4_concepts/07_paths.ipynb #661d7e74
 @torch.no_grad()
 def by_arc_length(
     path:ConceptPath, # Its knots are replaced
