@@ -191,7 +191,8 @@ def seen_latents(
         if t is not None and not bool((torch.as_tensor(t) == 1).all()):
             raise ValueError(
                 f"this network sees the clip to come, which at t = {t} is not the state. Pass "
-                "coming=predict_data(latents, velocity, t) of models.generators.base.")
+                "coming=predict_data(latents, velocity, t) of models.generators.base, with the "
+                "velocity under the empty prompt.")
         coming = latents
     if self.config.sees == "coming": return coming
     return torch.cat([latents, coming.to(latents)], 1)
@@ -205,7 +206,7 @@ def forward(
     condition_mask:Bool[Tensor, "batch prompt_tokens"], # True on its own tokens; all False: no text
     reencoded:Float[Tensor, "batch vlm_tokens vlm_dim"], # The VLM's tokens of the decoded latents
     t:float|Float[Tensor, "*clips"]|None=None, # Flow time in [0, 1], 0 is noise; None is 1
-    # z_t + (1 - t) v, for a network that sees it; None: `latents`, at t = 1 only
+    # z_t + (1 - t) v, v under the empty prompt, if the network sees it; None: `latents`, at t = 1
     coming:Float[Tensor, "batch channels latent_frames latent_height latent_width"]|None=None,
 ) -> CouplingOutput: # In the VLM's own units and the type of the network's weights
     "From the generator's side to tokens the VLM can read (paper §3.2)"

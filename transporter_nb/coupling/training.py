@@ -60,7 +60,7 @@ class CouplingBatch(NamedTuple):
     t: Float[Tensor, "batch"] # Flow time in [0, 1] of `latents`, 0 is noise
     # Rows of these clips in the data, for an `extra_loss` that needs more than tensors
     rows: Int[Tensor, "batch"]|None = None
-    # z_t + (1 - t) v under these prompts, for a network that sees the clip to come
+    # z_t + (1 - t) v, v under the empty prompt, for a network that sees the clip to come
     coming: Float[Tensor, "batch channels latent_frames latent_height latent_width"]|None = None
 
     def to(self,
@@ -163,11 +163,9 @@ def vary_prompts(
     keep = (torch.rand(n, generator=generator) >= training.text_dropout).to(device)
     varied = training.text_shuffle + training.text_exchange
     if not varied: return embeds, mask & keep[:, None]
-    if training.text_exchange and (n < 2 or batch.coming is not None):
-        raise ValueError(
-            "prompts are exchanged among two clips or more, none of which brings the clip to come: "
-            f"got {n} clips, coming {'given' if batch.coming is not None else 'None'}. For a clip "
-            "to come exchange prompts when its velocity is computed.")
+    if training.text_exchange and n < 2:
+        raise ValueError(f"prompts are exchanged among two clips or more, got {n}. Draw larger "
+                         "batches, or leave text_exchange at 0.")
     lot = torch.rand(n, generator=generator).to(device)
     step = int(torch.randint(1, max(n, 2), (1,), generator=generator)) # another clip for everyone
     swap = lot < training.text_exchange

@@ -53,7 +53,7 @@ def questions_between(
                 found.append(Question(clip, Turn(DESCRIBE, prefix), *ids))
     return found
 
-# %% ../../nbs/6_evaluate/23_disagreement.ipynb #2b780f12
+# %% ../../nbs/6_evaluate/23_disagreement.ipynb #0177bba3
 class Shares(NamedTuple):
     "Whose word is answered, as shares of the questions"
     clip: float # The clip's
@@ -73,8 +73,7 @@ def whose_words(
     "Count the clip's words, the prompt's, and others"
     if len(answers) != len(questions) or not len(questions):
         raise ValueError("need one answer a question and at least one question, got "
-                         f"{len(answers)} answers and {len(questions)} questions. Prompts of the "
-                         "clips' own words leave nothing to ask.")
+                         f"{len(answers)} answers and {len(questions)} questions.")
     said = list(zip(answers.tolist(), questions))
     clip = sum(token in question.clip_ids for token, question in said) / len(said)
     prompt = sum(token in question.prompt_ids for token, question in said) / len(said)
@@ -96,7 +95,7 @@ def answers_to(
         said.append(vlm.turn_log_probs(rows, [[question.turn] for question in some])[:, 0])
     return torch.cat([part.argmax(-1) for part in said]).cpu()
 
-# %% ../../nbs/6_evaluate/23_disagreement.ipynb #46bfdd34
+# %% ../../nbs/6_evaluate/23_disagreement.ipynb #3cf51e04
 @torch.no_grad()
 def ways_to_look(
     generator:VideoGenerator, # Frozen
@@ -110,17 +109,21 @@ def ways_to_look(
     "The VLM's tokens of a state, of the clip to come, and through Phi"
     velocity = generator.guided_velocity(states, condition, t, guidance)
     coming = predict_data(states, velocity, t)
-    seen = {}
-    for name, latents in (("decode and re-encode", states), ("the clip to come", coming)):
-        seen[name] = vlm.embed(generator.decode(latents).clamp(0, 1))
+    alone = generator.velocity(states, generator.null_condition(len(states)), t)
+    looks = {"decode and re-encode": states, "the clip to come": coming,
+             "the clip to come, no prompt": predict_data(states, alone, t)}
+    seen = {name: vlm.embed(generator.decode(latents).clamp(0, 1))
+            for name, latents in looks.items()}
     if coupling is None: return seen
     text = condition.embeds, condition.mask
     if getattr(coupling.config, "sees", "state") == "state":
         output = coupling(states, *text, seen["decode and re-encode"], t)
-    else: output = coupling(states, *text, seen["the clip to come"], t, coming)
+    else:
+        unled = "the clip to come, no prompt"
+        output = coupling(states, *text, seen[unled], t, looks[unled])
     return seen | {"Phi": output.transported}
 
-# %% ../../nbs/6_evaluate/23_disagreement.ipynb #24ccd8d0
+# %% ../../nbs/6_evaluate/23_disagreement.ipynb #004060bf
 @torch.no_grad()
 def disagreement(
     generator:VideoGenerator, # Frozen
@@ -139,6 +142,9 @@ def disagreement(
                          f"{len(video)} clips, {len(captions)} captions and t = {t}.")
     prompts = [*captions[1:], captions[0]]
     questions = questions_between(vlm, list(captions), prompts)
+    if not questions:
+        raise ValueError(f"captions and prompts have the same words ({captions[0]!r} ...), which "
+                         "leaves nothing to ask. Give clips of different captions.")
     noise = generator.noise([seed + k for k in range(len(video))])
     parts = []
     for first in range(0, len(video), batch_size):
