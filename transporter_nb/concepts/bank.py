@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import listify, patch, patch_to
 from torch import nn
 
-from .concept import Concept, ConceptConfig
+from .concept import Concept, ConceptConfig, Direction
 from .learning import Progress, gather, learn_concept
 from ..core.base import load_checkpoint, save_checkpoint
 from ..core.docstrings import documented
@@ -31,11 +31,11 @@ from ..world.contrasts import ContrastPair, parse_contrast
 # %% ../../nbs/4_concepts/03_bank.ipynb #57ac788a
 class ConceptBank(MutableMapping):
     "Concepts by name: `bank['red -> blue']`"
-    def __init__(self, concepts:Sequence[Concept]=(), **facts):
+    def __init__(self, concepts:Sequence[Direction]=(), **facts):
         self.concepts = {concept.pair.name: concept for concept in concepts}
         self.facts = facts
 
-    def __getitem__(self, pair:str|ContrastPair) -> Concept:
+    def __getitem__(self, pair:str|ContrastPair) -> Direction:
         name = parse_contrast(pair).name
         if name not in self.concepts:
             held = ", ".join(map(repr, self.concepts)) or "none"
@@ -45,7 +45,7 @@ class ConceptBank(MutableMapping):
             )
         return self.concepts[name]
 
-    def __setitem__(self, pair:str|ContrastPair, concept:Concept):
+    def __setitem__(self, pair:str|ContrastPair, concept:Direction):
         if parse_contrast(pair).name != concept.pair.name:
             raise ValueError(f"{concept.pair.name!r} cannot be stored as {pair!r}.")
         self.concepts[concept.pair.name] = concept

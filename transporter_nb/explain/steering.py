@@ -15,8 +15,9 @@ from fastcore.basics import listify
 from jaxtyping import Float
 from torch import Tensor
 
-from ..concepts.concept import Direction, shift
+from ..concepts.concept import Direction
 from ..concepts.directions import Replacement, VelocityPush
+from ..concepts.paths import offsets_at, shift_along
 from ..core.aliases import with_aliases
 from ..models.generators.base import PromptCondition, VideoGenerator, integrate
 
@@ -219,12 +220,10 @@ def shifted_prompts(
 ) -> PromptCondition|None: # None: nothing shifts the prompt
     "Prompts of a sweep, one row a clip and strength, clip by clip"
     if not directions: return None
-    columns = [d.amount(column) if hasattr(d, "amount") else column
-               for d, column in zip(directions, table.T)]
-    amounts, rows = torch.stack(columns, 1), []
+    rows = []
     for k, text in enumerate(captions):
-        offsets = torch.stack([d.offset(generator, text) for d in directions])
-        rows.append(shift(source.index(k), offsets, amounts))
+        added = [offsets_at(d, generator, text, column) for d, column in zip(directions, table.T)]
+        rows.append(shift_along(source.index(k), torch.stack(added)))
     return PromptCondition.cat(rows)
 
 # %% ../../nbs/5_explain/01_steering.ipynb #e645879f
