@@ -17,6 +17,7 @@ from transporter_nb.evaluate.disagreement import (
     Shares, disagreement, disagreement_table, questions_between, ways_to_look, whose_words,
 )
 from transporter_nb.models.generators.base import PromptCondition, VideoGenerator
+from transporter_nb.models.view import Models
 from transporter_nb.models.vlms.base import VideoLanguageModel, word_tokenizer
 
 COLOURS = ("red", "green", "blue")
@@ -92,12 +93,12 @@ CLIPS = torch.eye(3)[:, None, :, None, None]
 
 
 def test_by_hand_every_row_says_whose_word_it_is():
-    found = disagreement(Colours(), Reader(), Believer(), CLIPS, CAPTIONS, 1., seed=0)
+    found = disagreement(Models(Colours(), Reader(), Believer()), CLIPS, CAPTIONS, 1., seed=0)
     of_clip, of_prompt = Shares(1., 0., 0., 3), Shares(0., 1., 0., 3)
     assert found["prompt words"] == of_prompt and found["Phi"] == of_prompt
     assert found["the clip itself"] == of_clip and found["decode and re-encode"] == of_clip
     # early, the generator is already on its way to the prompt's colour
-    early = disagreement(Colours(), Reader(), Sees(), CLIPS, CAPTIONS, .3, seed=0)
+    early = disagreement(Models(Colours(), Reader(), Sees()), CLIPS, CAPTIONS, .3, seed=0)
     assert early["the clip to come"] == of_prompt
     assert early["Phi"] == early["the clip to come, no prompt"]
     assert early["the clip itself"] == of_clip
@@ -108,7 +109,7 @@ def test_by_hand_every_row_says_whose_word_it_is():
 
 
 def test_batches_change_nothing_and_phi_may_be_left_out():
-    inputs = Colours(), Reader(), None, CLIPS, CAPTIONS, .6, 3
+    inputs = Models(Colours(), Reader()), CLIPS, CAPTIONS, .6, 3
     whole = disagreement(*inputs)
     assert "Phi" not in whole and whole == disagreement(*inputs, batch_size=2)
 
@@ -129,13 +130,13 @@ def test_shares_add_up(answers):
 
 
 def test_errors_say_what_and_how():
-    models = Colours(), Reader(), None
+    models = Models(Colours(), Reader())
     with pytest.raises(ValueError, match="two clips or more"):
-        disagreement(*models, CLIPS[:1], CAPTIONS[:1], .3, 0)
+        disagreement(models, CLIPS[:1], CAPTIONS[:1], .3, 0)
     with pytest.raises(ValueError, match="t = 1.5"):
-        disagreement(*models, CLIPS, CAPTIONS, 1.5, 0)
+        disagreement(models, CLIPS, CAPTIONS, 1.5, 0)
     with pytest.raises(ValueError, match="leaves nothing to ask"):
-        disagreement(*models, CLIPS, ["a red ball"] * 3, .3, 0)
+        disagreement(models, CLIPS, ["a red ball"] * 3, .3, 0)
 
 
 def batch_of(n, **more):
@@ -238,7 +239,7 @@ def test_shipped_couplings_are_the_papers_form():
 
 def test_all_looks_share_state_and_prompt():
     looks = ways_to_look(
-        Colours(), Reader(), None, CLIPS.transpose(1, 2), Colours().encode_prompt(CAPTIONS[::-1]),
-        .5)
+        Models(Colours(), Reader()), CLIPS.transpose(1, 2),
+        Colours().encode_prompt(CAPTIONS[::-1]), .5)
     assert torch.equal(looks["decode and re-encode"][:, 0], torch.eye(3))
     torch.testing.assert_close(looks["the clip to come"][:, 0], torch.eye(3).flip(0))

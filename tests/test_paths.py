@@ -22,6 +22,7 @@ from transporter_nb.explain.transporter import Transporter
 from transporter_nb.models.generators.base import PromptCondition, VideoGenerator
 from transporter_nb.models.pairing import check_concepts, made_for
 from transporter_nb.models.registry import load_generator, load_vlm
+from transporter_nb.models.view import Models
 from transporter_nb.models.vlms.base import VideoLanguageModel, word_tokenizer
 from transporter_nb.world.contrasts import parse_contrast
 
@@ -193,7 +194,7 @@ def test_strength_is_the_share_of_the_arc(seen):
 
 def test_a_vlm_names_the_way_points():
     heat, vlm = Heat(), Thermometer()
-    path = ask_way_points(heat, vlm, None, HEAT, CAPTION, [0, 1])
+    path = ask_way_points(Models(heat, vlm), HEAT, CAPTION, [0, 1])
     # half way to 8 is 4, hot; to 4 is 2, cool or warm alike; from 4 to 8 is 6, hot or boiling
     assert path.words[0] == "cold" and path.words[-2:] == ("hot", "boiling")
     assert len(path.words) == 4 and path.words[1] in ("cool", "warm")
@@ -201,13 +202,13 @@ def test_a_vlm_names_the_way_points():
         "cold -> boiling", "cold -> hot", "hot -> boiling"]
     assert path.meta["asked"][0]["answers"]["hot"] > .99
     assert "tropical" not in path.meta["asked"][0]["answers"]
-    assert ask_way_points(heat, vlm, None, HEAT, CAPTION, [0], depth=1).between == ("hot",)
+    assert ask_way_points(Models(heat, vlm), HEAT, CAPTION, [0], depth=1).between == ("hot",)
     assert path.meta["vlm"] == "thermometer"
 
 
 def test_saved_and_loaded(tmp_path):
     heat, vlm = Heat(), Thermometer()
-    asked = ask_way_points(heat, vlm, None, HEAT, CAPTION, [0])
+    asked = ask_way_points(Models(heat, vlm), HEAT, CAPTION, [0])
     even = by_arc_length(asked, apart, heat, CAPTION, [0])
     other = by_arc_length(path_through("cool -> hot", ["warm"]), apart, heat, "a cool day", [0])
     again = load_paths(save_paths(tmp_path / "paths.safetensors", [even, other]))
@@ -260,7 +261,8 @@ def test_steering_takes_a_path_beside_a_concept():
     (lambda: by_arc_length(ConceptPath(HEAT), apart, Heat(), CAPTION, []), "a seed or more"),
     (lambda: by_arc_length(ConceptPath(HEAT), lambda a, b: apart(a, b) / 0 * 0, Heat(), CAPTION),
      "not finite for any of 4 seeds"),
-    (lambda: ask_way_points(Heat(), Thermometer(), None, HEAT, CAPTION, least=1.), "least from 0"),
+    (lambda: ask_way_points(Models(Heat(), Thermometer()), HEAT, CAPTION, least=1.),
+     "least from 0"),
     (lambda: save_paths("x.safetensors", [ConceptPath(HEAT)] * 2), "cold -> boiling twice"),
     (lambda: shift_along(Heat().encode_prompt(["a", "a"]), torch.zeros(1, 2, 5, 1)), "got 2 rows"),
 ])

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from .concept import ConceptConfig, Direction
 from .directions import rms_distance
-from .learning import through_coupling
 from ..core.base import load_checkpoint, save_checkpoint, widen
 from ..models.answers import word_answers
 from ..models.generators.base import PromptCondition, VideoGenerator
 from ..models.pairing import made_for
+from ..models.view import Models
 from ..models.vlms.base import VideoLanguageModel
 from ..world.contrasts import PLURALS, SINGULARS, ContrastPair, parse_contrast
 
@@ -266,9 +266,7 @@ def asked_for(
 # %% ../../nbs/4_concepts/07_paths.ipynb #cba29c5e
 @torch.no_grad()
 def answers_half_way(
-    generator:VideoGenerator, # Frozen
-    vlm:VideoLanguageModel, # Frozen
-    coupling:nn.Module|None, # Phi, or None for decode and re-encode
+    models:Models, # Frozen; answers go through Phi where there is one
     pair:ContrastPair, # The two ends
     caption:str, # Holds the source word
     seeds:Sequence[int], # One clip each
@@ -276,11 +274,11 @@ def answers_half_way(
     **dials, # `steps` and `guidance` of `generator.sample`
 ) -> dict[str, float]: # Most probable first; words that the generator can be asked for
     "How probable a VLM finds words half way between two others"
+    generator, vlm = models.generator, models.vlm
     half = ConceptPath(pair).condition(generator, caption, torch.tensor([.5]))
     latents = generator.sample(half, seeds=list(seeds), **dials)
-    seen = vlm.embed(generator.decode(latents).clamp(0, 1))
-    seen = through_coupling(coupling, latents, half, seen)
-    answers = word_answers(vlm, seen, pair, caption)[:, 0].exp().mean(0)
+    tokens = models.view(latents, half).phi
+    answers = word_answers(vlm, tokens, pair, caption)[:, 0].exp().mean(0)
     found = {}
     for token in answers.topk(min(n_words, len(answers))).indices.tolist():
         word = spoken(pair, caption, vlm.tokenizer.decode([token]).strip())
@@ -304,9 +302,7 @@ def check_questions(
 
 # %% ../../nbs/4_concepts/07_paths.ipynb #8fb5dbd0
 def ask_way_points(
-    generator:VideoGenerator, # Frozen
-    vlm:VideoLanguageModel, # Frozen: its answers decide
-    coupling:nn.Module|None, # Phi, or None for decode and re-encode
+    models:Models, # Frozen; the VLM's answers decide, through Phi where there is one
     pair:str|ContrastPair, # `"red -> blue"`
     caption:str, # Holds the source word
     seeds:Sequence[int]=range(8), # Of the clips of each question (chosen)
@@ -322,8 +318,7 @@ def ask_way_points(
     texts = {pair.source: caption}
     def ask(source, target, depth):
         ends = ContrastPair(source, target)
-        models = generator, vlm, coupling
-        answers = answers_half_way(*models, ends, texts[source], seeds, **dials)
+        answers = answers_half_way(models, ends, texts[source], seeds, **dials)
         asked.append({"between": ends.name, "answers": answers})
         word, probability = max(answers.items(), key=lambda item: item[1], default=("", 0.))
         if word in known or probability < least: return []
@@ -333,7 +328,7 @@ def ask_way_points(
         return [*ask(source, word, depth - 1), word, *ask(word, target, depth - 1)]
     between = tuple(ask(pair.source, pair.target, depth))
     meta = {"origin": "asked", "captions": [caption], "asked": asked, "seeds": list(seeds)}
-    meta |= {"vlm": vlm.name, "made_for": made_for(generator, vlm)}
+    meta |= {"vlm": models.vlm.name, "made_for": made_for(models.generator, models.vlm)}
     return ConceptPath(pair, between, (), meta)
 
 # %% ../../nbs/4_concepts/07_paths.ipynb #8e83818b

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.pages import html_table
-from ..models.generators.base import PromptCondition, VideoGenerator
-from ..models.generators.base import mix, predict_data
+from ..models.generators.base import PromptCondition, mix, predict_data
+from ..models.view import Models
 from ..models.vlms.base import DESCRIBE, Turn, VideoLanguageModel
 from ..world.contrasts import PLURALS, SINGULARS, changed_words
 
@@ -98,22 +98,20 @@ def answers_to(
 # %% ../../nbs/6_evaluate/23_disagreement.ipynb #3cf51e04
 @torch.no_grad()
 def ways_to_look(
-    generator:VideoGenerator, # Frozen
-    vlm:VideoLanguageModel, # Frozen
-    coupling:nn.Module|None, # Phi; None leaves its row out
+    models:Models, # Frozen; without Phi its row is left out
     states:Float[Tensor, "clips channels latent_frames latent_height latent_width"], # z_t
     condition:PromptCondition, # The wrong prompts, one row a clip
     t:float, # Flow time of the states
     guidance:float=1., # Of the velocity that leads to the clip to come; 1 is the plain one
 ) -> dict[str, Float[Tensor, "clips vlm_tokens vlm_dim"]]: # Tokens by row of the table
     "The VLM's tokens of a state, of the clip to come, and through Phi"
+    generator, coupling = models.generator, models.coupling
     velocity = generator.guided_velocity(states, condition, t, guidance)
     coming = predict_data(states, velocity, t)
     alone = generator.velocity(states, generator.null_condition(len(states)), t)
     looks = {"decode and re-encode": states, "the clip to come": coming,
              "the clip to come, no prompt": predict_data(states, alone, t)}
-    seen = {name: vlm.embed(generator.decode(latents).clamp(0, 1))
-            for name, latents in looks.items()}
+    seen = {name: models.vlm.embed(models.decode(latents)) for name, latents in looks.items()}
     if coupling is None: return seen
     text = condition.embeds, condition.mask
     if getattr(coupling.config, "sees", "state") == "state":
@@ -126,9 +124,7 @@ def ways_to_look(
 # %% ../../nbs/6_evaluate/23_disagreement.ipynb #004060bf
 @torch.no_grad()
 def disagreement(
-    generator:VideoGenerator, # Frozen
-    vlm:VideoLanguageModel, # Frozen
-    coupling:nn.Module|None, # Phi; None leaves its row out
+    models:Models, # Frozen; without Phi its row is left out
     video:Float[Tensor, "clips frames 3 height width"], # Real clips in [0, 1], two or more
     captions:Sequence[str], # One each; the prompt of a clip is the caption of the next
     t:float, # Flow time of the states, from 0 to 1
@@ -140,7 +136,7 @@ def disagreement(
     if len(captions) != len(video) or len(video) < 2 or not 0 <= t <= 1:
         raise ValueError("need two clips or more with a caption each and t from 0 to 1, got "
                          f"{len(video)} clips, {len(captions)} captions and t = {t}.")
-    prompts = [*captions[1:], captions[0]]
+    generator, vlm, prompts = models.generator, models.vlm, [*captions[1:], captions[0]]
     questions = questions_between(vlm, list(captions), prompts)
     if not questions:
         raise ValueError(f"captions and prompts have the same words ({captions[0]!r} ...), which "
@@ -152,7 +148,7 @@ def disagreement(
         clips = video[rows].to(generator.device)
         states = mix(noise[rows], generator.encode(clips), t)
         condition = generator.encode_prompt(prompts[rows])
-        looks = ways_to_look(generator, vlm, coupling, states, condition, t, guidance)
+        looks = ways_to_look(models, states, condition, t, guidance)
         parts.append({"the clip itself": vlm.embed(clips), **looks})
     found = {"prompt words": Shares(0., 1., 0., len(questions))}
     for name in parts[0]:
