@@ -15,17 +15,14 @@ from pathlib import Path
 
 import torch
 from fastcore.basics import listify, patch, patch_to
-from torch import nn
 
 from .concept import Concept, ConceptConfig, Direction
 from .learning import Progress, gather, learn_concept
 from ..core.base import load_checkpoint, save_checkpoint
 from ..core.docstrings import documented
 from ..core.pages import html_block, html_table
-from ..models.generators.base import VideoGenerator
 from ..models.pairing import check_concepts, made_for
 from ..models.view import Models
-from ..models.vlms.base import VideoLanguageModel
 from ..world.contrasts import ContrastPair, parse_contrast
 
 # %% ../../nbs/4_concepts/03_bank.ipynb #57ac788a

@@ -19,16 +19,14 @@ from typing import Any
 import torch
 from fastcore.basics import patch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from .concept import ConceptConfig, Direction
-from .directions import rms_distance
 from ..core.base import load_checkpoint, save_checkpoint, widen
 from ..models.answers import word_answers
 from ..models.generators.base import PromptCondition, VideoGenerator
 from ..models.pairing import made_for
 from ..models.view import Models
-from ..models.vlms.base import VideoLanguageModel
 from ..world.contrasts import PLURALS, SINGULARS, ContrastPair, parse_contrast
 
 # %% ../../nbs/4_concepts/07_paths.ipynb #66c4afa9

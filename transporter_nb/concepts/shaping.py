@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..models.answers import answer_gap, pair_ids, word_answers
 from .concept import Direction

@@ -8,7 +8,7 @@ __all__ = ['SEES', 'CouplingConfig', 'CouplingOutput', 'CouplingNetwork']
 # %% ../../nbs/3_coupling/17_network.ipynb #3faf24d8
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 

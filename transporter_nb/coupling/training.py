@@ -9,7 +9,7 @@ __all__ = ['coupling_losses', 'CouplingBatch', 'CouplingTraining', 'coupling_opt
 # %% ../../nbs/3_coupling/18_training.ipynb #67853ccf
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from html import escape
 from math import cos, inf, isfinite, pi
 from pathlib import Path

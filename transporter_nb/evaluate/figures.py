@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..explain.drawing import WORD_COLOURS
-from ..explain.explanation import Explanation, run_facts
+from ..explain.explanation import Explanation
 from ..world.video import frames_to_uint8, resize_video
 
 # %% ../../nbs/6_evaluate/18_figures.ipynb #fb942777

@@ -30,11 +30,9 @@ from transporter_nb.evaluate.baselines.priors import (
     blur, chain, jitter, l2_size, patch_borders, patch_variance, temporal_variation,
     total_variation,
 )
-from ..world.contrasts import SINGULARS, ContrastPair, parse_contrast
+from ..world.contrasts import SINGULARS, ContrastPair
 from ..core.base import config_hash, tensor_digest
-from transporter_nb.models.encoders.networks import (
-    FRAME_SLOTS, FrameEncoder, VideoEncoder, load_encoder,
-)
+from ..models.encoders.networks import FrameEncoder, VideoEncoder, load_encoder
 from .metrics.alignment import clip_score
 from .metrics.video import nearest_perceptual_distance
 from ..models.vlms.base import DESCRIBE, SLOT_QUESTIONS, Turn, VideoLanguageModel

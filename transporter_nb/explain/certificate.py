@@ -11,12 +11,12 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from fastcore.basics import listify
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..concepts.concept import Direction
 from ..concepts.directions import VelocityPush, rms_distance

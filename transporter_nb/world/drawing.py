@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .scenes import COLUMNS, GROUNDS, HOP, SLOTS, Scene, to_numbers
+from .scenes import COLUMNS, GROUNDS, HOP, Scene, to_numbers
 
 # %% ../../nbs/1_world/06_drawing.ipynb #c11e74a4
 SIZE, FRAMES = 48, 9 # px, height and width; frames of a clip

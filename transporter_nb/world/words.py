@@ -10,7 +10,6 @@ __all__ = ['SLOTS', 'FRAMES', 'SIZE', 'UNREADABLE', 'EXAMPLE', 'TRAVEL', 'RISE',
 
 # %% ../../nbs/1_world/04_words.ipynb #11260dc1
 import hashlib
-import itertools
 import math
 from dataclasses import dataclass, replace
 

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from fastcore.basics import patch
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
 

@@ -10,7 +10,7 @@ __all__ = ['BASELINES', 'PUBLISHED', 'MINI', 'COUNTS_FROM', 'ENOUGH', 'RECIPES',
 
 # %% ../../../nbs/6_evaluate/09_baselines.recipes.ipynb #e692d910
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple

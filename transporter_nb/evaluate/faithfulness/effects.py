@@ -7,7 +7,6 @@ __all__ = ['FRESH', 'WordOracle', 'Probe', 'probe_scenes', 'answer_gaps', 'Effec
            'rendered_effect', 'said_effect', 'effect_difference', 'effect_table']
 
 # %% ../../../nbs/6_evaluate/12_faithfulness.effects.ipynb #26192fd4
-import math
 import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from transporter_nb.concepts.answer_gradients import (
     GradientConfig, guided_clips, learn_by_gradient,

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from .base import (DESCRIBE, PackedTurns, Turn, VideoLanguageModel,
                                              pack_turns)
 from ...world.drawing import FRAMES, SIZE, sprite_paths
-from ...world.scenes import (COLUMNS, PLURALS, SLOTS, Scene, best_words, naming, spell,
-                                         to_numbers)
+from ...world.scenes import COLUMNS, PLURALS, SLOTS, Scene, naming, spell, to_numbers
 
 # %% ../../../nbs/2_models/20_vlms.lessons.ipynb #83af24fc
 QUESTIONS = {
