@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['FRESH', 'WordOracle', 'Probe', 'probe_scenes', 'answer_gaps', 'Effect', 'effect_of', 'strongest_pair', 'cue_groups',
-           'rendered_effect', 'said_effect', 'effect_difference', 'effect_table']
+           'rendered_effect', 'said_effect', 'effect_difference', 'effect_values', 'effect_of_values', 'effect_table']
 
 # %% ../../../nbs/6_evaluate/12_faithfulness.effects.ipynb #26192fd4
 import math
 import random
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -243,6 +243,24 @@ def effect_difference(
     changes = planted.changes - clean.changes
     logit, probability = (bootstrap(changes[:, k], seed) for k in range(2))
     return planted._replace(logit=logit, probability=probability, changes=changes)
+
+# %% ../../../nbs/6_evaluate/12_faithfulness.effects.ipynb #16f7aac4
+def effect_values(
+    effect:Effect, # Any
+) -> dict: # Plain values
+    "An effect as JSON can hold it"
+    estimates = {"logit": effect.logit._asdict(), "probability": effect.probability._asdict()}
+    words = {"slot": effect.slot, "off": list(effect.off), "on": list(effect.on)}
+    return {**words, **estimates, "changes": effect.changes.tolist()}
+
+def effect_of_values(
+    values:Mapping[str, Any], # From `effect_values`, or from JSON
+) -> Effect: # As it was
+    "An effect from plain values"
+    logit, probability = (Estimate(**values[kind]) for kind in ("logit", "probability"))
+    off, on = tuple(values["off"]), tuple(values["on"])
+    changes = torch.tensor(values["changes"], dtype=torch.float64)
+    return Effect(logit, probability, values["slot"], off, on, changes)
 
 # %% ../../../nbs/6_evaluate/12_faithfulness.effects.ipynb #9b969cfc
 def effect_table(
