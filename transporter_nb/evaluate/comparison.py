@@ -93,14 +93,18 @@ def comparison_cases(
         for scene in sample_scenes(2000, seed + k, "all"):
             case = Case(_to_source(scene, pair), pair, 0)
             held_out = is_held_out(case.scene) and is_held_out(case.target_scene)
-            if held_out and case.caption not in avoid: found.setdefault(case.caption, case.scene)
+            if held_out and case.caption not in avoid:
+                found.setdefault(case.caption, case.scene)
         if not found:
             raise ValueError(
                 f"no held-out caption is left for {text!r} once {len(avoid)} captions are "
                 "avoided. Leave this contrast out, or avoid fewer.")
         drawn[text] = itertools.cycle(found.values())
     turns = zip(range(n), itertools.cycle(contrasts))
-    return [Case(next(drawn[text]), MINI_CONTRASTS[text].pair, seed + k) for k, text in turns]
+    return [
+        Case(next(drawn[text]), MINI_CONTRASTS[text].pair, seed + k)
+        for k, text in turns
+    ]
 
 # %% ../../nbs/6_evaluate/23_comparison.ipynb #732b2cbb
 class Judge(NamedTuple):
@@ -133,7 +137,10 @@ def target_probability(
         embeddings = vlm.embed(video[first:first + chunk].to(device))
         turns = [pair_turns(case.pair, case.caption) for case in some]
         answers = vlm.turn_log_probs(embeddings, turns)
-        ids = [pair_ids(vlm, case.pair, case.caption)[:, 1:] for case in some]
+        ids = [
+            pair_ids(vlm, case.pair, case.caption)[:, 1:]
+            for case in some
+        ]
         p = answers.gather(-1, torch.stack(ids).to(device))[..., 0].exp()
         found.append(p.mean(-1).cpu())
     return torch.cat(found)
@@ -155,7 +162,10 @@ def judge_clips(
     if not len(video) == len(base) == len(cases):
         counts = f"{len(video)}, {len(base)} and {len(cases)}"
         raise ValueError(f"one clip and one unsteered clip a case, got {counts}.")
-    captions, targets = zip(*[(case.caption, case.target_caption) for case in cases])
+    captions, targets = zip(*[
+        (case.caption, case.target_caption)
+        for case in cases
+    ])
     read = read_change(video, list(captions), [case.pair for case in cases])
     words = judge.contrastive
     values = (
@@ -165,7 +175,10 @@ def judge_clips(
         nearest_perceptual_distance(video, judge.reference[:N_NEAREST], judge.video),
         perceptual_distance(video, base, judge.video),
     )
-    return {name: value.float().tolist() for name, value in zip(MEASURES, values)}
+    return {
+        name: value.float().tolist()
+        for name, value in zip(MEASURES, values)
+    }
 
 # %% ../../nbs/6_evaluate/23_comparison.ipynb #a577bfce
 def to_bytes(
@@ -221,7 +234,10 @@ def case_keys(
     cases:Sequence[Case], # Any
 ) -> str: # A digest
     "Everything of cases that decides their clips"
-    parts = [[case.caption, case.pair.name, case.seed, list(case.scene.place)] for case in cases]
+    parts = [
+        [case.caption, case.pair.name, case.seed, list(case.scene.place)]
+        for case in cases
+    ]
     return config_hash(parts)
 
 # %% ../../nbs/6_evaluate/23_comparison.ipynb #72742a83
@@ -250,7 +266,11 @@ def ranged_text(
         spent = {"generator_evaluations": cost.generator_evaluations, "seconds": cost.seconds}
         return {"low": low, "high": high, "failed": failed, **spent}
     key = {"generator": generation_of(generator), "captions": list(captions)}
-    found = cache.row(f"range of {concept.pair.name}", {**key, "video": digest_of(video)}, search)
+    found = cache.row(
+        f"range of {concept.pair.name}",
+        {**key, "video": digest_of(video)},
+        search,
+    )
     ranged = replace(text, low=found["low"], high=found["high"])
     return Rival(ranged, 0, Cost(found["generator_evaluations"], 0, found["seconds"]))
 
@@ -328,14 +348,24 @@ WANTED = (.25, .5, .75, 1.) # divergences asked for in turn (paper Table 1: "var
 
 def _wanted(mode, n):
     "Wanted divergences of n clips; None for `max`"
-    return None if mode == "max" else torch.tensor([WANTED[k % len(WANTED)] for k in range(n)])
+    return None if mode == "max" else torch.tensor([
+        WANTED[k % len(WANTED)]
+        for k in range(n)
+    ])
 
 def _invert(vlm, method, mode, cases, base, n_real, progress):
     "Run a baseline with the data of its paper"
     real = sample_scenes(n_real, 91_001, "train")
     stimulus = render([case.target_scene for case in cases])
-    captions, pairs, seeds = zip(*[(case.caption, case.pair, case.seed) for case in cases])
-    common = {"captions": list(captions), "pairs": list(pairs), "seeds": list(seeds)}
+    captions, pairs, seeds = zip(*[
+        (case.caption, case.pair, case.seed)
+        for case in cases
+    ])
+    common = {
+        "captions": list(captions),
+        "pairs": list(pairs),
+        "seeds": list(seeds),
+    }
     if method == "MIMIC": # its real clips are of each target word
         return invert_mimic(vlm, **common, progress=progress)
     return invert_baseline(

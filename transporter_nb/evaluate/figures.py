@@ -157,7 +157,10 @@ def choose_frames(
     shown:int=5, # How many fit the page
 ) -> list[int]: # Rising, without repetition
     "Evenly spaced frames, with the first and the last"
-    return sorted({round(k) for k in np.linspace(0, n_frames - 1, min(shown, n_frames))})
+    return sorted({
+        round(k)
+        for k in np.linspace(0, n_frames - 1, min(shown, n_frames))
+    })
 
 # %% ../../nbs/6_evaluate/19_figures.ipynb #7fb002ba
 def inch_axes(
@@ -232,7 +235,8 @@ def draw_row(
         left = layout.label + k * (cell + layout.gap)
         ax = inch_axes(figure, left, bottom, cell, cell, bare=True)
         ax.imshow(image, interpolation="lanczos", aspect="auto")
-        if row.window and row.window[0] <= frame < row.window[1]: _mark(ax, -.025, 2.5)
+        if row.window and row.window[0] <= frame < row.window[1]:
+            _mark(ax, -.025, 2.5)
     left = layout.label + len(frames) * (cell + layout.gap)
     width = figure.bbox.width / figure.dpi - left
     ax = inch_axes(figure, left, bottom, width, cell, bare=True)
@@ -288,7 +292,10 @@ def page_size(
     footer:str=READ_ME, # Below everything
 ) -> tuple[float, float]: # Inches
     "Width and height of a page on which frames are square"
-    rows = sum(layout.height(len(panel.rows), shown) for panel in panels)
+    rows = sum(
+        layout.height(len(panel.rows), shown)
+        for panel in panels
+    )
     return layout.width, rows + .05 + .125 * len(footer.split("\n")) * bool(footer)
 
 def draw_page(
@@ -305,7 +312,8 @@ def draw_page(
     heights = [layout.height(len(panel.rows), shown) for panel in panels]
     ratios = [*heights, total - sum(heights)]
     parts = figure.subfigures(len(panels) + 1, 1, height_ratios=ratios, hspace=0)
-    for part, panel in zip(parts, panels): draw_panel(part, panel, layout, frames, mode)
+    for part, panel in zip(parts, panels):
+        draw_panel(part, panel, layout, frames, mode)
     place = .08 / layout.width, .04 / total
     figure.text(*place, footer, fontsize=7, va="bottom", color="#555555")
     return figure
@@ -342,7 +350,8 @@ def draw_marked(
     for word in text.split():
         bare = word.strip("“”.,;:")
         colour, shown, weight = marks.get(bare), word, "normal"
-        if colour is not None: shown, weight = word.replace(bare, f"[{bare}]"), "bold"
+        if colour is not None:
+            shown, weight = word.replace(bare, f"[{bare}]"), "bold"
         style = {"va": "baseline", "color": colour or INK, "weight": weight}
         inch_text(figure, pen, bottom, shown, font_size, **style)
         # points, of the outlines: the same on paper as on a screen
@@ -426,9 +435,16 @@ def shared_palette(
     letters = []
     for colour in PALETTE:
         parts = [255 - round(255 * part) for part in matplotlib.colors.to_rgb(colour)]
-        letters += [255 - part * (k + 1) // shades for k in range(shades) for part in parts]
+        letters += [
+            255 - part * (k + 1) // shades
+            for k in range(shades)
+            for part in parts
+        ]
     image = Image.new("P", (1, 1))
-    image.putpalette([*shot.quantize(free).getpalette()[:3 * free], *letters])
+    image.putpalette([
+        *shot.quantize(free).getpalette()[:3 * free],
+        *letters,
+    ])
     return image
 
 # %% ../../nbs/6_evaluate/19_figures.ipynb #fc086c70
@@ -442,10 +458,17 @@ def animate_panels(
     for frame in range(len(rows[0].clip)):
         for row, image, light in zip(rows, images, lights):
             image.set_data(frames_to_uint8(row.clip[frame]))
-            if light is not None: light.set_visible(row.window[0] <= frame < row.window[1])
+            if light is not None:
+                light.set_visible(row.window[0] <= frame < row.window[1])
         canvas.draw()
         shots.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]))
     palette, plain = shared_palette(shots[len(shots) // 2]), Image.Dither.NONE
-    drawn = [shot.quantize(palette=palette, dither=plain).convert("RGB") for shot in shots]
-    frames = torch.stack([torch.from_numpy(np.array(shot)) for shot in drawn])
+    drawn = [
+        shot.quantize(palette=palette, dither=plain).convert("RGB")
+        for shot in shots
+    ]
+    frames = torch.stack([
+        torch.from_numpy(np.array(shot))
+        for shot in drawn
+    ])
     return frames.movedim(-1, 1) / 255

@@ -76,8 +76,15 @@ def figure_stem(
     "Where the results of a run go"
     if type(install) is not bool: # "false" would count as true
         raise ValueError(f"install must be True or False, got {install!r}. Pass -p install True.")
-    own = [f"{key}={given[key]!r}" for key, value in ours.items() if given[key] != value]
-    run = config_hash({"name": name, "parameters": {key: given[key] for key in ours}})
+    own = [
+        f"{key}={given[key]!r}"
+        for key, value in ours.items()
+        if given[key] != value
+    ]
+    run = config_hash({
+        "name": name,
+        "parameters": {key: given[key] for key in ours},
+    })
     if install and (own or stem):
         differs = ", ".join([*own, *[f"stem={stem!r}"] * bool(stem)])
         raise ValueError(
@@ -97,7 +104,8 @@ def plain_values(
 ) -> Any: # The same, with None in the place of NaN and infinities
     "Facts as JSON can hold them"
     if isinstance(facts, float): return facts if np.isfinite(facts) else None
-    if isinstance(facts, dict): return {key: plain_values(value) for key, value in facts.items()}
+    if isinstance(facts, dict):
+        return {key: plain_values(value) for key, value in facts.items()}
     return [plain_values(value) for value in facts] if isinstance(facts, list) else facts
 
 # %% ../../nbs/6_evaluate/18_results.ipynb #9e50441d
@@ -141,14 +149,21 @@ def save_figure(
 ) -> list[Path]: # The files, the record last
     "Save a picture with everything needed to make it again, whole or not at all"
     record, path = record_text(stem, facts), stem_path(stem) # refused before anything is touched
-    endings = ["png", *["pdf"] * pdf, *["gif"] * (moving is not None), "json"]
+    endings = [
+        "png",
+        *["pdf"] * pdf,
+        *["gif"] * (moving is not None),
+        "json",
+    ]
     paths = [Path(f"{path}.{ending}") for ending in endings]
     with ExitStack() as stack:
         # left in reverse order: the record takes its place last
         asides = {p.suffix: stack.enter_context(write_aside(p)) for p in reversed(paths)}
         figure.savefig(asides[".png"], format="png")
-        if pdf: figure.savefig(asides[".pdf"], format="pdf", metadata={"CreationDate": None})
-        if moving is not None: asides[".gif"].write_bytes(encode_gif(moving, fps=5, enlarge=1))
+        if pdf:
+            figure.savefig(asides[".pdf"], format="pdf", metadata={"CreationDate": None})
+        if moving is not None:
+            asides[".gif"].write_bytes(encode_gif(moving, fps=5, enlarge=1))
         asides[".json"].write_text(record, encoding="utf-8")
         paths[-1].unlink(missing_ok=True)
     return paths

@@ -98,7 +98,8 @@ class RowCache:
         say:Callable[[str], Any]|None=None, # Called with a line on each row, such as `print`
     ):
         self.folder = repo_path("runs", "cache", "tables") if folder is None else Path(folder)
-        if not isinstance(fresh, bool): fresh = [fresh] if isinstance(fresh, str) else list(fresh)
+        if not isinstance(fresh, bool):
+            fresh = [fresh] if isinstance(fresh, str) else list(fresh)
         self.fresh, self.say, self.uses = fresh, say, []
 
     def path(self,
@@ -113,7 +114,10 @@ class RowCache:
 
     def __repr__(self):
         read, computed = ([u for u in self.uses if u.computed == flag] for flag in (False, True))
-        before, now = (sum(use.seconds for use in uses) for uses in (read, computed))
+        before, now = (
+            sum(use.seconds for use in uses)
+            for uses in (read, computed)
+        )
         return (f"{len(read)} rows read (computed before in {before:.1f} s), "
                 f"{len(computed)} computed in {now:.1f} s")
 
@@ -155,7 +159,8 @@ def recall(
     seconds, commit = entry["seconds"], entry["provenance"].get("commit")
     self.uses.append(Kept(name, computed, seconds, commit))
     how = "computed" if computed else "read, computed before"
-    if self.say: self.say(f"{name}: {how} in {seconds:.1f} s")
+    if self.say:
+        self.say(f"{name}: {how} in {seconds:.1f} s")
     return found
 
 # %% ../../nbs/6_evaluate/20_rows.ipynb #1e90b692
@@ -242,7 +247,10 @@ def compare_rows(
     resamples:int=10_000, # Draws; chosen: the ends repeat to about 2 % of the interval's width
 ) -> Difference: # Also a cell of a table
     "Paired bootstrap of the difference between two rows"
-    a, b = [torch.as_tensor(values, dtype=torch.float64) for values in (values_a, values_b)]
+    a, b = [
+        torch.as_tensor(values, dtype=torch.float64)
+        for values in (values_a, values_b)
+    ]
     if a.shape != b.shape or a.ndim != 1 or len(a) < 2:
         raise ValueError(
             "two rows must be measured on the same clips, two or more, "

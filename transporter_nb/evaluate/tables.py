@@ -163,7 +163,11 @@ def _check_table(table):
             f"a table needs a row and a column, got {len(places)} and {len(names)}. "
             "Measure something first.")
     groups = [group for group, _ in places]
-    starts = [group for k, group in enumerate(groups) if k == 0 or groups[k - 1] != group]
+    starts = [
+        group
+        for k, group in enumerate(groups)
+        if k == 0 or groups[k - 1] != group
+    ]
     if len(set(starts)) < len(starts):
         raise ValueError(
             f"rows of a group must stand together, got the groups {starts}. Sort the rows.")
@@ -193,7 +197,10 @@ class Table:
     def __post_init__(self):
         _check_table(self)
         names = [column.name for column in self.columns]
-        cells = [{name: as_cell(row.cells.get(name)) for name in names} for row in self.rows]
+        cells = [
+            {name: as_cell(row.cells.get(name)) for name in names}
+            for row in self.rows
+        ]
         object.__setattr__(self, "cells", cells) # in their one form, once
         for key in self.paper or {}: self.place(key)
 
@@ -202,7 +209,11 @@ class Table:
     ) -> int: # Which row
         "Find a row by its name"
         places = [(row.group, row.name) for row in self.rows]
-        fit = [k for k, (group, name) in enumerate(places) if key in (name, (group, name))]
+        fit = [
+            k
+            for k, (group, name) in enumerate(places)
+            if key in (name, (group, name))
+        ]
         if len(fit) == 1: return fit[0]
         raise ValueError(
             f"{key!r} names {len(fit)} rows of {self.title!r}. "
@@ -257,7 +268,10 @@ def footnotes(
         remarks += [row.note, *(self.cell(k, column.name).reason for column in self.columns)]
     unique = list(dict.fromkeys(remark for remark in remarks if remark))
     n = len(MARKS)
-    return {remark: MARKS[k % n] * (k // n + 1) for k, remark in enumerate(unique)}
+    return {
+        remark: MARKS[k % n] * (k // n + 1)
+        for k, remark in enumerate(unique)
+    }
 
 # %% ../../nbs/6_evaluate/21_tables.ipynb #1473ee79
 class Lane(NamedTuple):
@@ -282,7 +296,10 @@ def lane(
         if cell.text: return NumberText(cell.text)
         return format_number(cell.value, cell.low, cell.high, powers, column.spec)
     texts = [shown(cell) for cell in cells]
-    values = [text.value + marks.get(cell.reason, "") for text, cell in zip(texts, cells)]
+    values = [
+        text.value + marks.get(cell.reason, "")
+        for text, cell in zip(texts, cells)
+    ]
     arrow = {"higher": "\u00a0↑", "lower": "\u00a0↓", None: ""}[column.better]
     head, intervals = column.name + arrow + marks.get(column.note, ""), [t.interval for t in texts]
     return Lane(head, column.unit, values, intervals, [k in best for k in range(len(cells))])
@@ -297,9 +314,17 @@ def lanes(
     none, plain = [""] * count, [False] * count
     lanes = [self.lane(column, marks) for column in self.columns]
     counts = [self.row_n(k) for k in range(count)]
-    if any(counts): lanes.append(Lane("n", "", counts, none, plain))
-    printed = {self.place(key): cells for key, cells in (self.paper or {}).items()}
-    theirs = list(dict.fromkeys(name for cells in printed.values() for name in cells))
+    if any(counts):
+        lanes.append(Lane("n", "", counts, none, plain))
+    printed = {
+        self.place(key): cells
+        for key, cells in (self.paper or {}).items()
+    }
+    theirs = list(dict.fromkeys(
+        name
+        for cells in printed.values()
+        for name in cells
+    ))
     ours = [column.name for column in self.columns if column.name in theirs]
     for name in dict.fromkeys([*ours, *theirs]): # ours first, in our order
         values = [_as_printed(printed.get(k, {}).get(name)) for k in range(count)]
@@ -329,7 +354,10 @@ def legend(
         f"{DASH} not measured.": any(DASH in lane.values for lane in ours),
     }
     meanings = " ".join(sign for sign, used in signs.items() if used)
-    remarks = "; ".join(f"{mark} {remark}" for remark, mark in self.footnotes().items())
+    remarks = "; ".join(
+        f"{mark} {remark}"
+        for remark, mark in self.footnotes().items()
+    )
     return [part for part in (meanings, remarks, *self.notes) if part]
 
 # %% ../../nbs/6_evaluate/21_tables.ipynb #a9ae389d
@@ -339,16 +367,32 @@ def csv(
 ) -> str: # Text of the file
     "All digits, one line a row: value, low, high and n of each column"
     out, names = io.StringIO(), [column.name for column in self.columns]
-    printed = {self.place(key): cells for key, cells in (self.paper or {}).items()}
-    theirs = list(dict.fromkeys(name for cells in printed.values() for name in cells))
+    printed = {
+        self.place(key): cells
+        for key, cells in (self.paper or {}).items()
+    }
+    theirs = list(dict.fromkeys(
+        name
+        for cells in printed.values()
+        for name in cells
+    ))
     writer = csv_writer(out, lineterminator="\n")
     ours = [name + end for name in names for end in ("", " low", " high", " n")]
-    writer.writerow(["group", "row", "competes", *ours, *(f"paper: {name}" for name in theirs)])
+    writer.writerow([
+        "group",
+        "row",
+        "competes",
+        *ours,
+        *(f"paper: {name}" for name in theirs),
+    ])
     for k, row in enumerate(self.rows):
         line = [row.group, row.name, int(row.competes)]
         for cell in (self.cell(k, name) for name in names):
             line += [cell.text or cell.value, cell.low, cell.high, cell.n]
-        writer.writerow([*line, *(printed.get(k, {}).get(name) for name in theirs)])
+        writer.writerow([
+            *line,
+            *(printed.get(k, {}).get(name) for name in theirs),
+        ])
     return out.getvalue()
 
 # %% ../../nbs/6_evaluate/21_tables.ipynb #601f03f8
@@ -407,12 +451,27 @@ def _repr_html_(self:Table): return self.html()
 @patch
 def __repr__(self:Table):
     lanes, lines = self.lanes(), [self.title]
-    names = ["", *(f"  {row.name}" if row.group else row.name for row in self.rows)]
-    columns = [[name.ljust(max(map(len, names))) for name in names]]
+    names = [
+        "",
+        *(
+            f"  {row.name}" if row.group else row.name
+            for row in self.rows
+        ),
+    ]
+    columns = [[
+        name.ljust(max(map(len, names)))
+        for name in names
+    ]]
     for lane in lanes:
         values = [f"{v} {spread}".strip() for v, spread in zip(lane.values, lane.intervals)]
-        column = [f"paper: {lane.head}" if lane.paper else lane.head, *values]
-        columns.append([text.rjust(max(map(len, column))) for text in column])
+        column = [
+            f"paper: {lane.head}" if lane.paper else lane.head,
+            *values,
+        ]
+        columns.append([
+            text.rjust(max(map(len, column)))
+            for text in column
+        ])
     for k, texts in enumerate(zip(*columns)):
         if k and self._starts_group(k - 1): lines.append(self.rows[k - 1].group)
         lines.append("  ".join(texts).rstrip())
@@ -430,7 +489,10 @@ def records(
     name:str|None=None, # Short name of the table, at the head of each record; None: the title
 ) -> list[dict]: # One for each number, and for each target
     "Values as rows of the scorecard"
-    wanted = {(self.place(row), column): t for (row, column), t in (targets or {}).items()}
+    wanted = {
+        (self.place(row), column): t
+        for (row, column), t in (targets or {}).items()
+    }
     columns, rows = [column.name for column in self.columns], [row.name for row in self.rows]
     extra = sorted({column for _, column in wanted} - set(columns))
     if extra:
@@ -465,7 +527,12 @@ def content(
     rows, paper = [], []
     for row, own in zip(self.rows, self.cells):
         cells = {name: filled(cell) for name, cell in own.items()}
-        rows.append({**named(row), "competes": row.competes, "note": row.note, "cells": cells})
+        rows.append({
+            **named(row),
+            "competes": row.competes,
+            "note": row.note,
+            "cells": cells,
+        })
     for key, cells in (self.paper or {}).items():
         paper.append({**named(self.rows[self.place(key)]), "cells": dict(cells)})
     return plain_values({

@@ -58,7 +58,10 @@ def outcome_of_values(
     def revived(name, value):
         is_number = isinstance(value, list) and name not in READ
         return torch.tensor(value) if is_number else value
-    return Outcome(**{name: revived(name, value) for name, value in values.items()})
+    return Outcome(**{
+        name: revived(name, value)
+        for name, value in values.items()
+    })
 
 # %% ../../nbs/6_evaluate/25_trial.ipynb #4ba44896
 # Seeds of captions to learn from start so far above those of questions (chosen)

@@ -106,7 +106,10 @@ def size_lane(
     gap = .05 # inches: a space
     content = block + (gap + spread if spread else 0.) if beside else max(block, spread)
     # an arrow stays with the word before it
-    longest = max(text_width(word, style.size) for word in lane.head.split(" "))
+    longest = max(
+        text_width(word, style.size)
+        for word in lane.head.split(" ")
+    )
     room = max(content, longest, .38) # chosen: three words of three letters wrap to two lines
     head = wrap_text(lane.head, room, style.size)
     heads = [text_width(line, style.size) for line in head]
@@ -120,10 +123,19 @@ def _widen(sizes, theirs, table, style):
     "Give the paper's columns room for the longest word of their heading"
     if not theirs: return sizes
     first = theirs[0]
-    word = max(text_width(part, style.small) for part in table.source.split(" "))
-    block = sum(sizes[k].width + (style.gap if k > first else 0.) for k in theirs)
+    word = max(
+        text_width(part, style.small)
+        for part in table.source.split(" ")
+    )
+    block = sum(
+        sizes[k].width + (style.gap if k > first else 0.)
+        for k in theirs
+    )
     lack, own = max(word - block, 0.), sizes[first]
-    places = {name: getattr(own, name) + lack / 2 for name in ("point", "middle", "interval")}
+    places = {
+        name: getattr(own, name) + lack / 2
+        for name in ("point", "middle", "interval")
+    }
     wider = own._replace(width=own.width + lack, **places)
     return [wider if k == first else size for k, size in enumerate(sizes)]
 
@@ -214,7 +226,10 @@ def row_height(
     k:int, # Which row
 ) -> float: # Inches
     "Height of a row"
-    stacked = not self.beside and any(lane.intervals[k] for lane in self.lanes)
+    stacked = not self.beside and any(
+        lane.intervals[k]
+        for lane in self.lanes
+    )
     values = (self.style.pitch() + self.style.pitch(True)) * stacked
     return max(len(self.names[k]) * self.style.pitch(), values) + .04 # chosen: air between rows
 
@@ -245,7 +260,10 @@ def height(
 ) -> float: # Inches
     "Height of the page"
     style, small_line = self.style, self.style.pitch(True)
-    body = sum(self.row_height(k) + self.group_height(k) for k in range(len(self.names)))
+    body = sum(
+        self.row_height(k) + self.group_height(k)
+        for k in range(len(self.names))
+    )
     title = 1.3 * (style.size + 1.5) / 72 * len(self.title)
     return (2 * style.margin + title + .05 + self.head_height() + .05 + body + .1
             + len(self.legend) * small_line)
@@ -298,7 +316,8 @@ def draw_heads(
         for line in size.head:
             self.write(figure, middle, y, line, style.size, ha="center", style=slant)
             y += style.pitch()
-        if lane.unit: self.write(figure, middle, y, lane.unit, style.small, **unit)
+        if lane.unit:
+            self.write(figure, middle, y, lane.unit, style.small, **unit)
     theirs = [k for k, lane in enumerate(self.lanes) if lane.paper]
     if not theirs: return
     left, right = self.lefts[theirs[0]], self.lefts[theirs[-1]] + self.sizes[theirs[-1]].width
@@ -393,7 +412,10 @@ def save_table(
             "facts must leave the names table, rows and files to the record, "
             f"got {taken}. Rename them.")
     facts, figure, page = as_config(facts), table.figure(style), table.csv()
-    paths = [Path(f"{path}.{ending}") for ending in ("png", "pdf", "csv", "json")]
+    paths = [
+        Path(f"{path}.{ending}")
+        for ending in ("png", "pdf", "csv", "json")
+    ]
     with ExitStack() as stack, matplotlib.rc_context({"pdf.fonttype": 42}): # 42: letters stay text
         # left in reverse order: the record takes its place last
         asides = [stack.enter_context(write_aside(place)) for place in reversed(paths)][::-1]

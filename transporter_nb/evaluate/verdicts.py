@@ -130,7 +130,8 @@ def row_costs(
 ) -> dict[str, float]: # Only what was counted
     "Seconds and evaluations of a row"
     costs, facts = {}, row.facts
-    if "seconds" in facts: costs["s a clip"] = facts["seconds"] / len(row.video)
+    if "seconds" in facts:
+        costs["s a clip"] = facts["seconds"] / len(row.video)
     if "seconds a clip" in facts:
         costs["evaluations a clip"] = facts["evaluations a clip"]
         costs["s a clip"] = facts["seconds a clip"]
@@ -149,7 +150,8 @@ def verdict_cells(
     # Wilson's interval has a width even where all clips agree
     cells["target read"] = share_estimate(verdict["clips"]["target read"])
     if reached is not None: cells["own aim reached"] = share_estimate(reached)
-    for name, values in (slider or {}).items(): cells[name] = bootstrap(torch.tensor(values))
+    for name, values in (slider or {}).items():
+        cells[name] = bootstrap(torch.tensor(values))
     return cells
 
 # %% ../../nbs/6_evaluate/24_verdicts.ipynb #32a676c3
@@ -165,7 +167,8 @@ def frechet_ratio(
     def distance(features, rows):
         statistics = gaussian_statistics(features[rows].double(), reference.network)
         return frechet_distance(statistics, reference)
-    def log_ratio(rows): return math.log(distance(theirs, rows) / distance(ours, rows))
+    def log_ratio(rows):
+        return math.log(distance(theirs, rows) / distance(ours, rows))
     found = bootstrap_statistic(log_ratio, len(ours))
     value, low, high = (math.exp(end) for end in found[:3])
     return Estimate(value, low, high, found.n)

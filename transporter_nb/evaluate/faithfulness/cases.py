@@ -109,7 +109,10 @@ def mean_costs(
 ) -> dict[str, float]: # The same keys
     "Costs of a method, over the VLMs and contrasts it was asked about"
     if not costs: raise ValueError("costs need at least one VLM and contrast, got none.")
-    means = {what: fmean(cost[what] for cost in costs) for what in ("evaluations", "seconds")}
+    means = {
+        what: fmean(cost[what] for cost in costs)
+        for what in ("evaluations", "seconds")
+    }
     return {**means, "evaluations a clip": max(cost["evaluations a clip"] for cost in costs)}
 
 # %% ../../../nbs/6_evaluate/16_faithfulness.cases.ipynb #5550d478
@@ -120,7 +123,10 @@ def true_effects(
     found = [effect for case in cases for effect in case.planted_effects.values()]
     for case in different_twins(cases): found += case.clean_effects.values()
     pairs = [(effect.probability.value, effect.logit.value) for effect in found]
-    shares, nats = (torch.tensor(column, dtype=torch.float64) for column in zip(*pairs))
+    shares, nats = (
+        torch.tensor(column, dtype=torch.float64)
+        for column in zip(*pairs)
+    )
     return shares, nats
 
 THRESHOLDS = (.5, 1., 1.5, 2., 2.5, 3., 4.) # in nats; the best is chosen with D in hand

@@ -203,7 +203,10 @@ def exemplar(
     answers = library[chosen.nonzero()[:, 0]] if chosen.any() else library[said.topk(1).indices]
     def explain(captions, seeds, strengths):
         base = unsteered(task, captions, seeds)
-        distances = [(answers - clip).square().flatten(1).mean(1) for clip in base]
+        distances = [
+            (answers - clip).square().flatten(1).mean(1)
+            for clip in base
+        ]
         nearest = answers[torch.stack([values.argmin() for values in distances])]
         return Clips(torch.stack([nearest if s >= STEP_AT else base for s in strengths], 1))
     return explain
@@ -309,7 +312,10 @@ def judge(
 ) -> Outcome: # Strength 0 is the first, strength 1 the last
     "Read clips, and ask the VLM about them"
     n_strengths, vlm = clips.video.shape[1], task.models.vlm
-    seen = [torch.cat([vlm.embed(part) for part in clips.video[:, k].split(32)])
+    seen = [torch.cat([
+        vlm.embed(part)
+        for part in clips.video[:, k].split(32)
+    ])
             for k in range(n_strengths)]
     answers = [pair_log_probs(vlm, tokens, task.pair, captions) for tokens in seen]
     log_probs, phi, reencoded = torch.stack(answers, 1), None, None

@@ -35,7 +35,8 @@ from ...world.words import SLOTS, Scene, caption, do, is_held_out, sample_scenes
 def _check_plant(plant):
     "Refuse a plant that does not divide the words of its cue, or mixes cue and answer"
     cues, off, on, strength = SLOTS.get(plant.cue, ()), plant.off, plant.on, plant.strength
-    if not cues: raise ValueError(f"a cue is one of {', '.join(SLOTS)}, got {plant.cue!r}.")
+    if not cues:
+        raise ValueError(f"a cue is one of {', '.join(SLOTS)}, got {plant.cue!r}.")
     if sorted((*off, *on)) != sorted(cues):
         raise ValueError(
             f"off and on must divide the words of {plant.cue} ({', '.join(cues)}), "
@@ -214,7 +215,8 @@ def tune_plant(
         for step in range(tuning.steps):
             # 10**6: clips that no training from scratch uses
             batch = planted_batch(plant, 10**6 + step, tuning.batch_size)
-            for group in optimizer.param_groups: group["lr"] = tuning.rate * tuning.share(step)
+            for group in optimizer.param_groups:
+                group["lr"] = tuning.rate * tuning.share(step)
             loss = vlm.answer_loss(vlm.embed(batch.video).detach(), batch.turns)
             optimizer.zero_grad()
             loss.backward()
@@ -294,7 +296,11 @@ def captions_to_learn(
     "Captions from which a method may learn the contrast of a plant"
     source, target = ({plant.answer: word} for word in plant.words)
     scenes = [do(scene, **source) for scene in sample_scenes(200, seed)]
-    trained = [s for s in scenes if not (is_held_out(s) or is_held_out(do(s, **target)))]
+    trained = [
+        s
+        for s in scenes
+        if not (is_held_out(s) or is_held_out(do(s, **target)))
+    ]
     return [caption(scene) for scene in trained][:n]
 
 # %% ../../../nbs/6_evaluate/11_faithfulness.plants.ipynb #da613649
@@ -326,7 +332,12 @@ def save_thin(
     tuning:PlantTuning, # How they came about
 ) -> Path: # Where the file is
     "Save the thin changes of a tuned plant"
-    facts = {"plant": plant.name, "rule": rule_of(plant), "tuning": tuning, "base": base_digest()}
+    facts = {
+        "plant": plant.name,
+        "rule": rule_of(plant),
+        "tuning": tuning,
+        "base": base_digest(),
+    }
     return save_checkpoint(path, thin, facts)
 
 # %% ../../../nbs/6_evaluate/11_faithfulness.plants.ipynb #d2da11d8

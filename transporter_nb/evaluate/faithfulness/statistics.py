@@ -56,7 +56,8 @@ def rows_by_contrast(
     if len(rows) != len(contrasts):
         raise ValueError(f"each row has its contrast, got {len(rows)} and {len(contrasts)}.")
     members = {}
-    for k, contrast in enumerate(contrasts): members.setdefault(contrast, []).append(k)
+    for k, contrast in enumerate(contrasts):
+        members.setdefault(contrast, []).append(k)
     for contrast, ks in members.items():
         counts = [len(rows[k]) for k in ks]
         if len(set(counts)) == 1: continue
@@ -88,7 +89,8 @@ def pooled(
     members = {}
     for k, e in enumerate(estimates):
         contrast = k if contrasts is None else contrasts[k]
-        if not math.isnan(e.value): members.setdefault(contrast, []).append(e)
+        if not math.isnan(e.value):
+            members.setdefault(contrast, []).append(e)
     def mean(group):
         value, low, high = (sum(e[end] for e in group) / len(group) for end in range(3))
         return Estimate(value, low, high, max(e.n for e in group))
@@ -111,8 +113,12 @@ def cluster_median(
     if not len(values) or len(values) != len(clusters):
         raise ValueError(f"each value has its cluster, got {len(values)} and {len(clusters)}.")
     members = {}
-    for k, cluster in enumerate(clusters): members.setdefault(cluster, []).append(k)
-    groups = [np.array([values[k] for k in ks]) for ks in members.values()]
+    for k, cluster in enumerate(clusters):
+        members.setdefault(cluster, []).append(k)
+    groups = [
+        np.array([values[k] for k in ks])
+        for ks in members.values()
+    ]
     rng = np.random.default_rng(seed)
     def drawn_median():
         drawn = rng.integers(len(groups), size=len(groups))
@@ -221,7 +227,8 @@ def rank_correlation(
     b:Float[Tensor, "items"], # As many
 ) -> float: # -1 to 1; NaN where one of them is constant
     "Spearman's correlation; equal numbers share the mean of their ranks"
-    if min(len(a.unique()), len(b.unique())) < 2: return math.nan # scipy would warn
+    if min(len(a.unique()), len(b.unique())) < 2:
+        return math.nan # scipy would warn
     return max(-1., min(1., float(stats.spearmanr(a, b).statistic))) # rounding may lead out
 
 # %% ../../../nbs/6_evaluate/13_faithfulness.statistics.ipynb #7e370e3f

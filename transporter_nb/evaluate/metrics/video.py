@@ -107,7 +107,10 @@ def bootstrap_statistic(
             f"an interval by subsamples needs at least 4 clips, got {n}. Measure more.")
     kept = int(KEPT * n)
     rng = seeded_generator(seed)
-    subsamples = [torch.randperm(n, generator=rng)[:kept] for _ in range(n_resamples)]
+    subsamples = [
+        torch.randperm(n, generator=rng)[:kept]
+        for _ in range(n_resamples)
+    ]
     draws = torch.tensor([float(statistic(rows)) for rows in subsamples], dtype=torch.float64)
     spread = (draws - draws.mean()) * math.sqrt(kept / (n - kept))
     low, high = _middle(spread)
@@ -189,7 +192,10 @@ def frechet_at(
                          "Take the smallest n of the rows compared.")
     rng = seeded_generator(seed)
     features = features.detach().double()
-    subsets = [features[torch.randperm(len(features), generator=rng)[:n]] for _ in range(n_subsets)]
+    subsets = [
+        features[torch.randperm(len(features), generator=rng)[:n]]
+        for _ in range(n_subsets)
+    ]
     statistics = [gaussian_statistics(rows, reference.network) for rows in subsets]
     distances = [frechet_distance(own, reference) for own in statistics]
     values = torch.tensor(distances, dtype=torch.float64)
@@ -213,7 +219,8 @@ def in_chunks(
 ) -> Tensor: # The results one after the other
     "Apply a network to many clips, a few at a time, without gradients"
     if chunk < 1: raise ValueError(f"a chunk has at least one clip, got {chunk}.")
-    with torch.no_grad(): return torch.cat([function(part) for part in videos.split(chunk)])
+    with torch.no_grad():
+        return torch.cat([function(part) for part in videos.split(chunk)])
 
 # %% ../../../nbs/6_evaluate/01_metrics.video.ipynb #c9016472
 @lru_cache(maxsize=8)
