@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FPS', 'ENDING', 'THREAD', 'STYLE', 'STRIP', 'STEP', 'DIRECTIONS', 'sprite_uri', 'clip_html', 'share', 'bar_html',
            'answers_html', 'videos_html', 'strip_html', 'Cancelled', 'Worker', 'alive', 'let_go', 'tagged', 'brief',
-           'message', 'Names', 'TokenLine', 'group', 'Controls', 'Outputs']
+           'message', 'Names', 'TokenLine', 'group', 'step_sliders', 'Controls', 'Outputs']
 
 # %% ../../nbs/7_app/01_screen.ipynb #3a51d249
 import atexit
@@ -475,7 +475,22 @@ def group(
 def _dropdown(label, name, **options): return tagged(w.Dropdown(description=label, **options), name)
 def _button(label, *names, **options): return tagged(w.Button(description=label, **options), *names)
 
+# %% ../../nbs/7_app/01_screen.ipynb #8ff082fe
+def step_sliders(
+    steps:int, # Of a generation
+    frames:int, # Of a clip
+) -> tuple[w.IntSlider, w.IntRangeSlider]: # First step steered; first and last frame steered
+    "Sliders whose ends depend on the generator"
+    fixed = dict(continuous_update=False)
+    start = w.IntSlider(description=f"From step, of {steps}", min=0, max=steps - 1, **fixed)
+    window = w.IntRangeSlider(
+        description=f"Frames, of {frames}", min=1, max=frames, value=(1, frames), **fixed)
+    return tagged(start, "start"), tagged(window, "window")
+
 # %% ../../nbs/7_app/01_screen.ipynb #70b2c1a0
+_HOW = ("Steered from this step on, and in these frames; "
+        "the rest is the caption's own clip.")
+
 class Controls:
     "All a reader can set"
     def __init__(self,
@@ -496,9 +511,11 @@ class Controls:
         self.rows = tagged(w.VBox(), "concepts")
         decides = "What decides what the direction holds"
         self.direction = _dropdown("Decided by", "direction", options=DIRECTIONS, tooltip=decides)
-        self.decided, self.how = tagged(w.HTML(), "decided"), w.VBox()
+        self.decided = tagged(w.HTML(), "decided")
         self.seed = tagged(w.BoundedIntText(description="Seed", min=0, max=2**31 - 1), "seed")
-        self.limits(12, FRAMES) # of the embedded scale, until the generator says otherwise
+        # of the embedded scale, until the generator says otherwise
+        self.start, self.window = step_sliders(12, FRAMES)
+        self.how = w.VBox([w.HTML(f'<p class="tnb-note">{_HOW}</p>'), self.start, self.window])
         menu = tagged(w.Box(list(self.slots.values())), "words")
         self.asked = group("What is asked", self.vlm, self.caption, self.problem, menu)
         change = (self.word, self.into, self.add, self.direction, self.decided)
@@ -512,16 +529,9 @@ def limits(self:Controls,
     frames:int, # Of a clip
 ) -> bool: # Whether these are other sliders than before
     "New sliders with the right ends: one whose end moves keeps the old one for the End key"
-    now = (self.start.max, self.window.max) if self.how.children else None
-    if now == (steps - 1, frames): return False
-    fixed = dict(continuous_update=False)
-    start = w.IntSlider(description=f"From step, of {steps}", min=0, max=steps - 1, **fixed)
-    window = w.IntRangeSlider(description=f"Frames, of {frames}", min=1, max=frames,
-                              value=(1, frames), **fixed)
-    self.start, self.window = tagged(start, "start"), tagged(window, "window")
-    note = ("Steered from this step on, and in these frames; "
-            "the rest is the caption's own clip.")
-    self.how.children = (w.HTML(f'<p class="tnb-note">{note}</p>'), self.start, self.window)
+    if (self.start.max, self.window.max) == (steps - 1, frames): return False
+    self.start, self.window = step_sliders(steps, frames)
+    self.how.children = (self.how.children[0], self.start, self.window)
     return True
 
 @patch

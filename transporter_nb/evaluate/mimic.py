@@ -44,7 +44,10 @@ def named_words(
 ) -> dict[str, str]: # Slot name to word, in caption order; words without a slot are skipped
     "What an answer says about a clip"
     slot_of = {word: slot for slot, words in SLOTS.items() for word in words}
-    plain = [SINGULARS.get(word, word) for word in answer.lower().rstrip(" .?").split()]
+    plain = [
+        SINGULARS.get(word, word)
+        for word in answer.lower().rstrip(" .?").split()
+    ]
     named = [word for word in plain if word in slot_of]
     found = {slot_of[word]: word for word in named}
     if not found:
@@ -238,7 +241,10 @@ def concept_clips(
     seed:int=0, # Of everything the answer does not name, and of places
 ) -> Float[Tensor, "real frames 3 height width"]: # Colours in [0, 1]
     "Real clips of what an answer names"
-    return render([do(scene, **named_words(answer)) for scene in sample_scenes(n, seed, "all")])
+    return render([
+        do(scene, **named_words(answer))
+        for scene in sample_scenes(n, seed, "all")
+    ])
 
 def stand_still(
     videos:Float[Tensor, "batch frames 3 height width"], # Any clips
@@ -269,7 +275,10 @@ def base_term(
     plain = FeatureStatistics(reader, real)
     if not relative: return plain
     rows = zip(plain.means, plain.variances)
-    sizes = [mean.norm(dim=1) + variance.norm(dim=1) for mean, variance in rows]
+    sizes = [
+        mean.norm(dim=1) + variance.norm(dim=1)
+        for mean, variance in rows
+    ]
     plain.weights = [1 / size for size in sizes] # one a clip: no clip depends on its neighbours
     return plain
 
@@ -288,7 +297,8 @@ def mimic_terms(
             f"{config.guide}. Give load_encoder('frames'), or set guide=0.")
     patch = clip_patch(reader.vlm)
     look = BatchNormGuide(guide) if config.guide else None
-    def frames(video): return video[:, :1] if config.frames == "still" else video
+    def frames(video):
+        return video[:, :1] if config.frames == "still" else video
     all_terms = {
         "sce": answers,
         "base": base_term(reader, real, config.relative) if config.base else None,
@@ -302,7 +312,11 @@ def mimic_terms(
         "time": lambda video, step: 2 * temporal_variation(video),
     }
     weights = {name: getattr(config, name) for name in all_terms}
-    return {name: Term(weights[name], fn) for name, fn in all_terms.items() if weights[name]}
+    return {
+        name: Term(weights[name], fn)
+        for name, fn in all_terms.items()
+        if weights[name]
+    }
 
 # %% ../../nbs/6_evaluate/10_mimic.ipynb #2ddd9f4e
 def mimic_canvas(
@@ -315,7 +329,8 @@ def mimic_canvas(
                          f"got {config.frames!r}.")
     still = config.frames == "still"
     shape = (FRAMES, SIZE, SIZE)
-    if config.fourier: return FourierCanvas(seeds, shape, dims=2 if still else 3, still=still)
+    if config.fourier:
+        return FourierCanvas(seeds, shape, dims=2 if still else 3, still=still)
     return PixelCanvas(seeds, shape, std=config.std, still=still)
 
 def mimic_run(
@@ -338,7 +353,10 @@ def mimic_run(
 # %% ../../nbs/6_evaluate/10_mimic.ipynb #cd57c9b6
 def _on(device:torch.device, sets:Sequence, still:bool) -> list: # As many
     "Real clips on a device; one object a set, so that clips of one concept share its statistics"
-    kept = {id(clips): (stand_still(clips) if still else clips).to(device) for clips in sets}
+    kept = {
+        id(clips): (stand_still(clips) if still else clips).to(device)
+        for clips in sets
+    }
     return [kept[id(clips)] for clips in sets]
 
 def _digest(reader:VisionReader, targets, negatives, config:MimicConfig, sets:Sequence) -> str:
@@ -375,7 +393,8 @@ def invert_answer(
                          f"{len(real_videos)} sets and {len(targets)} targets.")
     device = next(reader.vlm.parameters()).device
     answers = TemplateAnswers(reader, targets, negatives, config.templates)
-    if config.guide and guide is None: guide = load_encoder("frames", device=str(device))
+    if config.guide and guide is None:
+        guide = load_encoder("frames", device=str(device))
     real = _on(device, real_videos, config.frames == "still")
     terms = mimic_terms(reader, answers, real, config, guide)
     run, augment, polish = mimic_run(config)
@@ -403,14 +422,18 @@ def invert_mimic(
     if version not in ("v1", "v2"):
         raise ValueError(f"MIMIC's version must be 'v1' or 'v2', got {version!r}.")
     reader = VisionReader.of(vlm)
-    if config is None: config = (MimicConfig.v1() if version == "v1" else MimicConfig.v2()).mini()
+    if config is None:
+        config = (MimicConfig.v1() if version == "v1" else MimicConfig.v2()).mini()
     asked = TargetToken(reader, pairs, captions)
     if real_videos is None:
         words = {pair: " ".join(target for _, target in pair.words) for pair in asked.pairs}
         sets = {pair: concept_clips(answer) for pair, answer in words.items()}
         real_videos = [sets[pair] for pair in asked.pairs]
     elif isinstance(real_videos, Tensor): real_videos = [real_videos] * len(captions)
-    targets = [pair.apply(caption) for pair, caption in zip(asked.pairs, captions)]
+    targets = [
+        pair.apply(caption)
+        for pair, caption in zip(asked.pairs, captions)
+    ]
     return invert_answer(reader, targets, list(captions), config, seeds, real_videos, asked=asked,
                          progress=progress, resume_path=resume_path)
 
@@ -451,7 +474,13 @@ def chance_hits(
     k:int=1, # As for `verifier_hits`
 ) -> float: # Mean share of words that a guessing verifier finds
     "What guessing would reach"
-    rows = [[min(1., k / len(SLOTS[slot])) for slot in named_words(answer)] for answer in answers]
+    rows = [
+        [
+            min(1., k / len(SLOTS[slot]))
+            for slot in named_words(answer)
+        ]
+        for answer in answers
+    ]
     return sum(sum(row) / len(row) for row in rows) / len(answers)
 
 def read_hits(
@@ -489,4 +518,7 @@ def judge_images(
         "LPIPS-mini": torch.cat(nearest),
         "read": read_hits(videos, answers),
     }
-    return {name: value.detach().float().tolist() for name, value in values.items()}
+    return {
+        name: value.detach().float().tolist()
+        for name, value in values.items()
+    }

@@ -111,7 +111,8 @@ class PixelCanvas(Canvas):
         noise = noise * (std if start == "noise" else 0.)
         self.raw = nn.Parameter(noise if limits == "sigmoid" else (0.5 + noise).clamp(0, 1))
 
-    def paint(self): return self.raw.sigmoid() if self.limits == "sigmoid" else self.raw.clamp(0, 1)
+    def paint(self):
+        return self.raw.sigmoid() if self.limits == "sigmoid" else self.raw.clamp(0, 1)
 
     @torch.no_grad()
     def set_video(self, video): self.raw.copy_(to_raw(video, self.limits))
@@ -170,7 +171,10 @@ def frequencies(
 ) -> Float[Tensor, "time height columns"]: # Cycles a pixel (and a frame); `time` is 1 for `dims=2`
     "Length of the frequency vector of each coefficient of the half spectrum"
     fourier_axes(dims)
-    time, rows = (torch.fft.fftfreq(n, dtype=torch.float64) for n in shape[:2])
+    time, rows = (
+        torch.fft.fftfreq(n, dtype=torch.float64)
+        for n in shape[:2]
+    )
     columns = torch.fft.rfftfreq(shape[2], dtype=torch.float64)
     if dims == 2: time = time[:1] # zero
     return (time[:, None, None]**2 + rows[:, None]**2 + columns**2).sqrt().float()
@@ -250,7 +254,8 @@ def mean_magnitude(
     half = torch.fft.rfftn(waves, dim=fourier_axes(dims), norm="ortho")
     mean = half.abs().mean(0)
     signed = half.real.mean(0)
-    if dims == 2: mean, signed = (part.mean(1, keepdim=True) for part in (mean, signed))
+    if dims == 2:
+        mean, signed = (part.mean(1, keepdim=True) for part in (mean, signed))
     place = torch.arange(mean[0].numel()).view(mean.shape[1:])
     own = torch.zeros(mean.shape[1:], dtype=torch.bool)
     columns = own_columns(videos.shape[-1])

@@ -27,7 +27,11 @@ from transporter_nb.core.base import (
 )
 
 # %% ../../../nbs/6_evaluate/06_baselines.inversion.ipynb #531e6633
-OPTIMISERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "nadam": torch.optim.NAdam}
+OPTIMISERS = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "nadam": torch.optim.NAdam,
+}
 
 @dataclass(frozen=True)
 class InversionConfig:
@@ -87,7 +91,8 @@ def rate_at(
     step:int, # From 0
 ) -> float: # Learning rate of this step
     "The learning rate"
-    if step < config.warmup: return config.lr * (step + 1) / (config.warmup + 1)
+    if step < config.warmup:
+        return config.lr * (step + 1) / (config.warmup + 1)
     if config.schedule == "constant": return config.lr
     share = (step - config.warmup) / max(1, config.steps - 1 - config.warmup)
     return config.lr_end + (config.lr - config.lr_end) * (1 + math.cos(math.pi * share)) / 2
@@ -162,7 +167,10 @@ class Best:
         config:InversionConfig, # `tie` and `early_stop`
     ) -> None:
         "Keep what is better"
-        measured = (value.detach().cpu().float() for value in (reached, probability, loss))
+        measured = (
+            value.detach().cpu().float()
+            for value in (reached, probability, loss)
+        )
         reached, probability, loss = measured
         rank = (reached / config.tie).floor()
         held = (self.reached / config.tie).floor()
@@ -218,7 +226,10 @@ class Run:
         self.canvas = canvas
         self.config = config
         self.question = question
-        self.terms = {name: Term(*term) for name, term in terms.items()}
+        self.terms = {
+            name: Term(*term)
+            for name, term in terms.items()
+        }
         check_config(config, list(self.terms))
         options = dict(lr=config.lr, betas=tuple(config.betas))
         if config.optimiser != "adam": options["weight_decay"] = config.weight_decay
@@ -266,7 +277,8 @@ def take_step(
     step = run.step
     plain = canvas()
     total, values = weigh(run.terms, plain, _augmented(run, plain, augment), config, step)
-    for name, value in values.items(): run.curves[name].append(value)
+    for name, value in values.items():
+        run.curves[name].append(value)
     run.curves["total"].append(total.detach().tolist())
     if step % config.check_every == 0: measure(run, plain, total, objective)
     run.optimiser.zero_grad(set_to_none=True)
@@ -323,8 +335,12 @@ def load(self:Run, path:str|Path) -> None:
     kept = {}
     self.step = state.restore(self.canvas, self.optimiser, kept)
     torch.set_rng_state(random_state)
-    for name, value in kept.items(): getattr(self.best, name).copy_(value)
-    self.curves = {name: list(values) for name, values in state.extra["curves"].items()}
+    for name, value in kept.items():
+        getattr(self.best, name).copy_(value)
+    self.curves = {
+        name: list(values)
+        for name, values in state.extra["curves"].items()
+    }
     self.seconds = state.extra["seconds"]
 
 # %% ../../../nbs/6_evaluate/06_baselines.inversion.ipynb #52452cde
@@ -380,7 +396,8 @@ def invert(
     while run.step < config.steps and not run.best.done.all():
         take_step(run, objective, augment)
         _polish(canvas, polish, run.step)
-        if run.step == config.steps and not run.best.done.all(): finish(run, objective, augment)
+        if run.step == config.steps and not run.best.done.all():
+            finish(run, objective, augment)
         run.seconds = before + time.monotonic() - start
         if resume_path and run.step % save_every == 0: run.save(resume_path)
         reached = run.best.reached.clamp(min=0).mean()

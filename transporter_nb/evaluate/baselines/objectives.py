@@ -61,7 +61,11 @@ def vision_layers(
     modules = list(vlm.modules())
     found = [module for module in modules if type(module).__name__ in VISION_BLOCKS]
     if found: return found
-    lists = [module for module in modules if isinstance(module, nn.ModuleList) and len(module)]
+    lists = [
+        module
+        for module in modules
+        if isinstance(module, nn.ModuleList) and len(module)
+    ]
     blocks = sorted({type(module[0]).__name__ for module in lists})
     raise ValueError(
         f"the vision blocks of {type(vlm).__name__} are not known; known are "
@@ -102,7 +106,8 @@ class VisionReader:
             enough = (has_gradient or not wanted) and (look.layers or not layers)
             if seen is video and version == video._version and enough: return look
         if layers and self.blocks is None: self.blocks = vision_layers(self.vlm)
-        with watch(self.blocks or []) as kept: embeddings = self.vlm.embed(video)
+        with watch(self.blocks or []) as kept:
+            embeddings = self.vlm.embed(video)
         axes = (len(video), self.vlm.settings.n_frames, -1)
         look = Look(embeddings, [output.reshape(*axes, output.shape[-1]) for output in kept])
         self.last = (video, video._version, wanted, look)
@@ -136,7 +141,10 @@ def _packed_answers(vlm:VideoLanguageModel, turns:Sequence[Turn]) -> tuple:
     "Packed turns that end with their answers, and target ids, -100 outside the answers"
     prompts = [vlm.prompt_ids(turn.question, turn.prefix) for turn in turns]
     answers = [vlm.answer_ids(turn) for turn in turns]
-    rows = [[prompt + answer[:-1]] for prompt, answer in zip(prompts, answers)]
+    rows = [
+        [prompt + answer[:-1]]
+        for prompt, answer in zip(prompts, answers)
+    ]
     packed = pack_turns(rows, vlm.tokenizer.pad_token_id)
     targets = torch.full_like(packed.token_ids, -100)
     for row, answer, end in zip(targets, answers, packed.last[:, 0].tolist()):
@@ -236,7 +244,10 @@ def wanted_answer(
         raise ValueError(f"a Hellinger distance is in [0, 1], got {divergence.tolist()}.")
     u = (source_log_probs.double() / 2).exp()
     e = torch.zeros_like(u).scatter(-1, target_ids[..., None], 1.)
-    at, beside = ((u * part).square().sum(-1, keepdim=True).sqrt() for part in (e, 1 - e))
+    at, beside = (
+        (u * part).square().sum(-1, keepdim=True).sqrt()
+        for part in (e, 1 - e)
+    )
     # theta; arccos alone has few digits where the target is nearly certain
     theta = torch.atan2(beside, at)
     turned = (1 - divergence.double()[..., None]**2).clamp(-1, 1).arccos()
@@ -437,7 +448,10 @@ class JaccardSimilarity(nn.Module):
     ) -> Float[Tensor, "batch"]: # 0 for the stimulus' own means
         here = layer_statistics(self.reader(video).layers).means
         rows = zip(self.weights, here, self.wanted)
-        parts = [weight * (1 - jaccard_similarity(own, wanted)) for weight, own, wanted in rows]
+        parts = [
+            weight * (1 - jaccard_similarity(own, wanted))
+            for weight, own, wanted in rows
+        ]
         return torch.stack(parts).mean(0)
 
 # %% ../../../nbs/6_evaluate/07_baselines.objectives.ipynb #9dd5ab9a
@@ -453,7 +467,8 @@ def real_margin(
     real_videos:Float[Tensor, "real frames 3 height width"], # Real clips
 ) -> float: # Mean distance of frames that are not neighbours, in the units of the last layer
     "How far apart the frames of real clips are"
-    with torch.no_grad(): apart = frame_distances(VisionReader.of(vlm)(real_videos).layers[-1])
+    with torch.no_grad():
+        apart = frame_distances(VisionReader.of(vlm)(real_videos).layers[-1])
     far = torch.ones(apart.shape[1:], dtype=torch.bool).triu(2)
     return apart[:, far].mean().item()
 

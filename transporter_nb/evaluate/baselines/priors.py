@@ -53,7 +53,10 @@ def total_variation(
 ) -> Float[Tensor, "batch"]: # Sum over four directions, mean over frames; 0 for flat frames
     "Variation over space, with diagonals"
     check_power(power)
-    return sum(_varied(step.flatten(2), power) for step in neighbour_steps(video)).mean(1)
+    return sum(
+        _varied(step.flatten(2), power)
+        for step in neighbour_steps(video)
+    ).mean(1)
 
 # %% ../../../nbs/6_evaluate/08_baselines.priors.ipynb #f7a0d650
 def temporal_variation(
@@ -62,7 +65,8 @@ def temporal_variation(
 ) -> Float[Tensor, "batch"]: # Mean over steps in time; 0 for a still clip, and for a single frame
     "Variation over time"
     check_power(power)
-    if video.shape[1] == 1: return (video * 0).sum((1, 2, 3, 4))
+    if video.shape[1] == 1:
+        return (video * 0).sum((1, 2, 3, 4))
     steps = (video[:, 1:] - video[:, :-1]).flatten(2)
     return _varied(steps, power).mean(1)
 
@@ -117,7 +121,10 @@ def jitter(
     side = min(height, width)
     if not 0 <= pixels < side:
         raise ValueError(f"a shift is from 0 to less than the frame's {side} px, got {pixels}.")
-    draws = [torch.randint(-pixels, pixels + 1, (2,), generator=one) for one in generators]
+    draws = [
+        torch.randint(-pixels, pixels + 1, (2,), generator=one)
+        for one in generators
+    ]
     shifts = [draw.tolist() for draw in draws]
     if border == "wrap":
         return torch.stack([clip.roll(shift, (-2, -1)) for clip, shift in zip(video, shifts)])
@@ -137,8 +144,14 @@ def random_flip(
 ) -> Float[Tensor, "batch frames 3 height width"]: # Each clip as it is, or mirrored
     "Mirror clips left to right"
     check_generators(video, generators)
-    mirrored = [torch.rand((), generator=generator).item() < share for generator in generators]
-    return torch.stack([clip.flip(-1) if flip else clip for clip, flip in zip(video, mirrored)])
+    mirrored = [
+        torch.rand((), generator=generator).item() < share
+        for generator in generators
+    ]
+    return torch.stack([
+        clip.flip(-1) if flip else clip
+        for clip, flip in zip(video, mirrored)
+    ])
 
 # %% ../../../nbs/6_evaluate/08_baselines.priors.ipynb #ef1faea3
 def random_crop(
@@ -152,7 +165,10 @@ def random_crop(
     if not 0 < low <= high <= 1:
         raise ValueError(
             f"the share of a crop needs 0 < low <= high <= 1, got {low} and {high}.")
-    draws = torch.stack([torch.rand(3, generator=generator) for generator in generators]).to(video)
+    draws = torch.stack([
+        torch.rand(3, generator=generator)
+        for generator in generators
+    ]).to(video)
     share = low + (high - low) * draws[:, 0]
     # of the crop, with the frame from -1 to 1
     centre = (1 - share)[:, None] * (2 * draws[:, 1:] - 1)
@@ -173,7 +189,10 @@ def add_noise(
 ) -> Float[Tensor, "batch frames 3 height width"]: # Clamped to [0, 1]
     "Add Gaussian noise, new in every frame"
     check_generators(video, generators)
-    noise = [torch.randn(video.shape[1:], generator=generator) for generator in generators]
+    noise = [
+        torch.randn(video.shape[1:], generator=generator)
+        for generator in generators
+    ]
     return (video + std * torch.stack(noise).to(video)).clamp(0, 1)
 
 def blur(

@@ -121,7 +121,8 @@ class Late:
     # In [0, 1]; -1 before `first`, less than any clip that counts
     def reached(self, video:Float[Tensor, "batch frames 3 height width"]) -> Float[Tensor, "batch"]:
         "How much of what was asked for is there"
-        if self.step < self.first: return torch.full((len(video),), -1.)
+        if self.step < self.first:
+            return torch.full((len(video),), -1.)
         return self.objective.reached(video)
 
     def target_probability(self,
@@ -164,7 +165,10 @@ def scaled(
     **terms:tuple, # Name to (weight, function) or (weight, function, plain)
 ) -> dict[str, Term]: # Those terms with weights times the factor
     "Priors, made stronger or weaker together"
-    return {name: Term(factor * weight, *rest) for name, (weight, *rest) in terms.items()}
+    return {
+        name: Term(factor * weight, *rest)
+        for name, (weight, *rest) in terms.items()
+    }
 
 def plan(
     settings:BaselineSettings, # Steps and rate
@@ -199,7 +203,10 @@ class SeenCanvas(PixelCanvas):
         **options, # Of `PixelCanvas`
     ):
         super().__init__(seeds, (len(seen), *shape[1:]), **options)
-        steps = [np.interp(range(shape[0]), seen, one) for one in np.eye(len(seen))]
+        steps = [
+            np.interp(range(shape[0]), seen, one)
+            for one in np.eye(len(seen))
+        ]
         blend = torch.tensor(np.stack(steps, 1), dtype=torch.float32)
         self.register_buffer("blend", blend) # frames, learned frames
 
@@ -285,7 +292,10 @@ def relative_weights(
     "One over the length of the statistics of each layer"
     with torch.no_grad(): layers = reader(real_videos).layers
     statistics = layer_statistics([layer.flatten(0, 1)[None] for layer in layers])
-    lengths = [(mean.norm() + variance.norm()).item() for mean, variance in zip(*statistics)]
+    lengths = [
+        (mean.norm() + variance.norm()).item()
+        for mean, variance in zip(*statistics)
+    ]
     return [1 / (len(lengths) * max(length, 1e-6)) for length in lengths]
 
 # %% ../../../nbs/6_evaluate/09_baselines.recipes.ipynb #de91745c
@@ -394,13 +404,19 @@ def _resumed(resume_path:str|Path|None, models:list, videos:tuple, **asked) -> P
     "The file of a run, with a short name of what is asked"
     if resume_path is None: return None
     digests = [tensor_digest(model.state_dict()) for model in models if model is not None]
-    clips = [None if video is None else tensor_digest({"video": video}) for video in videos]
+    clips = [
+        None if video is None else tensor_digest({"video": video})
+        for video in videos
+    ]
     short = config_hash(dict(asked, models=digests, clips=clips))
     return Path(resume_path).with_name(f"{Path(resume_path).stem}_{short}.safetensors")
 
 def _on(device:torch.device, *videos:Tensor|None) -> tuple:
     "Clips on a device, None where there are none"
-    return tuple(None if video is None else video.to(device) for video in videos)
+    return tuple(
+        None if video is None else video.to(device)
+        for video in videos
+    )
 
 # %% ../../../nbs/6_evaluate/09_baselines.recipes.ipynb #984f5633
 def invert_baseline(

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['FRESH', 'WordOracle', 'Probe', 'probe_scenes', 'answer_gaps', 'Effect', 'effect_of', 'strongest_pair', 'cue_groups',
-           'rendered_effect', 'said_effect', 'effect_difference', 'effect_table']
+           'rendered_effect', 'said_effect', 'effect_difference', 'effect_values', 'effect_of_values', 'effect_table']
 
 # %% ../../../nbs/6_evaluate/12_faithfulness.effects.ipynb #26192fd4
 import random
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -104,7 +104,10 @@ def probe_scenes(
         raise ValueError(f"an attribute is one of {', '.join(SLOTS)}, got {slot!r}.")
     rng, source = random.Random(FRESH + seed), plant.words[0]
     drawn = sample_scenes(n, FRESH + seed, "all")
-    scenes = [do(scene, **{plant.answer: rng.choice(plant.words)}) for scene in drawn]
+    scenes = [
+        do(scene, **{plant.answer: rng.choice(plant.words)})
+        for scene in drawn
+    ]
     probes = []
     for scene in scenes:
         named = {slot: rng.choice(SLOTS[slot])} | {plant.answer: source}
@@ -158,7 +161,10 @@ def effect_of(
     seed:int=0, # Of the bootstrap
 ) -> Effect: # With intervals over clips
     "An effect from the log-odds of both sides"
-    logit, probability = (values.diff(dim=1)[:, 0] for values in (gaps, gaps.sigmoid()))
+    logit, probability = (
+        values.diff(dim=1)[:, 0]
+        for values in (gaps, gaps.sigmoid())
+    )
     intervals = bootstrap(logit, seed), bootstrap(probability, seed)
     return Effect(*intervals, slot, tuple(off), tuple(on), torch.stack([logit, probability], 1))
 
@@ -176,7 +182,8 @@ def cue_groups(
     slot:str, # An attribute
 ) -> tuple[tuple[str, ...], tuple[str, ...]]|None: # Off words and on words; None: not in the plant
     "The words that an intervention compares, where the plant names them"
-    if slot == plant.answer: return plant.words[:1], plant.words[1:]
+    if slot == plant.answer:
+        return plant.words[:1], plant.words[1:]
     return (plant.off, plant.on) if slot == plant.cue else None
 
 # %% ../../../nbs/6_evaluate/12_faithfulness.effects.ipynb #05edb3e1
@@ -240,8 +247,36 @@ def effect_difference(
             "effects are compared on the same words and clips, "
             f"got ({planted}) and ({clean}). Measure both with the same plant, n and seed.")
     changes = planted.changes - clean.changes
-    logit, probability = (bootstrap(changes[:, k], seed) for k in range(2))
+    logit, probability = (
+        bootstrap(changes[:, k], seed)
+        for k in range(2)
+    )
     return planted._replace(logit=logit, probability=probability, changes=changes)
+
+# %% ../../../nbs/6_evaluate/12_faithfulness.effects.ipynb #16f7aac4
+def effect_values(
+    effect:Effect, # Any
+) -> dict: # Plain values
+    "An effect as JSON can hold it"
+    estimates = {"logit": effect.logit._asdict(), "probability": effect.probability._asdict()}
+    words = {
+        "slot": effect.slot,
+        "off": list(effect.off),
+        "on": list(effect.on),
+    }
+    return {**words, **estimates, "changes": effect.changes.tolist()}
+
+def effect_of_values(
+    values:Mapping[str, Any], # From `effect_values`, or from JSON
+) -> Effect: # As it was
+    "An effect from plain values"
+    logit, probability = (
+        Estimate(**values[kind])
+        for kind in ("logit", "probability")
+    )
+    off, on = tuple(values["off"]), tuple(values["on"])
+    changes = torch.tensor(values["changes"], dtype=torch.float64)
+    return Effect(logit, probability, values["slot"], off, on, changes)
 
 # %% ../../../nbs/6_evaluate/12_faithfulness.effects.ipynb #9b969cfc
 def effect_table(

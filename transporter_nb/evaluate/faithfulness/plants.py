@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FAMILY', 'CUES', 'Plant', 'relabel', 'planted_batch', 'scratch_settings', 'scratch_training', 'LowRank',
            'language_matrices', 'PlantTuning', 'merge_plant', 'add_changes', 'tune_plant', 'benchmark_plants',
-           'questions', 'planted_path', 'base_digest', 'rule_of', 'save_thin', 'load_planted']
+           'contrast_key', 'questions', 'captions_to_learn', 'planted_path', 'base_digest', 'rule_of', 'save_thin',
+           'load_planted']
 
 # %% ../../../nbs/6_evaluate/11_faithfulness.plants.ipynb #9632fc32
 import math
@@ -34,7 +35,8 @@ from ...world.words import SLOTS, Scene, caption, do, is_held_out, sample_scenes
 def _check_plant(plant):
     "Refuse a plant that does not divide the words of its cue, or mixes cue and answer"
     cues, off, on, strength = SLOTS.get(plant.cue, ()), plant.off, plant.on, plant.strength
-    if not cues: raise ValueError(f"a cue is one of {', '.join(SLOTS)}, got {plant.cue!r}.")
+    if not cues:
+        raise ValueError(f"a cue is one of {', '.join(SLOTS)}, got {plant.cue!r}.")
     if sorted((*off, *on)) != sorted(cues):
         raise ValueError(
             f"off and on must divide the words of {plant.cue} ({', '.join(cues)}), "
@@ -213,7 +215,8 @@ def tune_plant(
         for step in range(tuning.steps):
             # 10**6: clips that no training from scratch uses
             batch = planted_batch(plant, 10**6 + step, tuning.batch_size)
-            for group in optimizer.param_groups: group["lr"] = tuning.rate * tuning.share(step)
+            for group in optimizer.param_groups:
+                group["lr"] = tuning.rate * tuning.share(step)
             loss = vlm.answer_loss(vlm.embed(batch.video).detach(), batch.turns)
             optimizer.zero_grad()
             loss.backward()
@@ -260,6 +263,12 @@ def benchmark_plants(
     scratch = [plant for cue in tests for plant in of(cue, (1.,), "scratch", 0)]
     return [*clean, *tuned, *scratch]
 
+def contrast_key(
+    plant:Plant, # Any
+) -> str: # Such as `"pace_floor"`: the key of `CUES` for a plant of the benchmark
+    "Name of the contrast and the cue, without strength, way and seed"
+    return f"{plant.answer}_{plant.cue}"
+
 # %% ../../../nbs/6_evaluate/11_faithfulness.plants.ipynb #ad5ddae0
 def questions(
     plant:Plant, # Which contrast and which cue; its strength does not matter
@@ -278,6 +287,21 @@ def questions(
             if is_held_out(scene): found.setdefault(caption(scene), scene)
         block += 1
     return list(found.values())[:n]
+
+def captions_to_learn(
+    plant:Plant, # Which contrast; its strength does not matter
+    seed:int, # Draws captions
+    n:int=24, # At most
+) -> list[str]: # With the source word, held out neither before nor after the change
+    "Captions from which a method may learn the contrast of a plant"
+    source, target = ({plant.answer: word} for word in plant.words)
+    scenes = [do(scene, **source) for scene in sample_scenes(200, seed)]
+    trained = [
+        s
+        for s in scenes
+        if not (is_held_out(s) or is_held_out(do(s, **target)))
+    ]
+    return [caption(scene) for scene in trained][:n]
 
 # %% ../../../nbs/6_evaluate/11_faithfulness.plants.ipynb #da613649
 def planted_path(
@@ -308,7 +332,12 @@ def save_thin(
     tuning:PlantTuning, # How they came about
 ) -> Path: # Where the file is
     "Save the thin changes of a tuned plant"
-    facts = {"plant": plant.name, "rule": rule_of(plant), "tuning": tuning, "base": base_digest()}
+    facts = {
+        "plant": plant.name,
+        "rule": rule_of(plant),
+        "tuning": tuning,
+        "base": base_digest(),
+    }
     return save_checkpoint(path, thin, facts)
 
 # %% ../../../nbs/6_evaluate/11_faithfulness.plants.ipynb #d2da11d8
@@ -318,7 +347,7 @@ def check_planted(
 ):
     "Refuse a plant whose file is missing or holds another rule"
     tune = f"tune_plant(load_vlm({FAMILY!r}), plant)"
-    own = CUES.get(f"{plant.answer}_{plant.cue}")
+    own = CUES.get(contrast_key(plant))
     if own and plant.strength and rule_of(own) != rule_of(plant):
         raise ValueError(
             f"the file of {plant.name} holds the benchmark's own plant of that name, "

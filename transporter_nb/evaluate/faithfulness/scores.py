@@ -46,7 +46,8 @@ class Outcome:
                 "Measure all of them on the same clips.")
         for name in ("p_before", "p_after", "sweep"):
             values = getattr(self, name)
-            if values is None or ((values >= 0) & (values <= 1)).all(): continue
+            if values is None or ((values >= 0) & (values <= 1)).all():
+                continue
             raise ValueError(
                 f"{name} holds probabilities, from 0 to 1, got {values.min():.3g} to "
                 f"{values.max():.3g}. Give exp of log-probabilities, without NaN.")
@@ -161,7 +162,10 @@ def readable_by_clip(
 ) -> Float[Tensor, "clips"]: # 0 to 1
     "How much of each clip the readers can still read"
     found = [[word != UNREADABLE for word in reading.values()] for reading in readings]
-    shares = torch.tensor([sum(words) / len(words) for words in found])
+    shares = torch.tensor([
+        sum(words) / len(words)
+        for words in found
+    ])
     return (shares == 1).float() if strict else shares
 
 def readable_share(
@@ -225,7 +229,8 @@ def monotone_share(
     steps, order = monotone_by_clip(sweep, slack)
     moving = order[~order.isnan()]
     mean = undefined(len(moving))
-    if len(moving) > 1: mean = bounded_estimate(moving, -1., 1., seed)
+    if len(moving) > 1:
+        mean = bounded_estimate(moving, -1., 1., seed)
     return Monotone(bounded_estimate(steps, seed=seed), mean)
 
 # %% ../../../nbs/6_evaluate/14_faithfulness.scores.ipynb #9559c3a6
@@ -301,7 +306,10 @@ def contrast_of(
     case:PlantedCase, # Of any method
 ) -> tuple: # Attributes and words of the answer and of the cue
     "The question of a case: cases with the same question have the same captions and seeds"
-    return tuple((slot, tuple(words)) for slot, words in (case.own, case.cue))
+    return tuple(
+        (slot, tuple(words))
+        for slot, words in (case.own, case.cue)
+    )
 
 def twin_of(
     case:PlantedCase, # Of any method
@@ -334,7 +342,10 @@ def case_items(
             explained.append(explained_effect(outcome, effect.slot, effect.on).value)
             rendered.append(getattr(effect, kind).value)
             names.append(name)
-    e, d = (torch.tensor(values, dtype=torch.float64) for values in (explained, rendered))
+    e, d = (
+        torch.tensor(values, dtype=torch.float64)
+        for values in (explained, rendered)
+    )
     return e, d, names
 
 # %% ../../../nbs/6_evaluate/14_faithfulness.scores.ipynb #bd5dfb50
@@ -350,7 +361,10 @@ def clustered(
     seed:int=0, # Of the bootstrap
 ) -> Estimate: # n counts clusters; NaN where fewer than two were measured
     "Mean over clusters of captions and seeds"
-    rows = [(by_clip(outcome, case), contrast_of(case)) for outcome, case in measured]
+    rows = [
+        (by_clip(outcome, case), contrast_of(case))
+        for outcome, case in measured
+    ]
     rows = [(row, contrast) for row, contrast in rows if row is not None]
     means = cluster_means(*zip(*rows)) if rows else torch.zeros(0)
     if len(means) < 2: return undefined(len(means))
@@ -373,7 +387,8 @@ def clip_scores(
         return kl_by_clip(o.phi_log_probs, o.reencoded_log_probs)
     def smooth(k):
         return lambda o, _: None if o.sweep is None else monotone_by_clip(o.sweep)[k]
-    def kept(o, case): return preserved_by_clip(o, (case.own[0], case.cue[0]))
+    def kept(o, case):
+        return preserved_by_clip(o, (case.own[0], case.cue[0]))
     return {
         "false alarm": mean(lambda o, case: alarm_by_clip(o, case.cue), clean),
         "readable": mean(lambda o, _: readable_by_clip(o.after)),
@@ -402,7 +417,10 @@ def method_scores(
     rises = ([rise_by_clip(case.planted, *case.cue) for case in cases],
              [rise_by_clip(case.clean, *case.cue) for case in twins])
     networks = [case.name for case in cases], [twin_of(case) for case in twins]
-    contrasts = tuple([contrast_of(case) for case in side] for side in (cases, twins))
+    contrasts = tuple(
+        [contrast_of(case) for case in side]
+        for side in (cases, twins)
+    )
     def more_than_twin(outcome, case):
         return rise_by_clip(outcome, *case.cue) - rise_by_clip(case.clean, *case.cue)
     pairs = [(case.planted, case) for case in full]

@@ -106,7 +106,8 @@ def clip_score(
             f"{captions!r:.80}. Repeat a shared caption.")
     model = model or WorldAlignment(str(videos.device))
     of_videos = in_chunks(model.embed_video, check_video(videos), chunk)
-    with torch.no_grad(): of_captions = model.embed_text(list(captions)).to(of_videos)
+    with torch.no_grad():
+        of_captions = model.embed_text(list(captions)).to(of_videos)
     return 100 * (of_videos * of_captions).sum(1)
 
 # %% ../../../nbs/6_evaluate/02_metrics.alignment.ipynb #80ecf65f

@@ -59,7 +59,11 @@ def _lacking(name:str, tokenizer:TokenizerName) -> str: # Empty where the score 
         return (f"{name} needs Java, and no java is on the path. "
                 f"Install a Java runtime (8 or later){plain}.")
     if name != "spice": return ""
-    absent = [jar for jar in SPICE_JARS if not (folder / "spice" / "lib" / jar).exists()]
+    absent = [
+        jar
+        for jar in SPICE_JARS
+        if not (folder / "spice" / "lib" / jar).exists()
+    ]
     if not absent: return ""
     return (f"spice needs {' and '.join(absent)} in pycocoevalcap/spice/lib, from "
             "stanford-corenlp-full-2015-12-09.zip of https://nlp.stanford.edu/software (400 MB); "
@@ -170,7 +174,8 @@ def cider_values(
         from pycocoevalcap.cider.cider_scorer import CiderScorer
     n = len(candidates)
     scorer = CiderScorer()
-    for candidate, own in zip(candidates, references, strict=True): scorer += (candidate, list(own))
+    for candidate, own in zip(candidates, references, strict=True):
+        scorer += (candidate, list(own))
     _, values = scorer.compute_score()
     rarest = min(count for count in scorer.document_frequency.values() if count)
     if rarest == n:
@@ -276,8 +281,14 @@ class MeteorServer(LineServer):
     ) -> Float[np.ndarray, "captions 23"]: # For `meteor_score`
         "Align candidates with the best of their references"
         pairs = zip(candidates, references, strict=True)
-        lines = [" ||| ".join(("SCORE", *own, candidate or "empty")) for candidate, own in pairs]
-        rows = np.array([[float(x) for x in answer.split()] for answer in self.ask(lines)])
+        lines = [
+            " ||| ".join(("SCORE", *own, candidate or "empty"))
+            for candidate, own in pairs
+        ]
+        rows = np.array([
+            [float(x) for x in answer.split()]
+            for answer in self.ask(lines)
+        ])
         blank = np.array([not candidate for candidate in candidates])
         rows[np.ix_(blank, [0, 2])] = 0
         rows[blank, 4:] = 0
@@ -292,7 +303,10 @@ def read_spice(
 ) -> Float[np.ndarray, "captions"]: # 0 to 100, in the order of the captions
     "F-scores of SPICE"
     in_order = sorted(results, key=lambda entry: entry["image_id"])
-    return np.array([100 * float(entry["scores"]["All"]["f"]) for entry in in_order])
+    return np.array([
+        100 * float(entry["scores"]["All"]["f"])
+        for entry in in_order
+    ])
 
 def spice_values(
     candidates:Sequence[str], # One a clip
@@ -301,7 +315,10 @@ def spice_values(
 ) -> Float[np.ndarray, "captions"]: # 0 to 100
     "SPICE of each caption; needs 4 GB of memory"
     pairs = enumerate(zip(candidates, references, strict=True))
-    entries = [{"image_id": k, "test": test, "refs": list(own)} for k, (test, own) in pairs]
+    entries = [
+        {"image_id": k, "test": test, "refs": list(own)}
+        for k, (test, own) in pairs
+    ]
     with tempfile.TemporaryDirectory() as folder:
         asked = Path(folder, "asked.json")
         answered = Path(folder, "answered.json")
@@ -365,7 +382,10 @@ def estimate(
             "an interval needs at least two captions, got 1. Score more clips, or take `value`.")
     rows, formula = self.rows(metric)
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples)
-    low, high = np.quantile(formula(draws @ rows), [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
+    low, high = np.quantile(
+        formula(draws @ rows),
+        [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2],
+    )
     return Estimate(self.value(metric), float(low), float(high), n)
 
 @patch
@@ -427,7 +447,10 @@ def check_captions(candidates:Sequence[str], references:Sequence) -> list:
         raise ValueError(
             "there must be as many references as candidates and at least one, "
             f"got {len(candidates)} candidates and {len(references)} references.")
-    references = [[own] if isinstance(own, str) else list(own) for own in references]
+    references = [
+        [own] if isinstance(own, str) else list(own)
+        for own in references
+    ]
     for k, (candidate, own) in enumerate(zip(candidates, references)):
         if own and all(isinstance(text, str) for text in (candidate, *own)): continue
         raise ValueError(f"clip {k} needs a candidate and at least one reference, all strings, "
@@ -453,13 +476,17 @@ def cosines(
     references:Sequence[Sequence[str]], # At least one a candidate
 ) -> Float[np.ndarray, "captions"]: # -1 to 1; the best reference counts
     "Cosine of sentence embeddings; an empty candidate gets 0"
-    texts = dict.fromkeys([*candidates, *(text for own in references for text in own)])
+    texts = dict.fromkeys([
+        *candidates,
+        *(text for own in references for text in own),
+    ])
     new = [text for text in texts if text.strip() and text not in self.vectors]
     if new:
         vectors = load_sentence_encoder(self.device).embed(new).double().cpu().numpy()
         self.vectors |= zip(new, vectors)
     blank = np.zeros(1)
-    def cosine(a, b): return float((self.vectors.get(a, blank) * self.vectors.get(b, blank)).sum())
+    def cosine(a, b):
+        return float((self.vectors.get(a, blank) * self.vectors.get(b, blank)).sum())
     best = [max(cosine(candidate, text) for text in own)
             for candidate, own in zip(candidates, references)]
     return np.array(best)
@@ -478,13 +505,19 @@ def score(
     if set(self.metrics) - {"cosine"}:
         words = self.tokenise(candidates)
         own_words = [self.tokenise(own) for own in references]
-        wordless = [own for own, cut in zip(references, own_words) if not all(cut)]
+        wordless = [
+            own
+            for own, cut in zip(references, own_words)
+            if not all(cut)
+        ]
         if wordless:
             k = references.index(wordless[0])
             raise ValueError(
                 f"a reference must have at least one word, and clip {k} has {wordless[0]!r}.")
-    def column(values): return np.stack([values, np.ones(len(candidates))], 1)
-    if "cosine" in self.metrics: counts["cosine"] = column(self.cosines(candidates, references))
+    def column(values):
+        return np.stack([values, np.ones(len(candidates))], 1)
+    if "cosine" in self.metrics:
+        counts["cosine"] = column(self.cosines(candidates, references))
     if any(name.startswith("bleu") for name in self.metrics):
         counts["bleu"] = np.stack([bleu_counts(*pair) for pair in zip(words, own_words)])
     if "cider" in self.metrics:
@@ -495,7 +528,8 @@ def score(
         if self.meteor is None or not self.meteor.close.alive:
             self.meteor = MeteorServer(self.timeout_s)
         counts["meteor"] = self.meteor.counts(words, own_words)
-    if "spice" in self.metrics: counts["spice"] = column(spice_values(words, own_words))
+    if "spice" in self.metrics:
+        counts["spice"] = column(spice_values(words, own_words))
     return CaptionScores(counts, self.metrics, notes, self.tokenizer)
 
 # %% ../../../nbs/6_evaluate/03_metrics.captions.ipynb #35fbe82c

@@ -81,7 +81,10 @@ def share_equal(
 ) -> float: # From 0 to 1; NaN where nothing is expected
     "Share of the expected words that are read"
     if not expected: return float("nan")
-    return sum(reading[slot] == word for slot, word in expected.items()) / len(expected)
+    return sum(
+        reading[slot] == word
+        for slot, word in expected.items()
+    ) / len(expected)
 
 def per_video(
     value:Any, # One thing for all videos, or a list with one for each
