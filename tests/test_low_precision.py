@@ -28,7 +28,7 @@ from transporter_nb.models.view import Models
 from transporter_nb.world.video import contact_sheet, encode_gif, resize_video
 from transporter_nb.models.vlms import hub as hub_module
 from transporter_nb.models.vlms.base import DESCRIBE, world_words
-from transporter_nb.models.vlms.hub import place
+from transporter_nb.models.vlms.hub import put_on_device
 
 RED, CHANGE = "one large red ball slides left slowly over a stone floor", "red -> blue"
 LOW = (torch.float16, torch.bfloat16, torch.float64)
@@ -197,7 +197,7 @@ def test_an_explanation_with_all_that_belongs_to_it(load_wan, load_vlm_from_hub,
 @pytest.mark.parametrize("offload", ["parts", "layers"])
 @pytest.mark.parametrize("name", VLMS)
 def test_offloading_changes_nothing(name, offload):
-    whole, moved = small(name), place(small(name), LoadOptions(offload=offload), "cpu")
+    whole, moved = small(name), put_on_device(small(name), LoadOptions(offload=offload), "cpu")
     assert all(value.is_meta for value in moved.parameters())
     tokens = whole.embed(clip_of())
     assert torch.equal(moved.embed(clip_of()), tokens)

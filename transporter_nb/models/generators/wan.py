@@ -8,7 +8,7 @@ __all__ = ['SPECIAL_TOKENS', 'WAN_MEAN', 'WAN_STD', 'PAPER_FIELDS', 'ENCODER_CHU
            'to_timestep', 'flow_times', 'kept_in_float32', 'compute_dtype', 'run_expert', 'word_tokenizer', 'tokenize',
            'tokens_covering', 'check_clip', 'build_vae', 'build_transformer', 'build_text_encoder', 'WanGenerator',
            'latent_size', 'encode_words', 'wan_velocity', 'latent_scale', 'encode_video', 'decode_latents',
-           'part_tensors', 'fit_tensors', 'load_files', 'OneAtATime', 'place', 'load_hub', 'widen_kept',
+           'part_tensors', 'fit_tensors', 'load_files', 'OneAtATime', 'put_on_device', 'load_hub', 'widen_kept',
            'blank_generator']
 
 # %% ../../../nbs/2_models/02_generators.wan.ipynb #f06f1f08
@@ -606,7 +606,7 @@ class OneAtATime(ModelHook):
             self.resident.append(module.to(self.device))
         return args, kwargs
 
-def place(
+def put_on_device(
     generator:WanGenerator, # Its weights in main memory
     options:LoadOptions, # Tiling, checkpointing, offloading
     device:str|torch.device="auto", # Where it computes
@@ -654,7 +654,7 @@ def load_hub(
         vae = vae.to(resolve_device(device))
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     generator = WanGenerator(config, vae, experts[0], text_encoder, tokenizer, *experts[1:])
-    return place(generator.freeze(), options, device)
+    return put_on_device(generator.freeze(), options, device)
 
 # %% ../../../nbs/2_models/02_generators.wan.ipynb #d8e054bc
 PARTS = ("text_encoder", "transformer", "transformer_2", "vae")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WHOLE', 'VLMSettings', 'text_sizes', 'vision_sizes', 'visible_tokens', 'additive_mask', 'HubVLM', 'start_weights',
-           'place']
+           'put_on_device']
 
 # %% ../../../nbs/2_models/07_vlms.hub.ipynb #87c1dc58
 from abc import abstractmethod
@@ -304,7 +304,7 @@ def load(
 # %% ../../../nbs/2_models/07_vlms.hub.ipynb #a40fd4be
 WHOLE = ["MultiheadAttention"] # it reads a layer's weights without calling it: in Phi-4
 
-def place(
+def put_on_device(
     vlm:HubVLM, # Its weights in main memory
     options:LoadOptions, # How they are put on the machine
     device:str|torch.device="auto", # Where it computes
@@ -353,7 +353,7 @@ def from_hub(
     marks = [cls.hub_mark(k)
              for k in range(1, settings.n_frames + 1)]
     vlm = cls(settings, model, AutoTokenizer.from_pretrained(folder), marks)
-    return place(vlm.freeze(), options, device)
+    return put_on_device(vlm.freeze(), options, device)
 
 # %% ../../../nbs/2_models/07_vlms.hub.ipynb #7818a3e5
 @patch_to(HubVLM, cls_method=True)

@@ -105,7 +105,7 @@ def slots_of(
 class Targets(NamedTuple):
     "What a VLM should say at each place of the packed text"
     text: PackedTurns # Questions and answers of every clip
-    places: Tensor # "answers 2": row and column of the token before each answer token
+    positions: Tensor # "answers 2": row and column of the token before each answer token
     ids: Tensor # "answers words": tokens that may come there, padded by repeating the first
     chances: Tensor # "answers words": their probabilities; rows sum to 1
 
@@ -152,7 +152,7 @@ def answer_targets(
 ) -> Targets: # On the CPU
     "Ideal answers of a batch"
     packed = []
-    places = []
+    positions = []
     ids = []
     weights = []
     widest = max(map(len, SLOTS.values()))
@@ -165,7 +165,7 @@ def answer_targets(
             prompt = vlm.prompt_ids(turn.question, turn.prefix)
             answer = ideal_tokens(vlm, turn, rows[row])
             for k, (_, may, p) in enumerate(answer):
-                places.append((row, at + len(prompt) - 1 + k))
+                positions.append((row, at + len(prompt) - 1 + k))
                 ids.append(may + may[:1] * (widest - len(may)))
                 weights.append(p + [0.] * (widest - len(p)))
             texts.append(prompt + [token
@@ -173,7 +173,7 @@ def answer_targets(
             at += len(texts[-1])
         packed.append(texts)
     text = pack_turns(packed, vlm.tokenizer.pad_token_id)
-    return Targets(text, torch.tensor(places), torch.tensor(ids), torch.tensor(weights))
+    return Targets(text, torch.tensor(positions), torch.tensor(ids), torch.tensor(weights))
 
 # %% ../../../nbs/2_models/20_vlms.lessons.ipynb #04cfc3b6
 def lesson_loss(
@@ -183,9 +183,9 @@ def lesson_loss(
 ) -> Float[Tensor, ""]: # Mean divergence from the ideal answers, in nats a token; 0 at best
     "How far a VLM's answers are from the ideal ones"
     device = vlm_embeddings.device
-    text, places, ids, chances = targets
+    text, positions, ids, chances = targets
     logits = vlm.text_logits(vlm_embeddings, PackedTurns(*(part.to(device) for part in text)))
-    row, column = places.to(device).T
+    row, column = positions.to(device).T
     log_probs = logits[row, column].float().log_softmax(-1).gather(1, ids.to(device))
     chances = chances.to(device)
     return (torch.xlogy(chances, chances) - chances * log_probs).sum(-1).mean()
