@@ -41,7 +41,7 @@ def state(explorer:Explorer) -> str:
 @pytest.fixture
 def explorer(phi4, tmp_path, monkeypatch):
     # beside the five of the filmstrip; that all stops are made is one test's matter
-    monkeypatch.setattr("transporter_nb.app.widgets.stops", lambda step: [0., 1.5])
+    monkeypatch.setattr("transporter_nb.app.clips.stops", lambda step: [0., 1.5])
     made = Explorer(l2v=phi4, folder=tmp_path)
     settle(made)
     yield made
@@ -91,7 +91,7 @@ def test_a_slider_moved_while_another_vlm_loads(explorer, monkeypatch):
     def slow(name, *_):
         gate.wait(20)
         return Transporter.load(name)
-    monkeypatch.setattr("transporter_nb.app.widgets.load_transporter", slow)
+    monkeypatch.setattr("transporter_nb.app.page.load_transporter", slow)
     explorer.loaded.clear()
     explorer.set.vlm.options = ["phi4", "gemma3"]
     explorer.set.vlm.value = "gemma3"
@@ -180,7 +180,7 @@ def test_a_save_is_of_what_is_on_screen(explorer, tmp_path):
 
 def test_results_come_back_on_the_thread_of_the_loop(phi4, monkeypatch):
     "As in a notebook, where widgets belong to the thread that runs the event loop"
-    monkeypatch.setattr("transporter_nb.app.widgets.stops", lambda step: [0., 1.5])
+    monkeypatch.setattr("transporter_nb.app.clips.stops", lambda step: [0., 1.5])
     seen = set()
     async def main():
         explorer = Explorer(l2v=phi4)
@@ -347,7 +347,7 @@ def test_a_folder_that_cannot_be_written_is_told(explorer, tmp_path):
 
 
 def test_a_vlm_changes_under_way(monkeypatch):
-    monkeypatch.setattr("transporter_nb.app.widgets.stops", lambda step: [0., 1.5])
+    monkeypatch.setattr("transporter_nb.app.clips.stops", lambda step: [0., 1.5])
     explorer = Explorer("phi4", change=["red -> blue"])
     explorer.set.vlm.value = "gemma3"
     explorer.set.vlm.value = "phi4"
@@ -361,7 +361,7 @@ def test_a_vlm_changes_under_way(monkeypatch):
 
 
 def test_two_explorers_share_models_and_nothing_else(phi4, monkeypatch):
-    monkeypatch.setattr("transporter_nb.app.widgets.stops", lambda step: [0., 1.5])
+    monkeypatch.setattr("transporter_nb.app.clips.stops", lambda step: [0., 1.5])
     one, two = Explorer(l2v=phi4), Explorer(l2v=phi4)
     settle(one)
     settle(two)
