@@ -38,7 +38,7 @@ class View(NamedTuple):
     reencoded: Float[Tensor, "clips vlm_tokens vlm_dim"] # The VLM's tokens of `videos`
     phi: Float[Tensor, "clips vlm_tokens vlm_dim"] # The coupling's; `reencoded` without a coupling
 
-# %% ../../nbs/2_models/22_view.ipynb #3fdeba47
+# %% ../../nbs/2_models/22_view.ipynb #20d66ac8
 @documented("""
     from transporter_nb import Models, load_generator, load_vlm
     models = Models(load_generator(), load_vlm("phi4"))
@@ -77,7 +77,7 @@ class Models:
         if self.check_through(through) == "phi": return self
         return replace(self, coupling=None)
 
-# %% ../../nbs/2_models/22_view.ipynb #33515fb9
+# %% ../../nbs/2_models/22_view.ipynb #ca803712
 @patch
 def _through_phi(self:Models, latents, condition, seen, t):
     "Tokens of the coupling, without gradient to the prompt"
