@@ -28,7 +28,7 @@ RED = caption(EXAMPLE)
 def phi4(): return Transporter.load("phi4")
 
 
-def settle(explorer:Explorer, seconds:int=60):
+def settle(explorer:Explorer, seconds:int=240):
     "Wait until no worker of an explorer has anything to do"
     # twice: what one brings may be work for another
     for worker in 2 * (explorer.maker, explorer.student, explorer.desk): assert worker.join(seconds)
@@ -224,9 +224,9 @@ explorer = Explorer(l2v=Transporter.load("phi4"))
 """
 AT_WORK = { # what runs when Python ends
     "clips": "time.sleep(1)",
-    "certificate": "assert explorer.maker.join(); explorer.certify(); time.sleep(.3)",
+    "certificate": "assert explorer.maker.join(250); explorer.certify(); time.sleep(.3)",
     "learning": """
-assert explorer.maker.join()
+assert explorer.maker.join(250)
 explorer.set.word.value, explorer.set.into.value = "stone", "snowy"
 explorer.add()
 time.sleep(3)
@@ -238,7 +238,7 @@ import torch
 def job():
     values, until = torch.eye(300), time.monotonic() + 8
     while time.monotonic() < until: values = torch.tanh(values @ values)
-assert explorer.maker.join()
+assert explorer.maker.join(250)
 explorer.desk.ask(job)
 time.sleep(.5)
 """,
@@ -286,11 +286,11 @@ def test_a_closed_explorer_ends_a_certificate_at_its_next_step(explorer):
     generator.velocity = slow
     try:
         explorer.certify()
-        until = time.monotonic() + 20
+        until = time.monotonic() + 120
         while not steps and time.monotonic() < until: time.sleep(.01)
         explorer.close()
         gate.set()
-        assert explorer.desk.join(60)
+        assert explorer.desk.join(250)
         assert len(steps) == 1, f"{len(steps)} steps, one was running"
     finally: del generator.velocity
 
@@ -301,7 +301,7 @@ def test_learning_can_be_cancelled_and_begun_again(explorer, phi4):
     explorer.set.into.value = "snowy"
     explorer.add()
     assert explorer.learns == "stone -> snowy" and explorer.out.learning.layout.display == ""
-    until = time.monotonic() + 20
+    until = time.monotonic() + 120
     while explorer.out.progress.value == 0 and time.monotonic() < until: time.sleep(.02)
     assert explorer.out.progress.value > 0
     start = time.monotonic()
