@@ -255,6 +255,7 @@ def test_steering_takes_a_path_beside_a_concept():
     (lambda: ConceptPath(HEAT).place(torch.tensor([math.nan])), "strengths on a path"),
     (lambda: ConceptPath(HEAT).strength(1.5), "a place is from 0 to 1"),
     (lambda: path_through("cold -> hot", ["tepid"], Heat(), CAPTION), "no word 'tepid'"),
+    (lambda: path_through("cold -> hot", "warm"), "a list of words in order, got 'warm'"),
     (lambda: path_through("cold -> hot", ["cool"], Heat(), "a hot day"), "does not hold 'cold'"),
     (lambda: even_knots([0, 1], [0.]), "Use another distance"),
     (lambda: even_knots([0, 1, 2], [1.]), "neighbours of 3 places"),
@@ -287,3 +288,11 @@ def test_explain_takes_a_path_from_the_bank():
     yellow = caption.replace("red", "yellow")
     wanted = wan.sample(wan.encode_prompt([yellow]), noise=wan.noise([0]), steps=2)
     torch.testing.assert_close(found.latents[:1], wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_vlm_weight_between_0_and_1_refuses_a_path():
+    wan, vlm = load_generator(device="cpu"), load_vlm("phi4", device="cpu")
+    l2v = Transporter(wan, vlm, None, ConceptBank([path_through("red -> green", ["yellow"])]))
+    with pytest.raises(ValueError, match="'red -> green' is a path"):
+        l2v.directions("one large red ball slides left slowly over a stone floor",
+                       [parse_contrast("red -> green")], vlm_weight=.5)

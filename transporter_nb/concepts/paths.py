@@ -236,6 +236,9 @@ def path_through(
     caption:str="", # To check with; holds the source word
 ) -> ConceptPath: # With equal pieces
     "A path through words that are known"
+    if isinstance(between, str) or not isinstance(between, Sequence):
+        raise ValueError(f"between is a list of words in order, got {between!r}. "
+                         "Write ['pink', 'purple'].")
     path = ConceptPath(parse_contrast(pair), tuple(between), (), {"origin": "given words"})
     if generator is not None: generator.encode_prompt(path.captions(caption))
     return path

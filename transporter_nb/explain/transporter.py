@@ -189,6 +189,9 @@ def directions(
                       f"learning it from {caption!r}.")
             found.append(self.bank.learn(self.models, pair, caption, config, progress))
     if not vlm_weight: return found
+    if bent := [known.pair.name for known in found if hasattr(known, "offsets")]:
+        raise ValueError(f"vlm_weight={vlm_weight:g} mixes straight concepts, and {bent[0]!r} is a "
+                         "path. Give vlm_weight=0 or 1, or take the path out of the bank.")
     return [self.shaped(caption, known.pair, vlm_weight, known) for known in found]
 
 # %% ../../nbs/5_explain/09_transporter.ipynb #c6f4329e

@@ -94,6 +94,9 @@ def view(
     batch_size:int=64, # Clips at once
 ) -> View: # On the models' device
     "Decode latents, and get the VLM's tokens of them in both ways (paper, section 3.2)"
+    if not len(latents) or batch_size < 1:
+        raise ValueError("a view needs one clip or more and batch_size >= 1, "
+                         f"got {len(latents)} clips and batch_size={batch_size}.")
     condition, parts = condition.expand_to(len(latents)), []
     for start in range(0, len(latents), batch_size):
         rows = slice(start, start + batch_size)
