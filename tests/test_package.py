@@ -1,4 +1,5 @@
-"""`from transporter_nb import Transporter` works, and costs nothing before a name is used"""
+"""`from transporter_nb import importlib
+import Transporter` works, and costs nothing before a name is used"""
 import subprocess
 import sys
 
@@ -10,7 +11,8 @@ import transporter_nb
 @pytest.mark.parametrize("name", transporter_nb.HOMES)
 def test_a_name_of_the_package_is_the_one_of_its_module(name):
     thing = getattr(transporter_nb, name)
-    assert thing.__module__ == f"transporter_nb.{transporter_nb.HOMES[name]}"
+    home = importlib.import_module(f"transporter_nb.{transporter_nb.HOMES[name]}")
+    assert getattr(home, name) is thing and thing.__module__.startswith("transporter_nb.")
     assert name in dir(transporter_nb)
 
 

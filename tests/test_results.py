@@ -135,7 +135,7 @@ def test_a_saving_notebook_takes_install_and_stem_and_saves_nowhere_else(name):
         r'^stem *= ""', parameters, re.M,
     )
     code = code_of(name)
-    assert re.search(r"figure_stem\([^\n]*install[^\n]*stem", code)
+    assert re.search(r"figure_stem\((?:[^()]|\(\))*install(?:[^()]|\(\))*stem", code)
     assert not re.search(r'(repo_path\(|["\'])figures\b', code)
     assert "path.name for path in saved" not in code
 
