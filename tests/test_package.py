@@ -1,5 +1,5 @@
-"""`from transporter_nb import importlib
-import Transporter` works, and costs nothing before a name is used"""
+"""`from transporter_nb import Transporter` works, and costs nothing before a name is used"""
+import importlib
 import subprocess
 import sys
 
