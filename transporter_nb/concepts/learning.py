@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transporter_nb.concepts.concept import (
     Concept, ConceptConfig, mean_token_difference, token_slots,
 )
+from ..core.aliases import with_aliases
 from ..core.base import seeded_generator, still_wanted, widen
 from ..models.answers import answer_divergence, pair_ids, word_answers
 from ..models.generators.base import PromptCondition, VideoGenerator, integrate
@@ -94,6 +95,7 @@ def _kept_steps(seeds, n_steps, per_seed):
     return torch.stack([run[:per_seed] for run in runs])
 
 # %% ../../nbs/4_concepts/02_learning.ipynb #c7ddfefd
+@with_aliases
 @torch.no_grad()
 def partial_samples(
     generator:VideoGenerator, # Frozen

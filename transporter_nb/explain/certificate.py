@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..concepts.concept import Direction
 from ..concepts.directions import VelocityPush, rms_distance
-from ..core.aliases import with_aliases
+from ..core.aliases import own_names, with_aliases
 from ..core.base import seeded_generator
 from .card import Certificate, Exchange, ClipReport, changes_between
 from .steering import Steering, check_strengths, steer
@@ -47,17 +47,33 @@ class RandomLike:
         "As the other translates strengths"
         return self.direction.amount(strengths) if hasattr(self.direction, "amount") else strengths
 
+    def as_long_as(self,
+        own:Float[Tensor, "*rows prompt_tokens text_dim"], # Of the other
+    ) -> Float[Tensor, "*rows prompt_tokens text_dim"]: # The same random vectors in every row
+        "Random vectors, zero where the other is"
+        draw = torch.randn(own.shape[-2:], generator=seeded_generator(self.seed)).to(own)
+        return draw * (own.norm(dim=-1, keepdim=True) / draw.norm(dim=-1, keepdim=True))
+
     def offset(self,
         generator:VideoGenerator, # Encodes
         caption:str, # Source caption
     ) -> Float[Tensor, "prompt_tokens text_dim"]: # Added to the prompt at strength 1
-        "Random vectors, zero where the other is"
-        if isinstance(self.direction, Direction): own = self.direction.offset(generator, caption)
-        else:
-            plus, minus = generator.encode_prompt(list(self.direction.prompts(caption))).embeds
-            own = plus - minus
-        draw = torch.randn(own.shape, generator=seeded_generator(self.seed)).to(own)
-        return draw * (own.norm(dim=-1, keepdim=True) / draw.norm(dim=-1, keepdim=True))
+        "As long as the other at strength 1"
+        if isinstance(self.direction, Direction):
+            return self.as_long_as(self.direction.offset(generator, caption))
+        plus, minus = generator.encode_prompt(list(self.direction.prompts(caption))).embeds
+        return self.as_long_as(plus - minus)
+
+    def offsets(self,
+        generator:VideoGenerator, # Encodes
+        caption:str, # Source caption
+        strengths:Float[Tensor, "rows"], # One a row
+    ) -> Float[Tensor, "rows prompt_tokens text_dim"]: # Added to the prompt at each
+        "As long as the other at every strength, also where it is a path"
+        if hasattr(self.direction, "offsets"):
+            return self.as_long_as(self.direction.offsets(generator, caption, strengths))
+        own = self.offset(generator, caption)
+        return self.amount(strengths).to(own)[:, None, None] * own
 
 # %% ../../nbs/5_explain/04_certificate.ipynb #ca703e3e
 class Reader(NamedTuple):
@@ -269,11 +285,13 @@ def _join(directions):
 RUN = {"start_step": 0, "frame_window": None, "steps": None, "guidance": None}
 
 def _run_settings(run):
-    "All settings of a run, refusing names that it does not know"
-    if unknown := sorted(set(run or {}) - set(RUN)):
+    "All settings of a run under our names, refusing those that it does not know"
+    given = own_names(run or {})
+    unknown = sorted(set(given) - set(RUN))
+    if unknown:
         raise ValueError(f"run has the settings {', '.join(RUN)}, got {', '.join(unknown)}. "
                          "Leave out the others.")
-    return RUN | (run or {})
+    return RUN | given
 
 def _controls(models, caption, seed, n_seeds, run, texts, report, unsteered, reader):
     "Reports of other seeds, exchanges by attribute, and the video of the first other seed"
@@ -300,7 +318,7 @@ def certify(
     seed:int=0, # Of the noise
     pair:ContrastPair|None=None, # All words that change; None joins those of the directions
     wanted:float|None=None, # Probability that was asked for; None: as high as it gets
-    run:dict|None=None, # `start_step`, `frame_window`, `steps`, `guidance` of the explanation
+    run:dict|None=None, # `start_step`, `frame_window`, `steps`, `guidance`; diffusers' names, too
     n_random:int=3, # Random vectors (chosen: one may hit or miss by chance)
     n_seeds:int=3, # Other seeds; exchanges are made from these and from the seed itself
     distance_fn:Callable=rms_distance, # Of two batches of videos in [0, 1], one number a clip
