@@ -36,9 +36,8 @@ def check_words(
 ):
     "Refuse a way that does not lead from one word to the next"
     if len(pair.words) != 1:
-        raise ValueError(
-            f"a path changes one word, got {pair.name!r}. Make a path for each word and steer by "
-            "all of them.")
+        raise ValueError(f"a path changes one word, got {pair.name!r}. "
+                         "Make a path for each word and steer by all of them.")
     listed = isinstance(between, Sequence) and not isinstance(between, str)
     if not listed or not all(isinstance(word, str) and word.strip() for word in between):
         raise ValueError(f"way points are words in a list, such as ['pink'], got {between!r}.")
@@ -51,18 +50,15 @@ def check_words(
 
 def _is_knot(knot):
     "Two finite numbers"
-    if not isinstance(knot, Sequence) or len(knot) != 2: return False
-    return all(isinstance(number, Real) and isfinite(number) for number in knot)
+    pair = isinstance(knot, Sequence) and len(knot) == 2
+    return pair and all(isinstance(number, Real) and isfinite(number) for number in knot)
 
 def _rises(knots, n_legs):
     "Whether knots rise from (0, 0) to (1, n_legs)"
-    listed = isinstance(knots, Sequence) and len(knots) > 1
-    if not listed or not all(map(_is_knot, knots)): return False
-    strengths, places = zip(*knots)
-    ends = strengths[0], places[0], strengths[-1], places[-1]
-    never_back = all(a <= b for a, b in pairwise(strengths))
-    always_on = all(a < b for a, b in pairwise(places))
-    return ends == (0, 0, 1, n_legs) and never_back and always_on
+    if not isinstance(knots, Sequence) or not all(map(_is_knot, knots)): return False
+    ends = [tuple(knot) for knot in (*knots[:1], *knots[-1:])]
+    risen = all(a[0] <= b[0] and a[1] < b[1] for a, b in pairwise(knots))
+    return ends == [(0, 0), (1, n_legs)] and risen
 
 def check_knots(
     knots:Sequence[Sequence[Real]], # Strengths and places
@@ -424,18 +420,23 @@ def by_arc_length(
 ) -> ConceptPath: # `meta["arc_length"]` holds the sweep
     "Let equal steps of strength be equal steps of what is seen"
     check_sweep(path, distance, seeds, per_leg, rounds)
-    n_legs, even = len(path.between) + 1, ConceptPath(path.pair, path.between)
+    n_legs = len(path.between) + 1
+    even = ConceptPath(path.pair, path.between)
     def clips(place):
-        prompt = even.condition(generator, caption, torch.tensor([place / n_legs]))
-        return generator.decode(generator.sample(prompt, seeds=list(seeds), **dials)).clamp(0, 1)
-    places = [k / per_leg for k in range(n_legs * per_leg)] + [float(n_legs)]
-    made = {place: clips(place) for place in places}
+        strength = torch.tensor([place / n_legs])
+        prompt = even.condition(generator, caption, strength)
+        latents = generator.sample(prompt, seeds=list(seeds), **dials)
+        return generator.decode(latents).clamp(0, 1)
+    starts = [k / per_leg for k in range(n_legs * per_leg)]
+    made = {place: clips(place) for place in [*starts, float(n_legs)]}
     for left in range(rounds, -1, -1):
         places = sorted(made)
-        seen = [step_seen(distance, made[a], made[b], (a, b)) for a, b in pairwise(places)]
-        limit = 2 * sum(seen) / len(seen) if left else float("inf")
-        long = [(a, b) for (a, b), step in zip(pairwise(places), seen) if step > limit]
-        made |= {(a + b) / 2: clips((a + b) / 2) for a, b in long}
+        steps = list(pairwise(places))
+        seen = [step_seen(distance, made[a], made[b], (a, b)) for a, b in steps]
+        if left == 0: break
+        limit = 2 * sum(seen) / len(seen)
+        middles = [(a + b) / 2 for (a, b), step in zip(steps, seen) if step > limit]
+        made |= {place: clips(place) for place in middles}
     measured = {"places": places, "seen": seen, "seeds": list(seeds)}
     record = path.meta.get("made_for") or made_for(generator, None)
     meta = {**path.meta, "arc_length": measured, "made_for": record}

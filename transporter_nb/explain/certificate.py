@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from fastcore.basics import listify
+from fastcore.basics import listify, patch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -64,16 +64,19 @@ class RandomLike:
         plus, minus = generator.encode_prompt(list(self.direction.prompts(caption))).embeds
         return self.as_long_as(plus - minus)
 
-    def offsets(self,
-        generator:VideoGenerator, # Encodes
-        caption:str, # Source caption
-        strengths:Float[Tensor, "rows"], # One a row
-    ) -> Float[Tensor, "rows prompt_tokens text_dim"]: # Added to the prompt at each
-        "As long as the other at every strength, also where it is a path"
-        if hasattr(self.direction, "offsets"):
-            return self.as_long_as(self.direction.offsets(generator, caption, strengths))
-        own = self.offset(generator, caption)
-        return self.amount(strengths).to(own)[:, None, None] * own
+# %% ../../nbs/5_explain/04_certificate.ipynb #5a963a4b
+@patch
+def offsets(
+    self:RandomLike,
+    generator:VideoGenerator, # Encodes
+    caption:str, # Source caption
+    strengths:Float[Tensor, "rows"], # One a row
+) -> Float[Tensor, "rows prompt_tokens text_dim"]: # Added to the prompt at each
+    "As long as the other at every strength, also where it is a path"
+    if hasattr(self.direction, "offsets"):
+        return self.as_long_as(self.direction.offsets(generator, caption, strengths))
+    own = self.offset(generator, caption)
+    return self.amount(strengths).to(own)[:, None, None] * own
 
 # %% ../../nbs/5_explain/04_certificate.ipynb #ca703e3e
 class Reader(NamedTuple):
@@ -279,8 +282,9 @@ def sample_clips(
 # %% ../../nbs/5_explain/04_certificate.ipynb #e916cb75
 def _join(directions):
     "All words that change, as one pair"
-    sides = ("+".join(getattr(d.pair, side) for d in directions) for side in ("source", "target"))
-    return ContrastPair(*sides)
+    source = "+".join(d.pair.source for d in directions)
+    target = "+".join(d.pair.target for d in directions)
+    return ContrastPair(source, target)
 
 RUN = {"start_step": 0, "frame_window": None, "steps": None, "guidance": None}
 
@@ -293,20 +297,32 @@ def _run_settings(run):
                          "Leave out the others.")
     return RUN | given
 
+def _control_jobs(caption, seeds, texts):
+    "Caption and seed of each clip: other seeds first, then every exchange from all seeds"
+    jobs = [(caption, other) for other in seeds[1:]]
+    for _, _, text in texts.values():
+        jobs += [(text, own) for own in seeds]
+    return jobs
+
+# %% ../../nbs/5_explain/04_certificate.ipynb #e916cb76
 def _controls(models, caption, seed, n_seeds, run, texts, report, unsteered, reader):
     "Reports of other seeds, exchanges by attribute, and the video of the first other seed"
     others = [seed + OTHER * (k + 1) for k in range(n_seeds)]
-    jobs = [(caption, other) for other in others]
-    jobs += [(text, own) for _, _, text in texts.values() for own in (seed, *others)]
+    jobs = _control_jobs(caption, [seed, *others], texts)
     if not jobs: return [], {}, []
-    plain = sample_clips(models.generator, *zip(*jobs), run["steps"], run["guidance"])
-    view = models.view(*plain)
+    captions, seeds = zip(*jobs)
+    latents, condition = sample_clips(
+        models.generator, captions, seeds, run["steps"], run["guidance"])
+    view = models.view(latents, condition)
     found = report(view)
-    bases, rest, exchanges = [unsteered, *found[:n_seeds]], found[n_seeds:], {}
-    for k, (slot, words) in enumerate(texts.items()):
-        clips = rest[k * len(bases):(k + 1) * len(bases)]
+    bases = [unsteered, *found[:n_seeds]]
+    rest = found[n_seeds:]
+    exchanges = {}
+    for slot, words in texts.items():
+        clips, rest = rest[:len(bases)], rest[len(bases):]
         exchanges[slot] = exchange(reader, slot, words, bases, clips)
-    return bases[1:], exchanges, [view.videos[:1]] if n_seeds else []
+    shown = [view.videos[:1]] if n_seeds else []
+    return bases[1:], exchanges, shown
 
 # %% ../../nbs/5_explain/04_certificate.ipynb #4ed4ddc8
 @torch.no_grad()

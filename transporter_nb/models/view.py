@@ -39,7 +39,7 @@ class View(NamedTuple):
     reencoded: Float[Tensor, "clips vlm_tokens vlm_dim"] # The VLM's tokens of `videos`
     phi: Float[Tensor, "clips vlm_tokens vlm_dim"] # The coupling's; `reencoded` without a coupling
 
-# %% ../../nbs/2_models/22_view.ipynb #20d66ac8
+# %% ../../nbs/2_models/22_view.ipynb #20d66ac7
 def check_parts(
     generator:Any, # Makes the clips
     vlm:Any, # Is explained
@@ -57,6 +57,7 @@ def check_parts(
         raise ValueError(f"{name} must be a {kinds}, got {type(part).__name__}. {fix}")
     if coupling is not None: check_coupling(coupling, generator, vlm)
 
+# %% ../../nbs/2_models/22_view.ipynb #20d66ac8
 @documented("""
     from transporter_nb import Models, load_generator, load_vlm
     models = Models(load_generator(), load_vlm("phi4"))
@@ -97,7 +98,7 @@ class Models:
         if self.check_through(through) == "phi": return self
         return replace(self, coupling=None)
 
-# %% ../../nbs/2_models/22_view.ipynb #ca803712
+# %% ../../nbs/2_models/22_view.ipynb #ca803711
 @patch
 def coming(
     self:Models,
@@ -118,6 +119,7 @@ def looks_ahead(
     ahead = getattr(config, "sees", "state") != "state"
     return ahead and not bool((torch.as_tensor(t) == 1).all())
 
+# %% ../../nbs/2_models/22_view.ipynb #ca803712
 @patch
 def _through_phi(self:Models, latents, condition, seen, t):
     "Tokens of the coupling, without gradient to the prompt"
