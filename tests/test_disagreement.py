@@ -16,7 +16,8 @@ from transporter_nb.coupling.training import (
 from transporter_nb.evaluate.disagreement import (
     Shares, disagreement, disagreement_table, questions_between, ways_to_look, whose_words,
 )
-from transporter_nb.models.generators.base import PromptCondition, VideoGenerator
+from transporter_nb.models.generators.base import PromptCondition, VideoGenerator, predict_data
+from transporter_nb.models.testing import LinearGenerator, tiny_vlm
 from transporter_nb.models.view import Models
 from transporter_nb.models.vlms.base import VideoLanguageModel, word_tokenizer
 
@@ -244,3 +245,37 @@ def test_all_looks_share_state_and_prompt():
         Colours().encode_prompt(CAPTIONS[::-1]), .5)
     assert torch.equal(looks["decode and re-encode"][:, 0], torch.eye(3))
     torch.testing.assert_close(looks["the clip to come"][:, 0], torch.eye(3).flip(0))
+
+
+@pytest.mark.parametrize("sees", ["coming", "both"])
+def test_a_view_gives_a_coupling_the_clip_to_come(sees):
+    "On the way a view asks the generator for it, as in training"
+    torch.manual_seed(0)
+    generator, vlm = LinearGenerator(), tiny_vlm()
+    sizes = dict(latent_shape=generator.shape, text_dim=3, vlm_tokens=vlm.n_tokens, vlm_dim=12)
+    network = CouplingNetwork(CouplingConfig(**{**vars(SMALL), **sizes, "sees": sees}))
+    models = Models(generator, vlm, network.eval().requires_grad_(False))
+    condition = generator.encode_prompt(["a red ball", "a blue ball"])
+    states, t = generator.noise([0, 1]), torch.tensor([.4, .8])
+    found = models.view(states, condition, t, batch_size=1)
+    alone = generator.velocity(states, generator.null_condition(2), t)
+    coming = predict_data(states, alone, t)
+    seen = vlm.embed(models.decode(coming))
+    wanted = network(states, condition.embeds, condition.mask, seen, t, coming).transported
+    torch.testing.assert_close(found.phi, wanted)
+    reencoded = vlm.embed(models.decode(states))
+    torch.testing.assert_close(found.reencoded, reencoded) # of the state, as ever
+    finished = models.view(states, condition) # nothing is to come
+    at_end = network(states, condition.embeds, condition.mask, reencoded, 1.).transported
+    torch.testing.assert_close(finished.phi, at_end)
+    moving = states.clone().requires_grad_()
+    models.view(moving, condition, t).phi.square().mean().backward()
+    assert moving.grad.abs().max() > 0
+
+
+def test_the_names_of_diffusers():
+    models = Models(Colours(), Reader())
+    own = disagreement(models, CLIPS, CAPTIONS, .3, 0, guidance=2.)
+    assert disagreement(models, CLIPS, CAPTIONS, .3, 0, guidance_scale=2.) == own
+    with pytest.raises(ValueError, match="got 2.0 and 3.0. Give one of them"):
+        disagreement(models, CLIPS, CAPTIONS, .3, 0, 3., guidance_scale=2.)

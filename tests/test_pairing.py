@@ -106,6 +106,24 @@ def test_the_right_pairing_loads(name, no_clips):
     assert len(l2v.bank) == 18 and l2v.coupling.made_for["vlm"] == name
 
 
+def test_models_refuse_what_a_transporter_refuses(wan, vlms, couplings, no_clips):
+    with pytest.raises(ValueError, match="make train PART=coupling VLM=gemma3"):
+        Models(wan, vlms["gemma3"], couplings["phi4"])
+    whole = Models(wan, vlms["phi4"], couplings["phi4"])
+    assert whole.routed("reencoded").coupling is None
+
+
+def test_a_transporter_checks_its_models_once(wan, vlms, couplings, monkeypatch):
+    l2v = Transporter(wan, vlms["phi4"], couplings["phi4"])
+    asked = []
+    monkeypatch.setattr(view, "check_coupling", lambda *parts: asked.append(parts))
+    assert l2v.models is l2v.models and not asked
+    l2v.coupling = None
+    assert l2v.models.coupling is None and not asked
+    l2v.coupling = couplings["phi4"]
+    assert l2v.models.coupling is couplings["phi4"] and len(asked) == 1
+
+
 def test_a_planted_vlm_keeps_the_honest_coupling(no_clips):
     for name in MISLED:
         assert load_transporter(name, device="cpu").coupling.made_for["vlm"] == "videollama3"

@@ -1,6 +1,8 @@
 """Concepts as paths: on a line that can be worked out by hand, by properties, saved and loaded, and
 in the seat of a concept"""
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +19,9 @@ from transporter_nb.concepts.paths import (
 )
 from transporter_nb.core.base import checkpoint_path
 from transporter_nb.coupling.network import CouplingNetwork
+from transporter_nb.explain.certificate import RandomLike, certify
+from transporter_nb.explain.exploration import Request
+from transporter_nb.explain.recipe import lessons, papermill_line, python_cell
 from transporter_nb.explain.steering import steer
 from transporter_nb.explain.transporter import Transporter
 from transporter_nb.models.generators.base import PromptCondition, VideoGenerator
@@ -253,7 +258,7 @@ def test_steering_takes_a_path_beside_a_concept():
     (lambda: ConceptPath(HEAT, ["cool"], ((0, 0), (1, 1))), r"rise from \(0, 0\) to \(1, 2\)"),
     (lambda: ConceptPath(HEAT, [], ((0, 0), (math.nan, .5), (1, 1))), "measure them with by_arc"),
     (lambda: ConceptPath(HEAT).place(torch.tensor([math.nan])), "strengths on a path"),
-    (lambda: ConceptPath(HEAT).strength(1.5), "a place is from 0 to 1"),
+    (lambda: ConceptPath(HEAT).strength(1.5), r"from 0 \(the source\) to 1 \(the target\)"),
     (lambda: path_through("cold -> hot", ["tepid"], Heat(), CAPTION), "no word 'tepid'"),
     (lambda: path_through("cold -> hot", "warm"), "a list of words in order, got 'warm'"),
     (lambda: path_through("cold -> hot", ["cool"], Heat(), "a hot day"), "does not hold 'cold'"),
@@ -296,3 +301,117 @@ def test_a_vlm_weight_between_0_and_1_refuses_a_path():
     with pytest.raises(ValueError, match="'red -> green' is a path"):
         l2v.directions("one large red ball slides left slowly over a stone floor",
                        [parse_contrast("red -> green")], vlm_weight=.5)
+
+
+def test_random_controls_of_a_path_are_as_long_as_the_path():
+    path, heat = ConceptPath(HEAT, ["cool", "hot"]), Heat()
+    strengths = torch.tensor([0., 1 / 6, 1 / 3, .5, 1.])
+    control = offsets_at(RandomLike(path, 3), heat, CAPTION, strengths)
+    own = path.offsets(heat, CAPTION, strengths)
+    assert own.norm(dim=(1, 2)).tolist() == pytest.approx([0, .5, 1, 2.5, 8], abs=1e-5)
+    torch.testing.assert_close(control.norm(dim=-1), own.norm(dim=-1))
+    straight = TargetCaption(HEAT)
+    control, own = (offsets_at(direction, heat, CAPTION, strengths)
+                    for direction in (RandomLike(straight, 3), straight))
+    torch.testing.assert_close(control.norm(dim=-1), own.norm(dim=-1))
+    # half way the path is at level 2.5; each control adds as much or takes it away
+    heat = Heat(lambda value: .5 + value / 20)
+    made = certify(Models(heat, Thermometer()), CAPTION, path, .5, n_random=3, n_seeds=0)
+    assert [clip.distance for clip in made.random] == pytest.approx([.125] * 3, abs=1e-5)
+
+
+RED = "one large red ball slides left slowly over a stone floor"
+BY_YELLOW = path_through("red -> green", ["yellow"], knots=[(0, 0), (.7, 1), (1, 2)])
+
+
+def test_the_recipe_makes_a_path_again():
+    l2v = Transporter.load(device="cpu")
+    l2v.bank["red -> green"] = BY_YELLOW
+    request = Request(RED, ("red -> green",))
+    directions = l2v.directions(RED, [BY_YELLOW.pair])
+    learned = lessons(l2v, directions)
+    cell = python_cell(request, [(0,), (.7,)], l2v.names, learned)
+    again = {}
+    exec(cell, again)
+    assert again["l2v"].bank["red -> green"].words == BY_YELLOW.words
+    assert again["l2v"].bank["red -> green"].knots == BY_YELLOW.knots
+    wanted = request.explain(l2v, [(0,), (.7,)])
+    assert torch.equal(again["e"].videos, wanted.videos)
+    with pytest.raises(ValueError, match="goes through yellow. Use the Python cell"):
+        papermill_line(request, (.7,), l2v.names, learned)
+
+
+def test_the_answers_have_a_column_for_every_way_point():
+    wan, vlm = load_generator(device="cpu"), load_vlm("phi4", device="cpu")
+    coupling = CouplingNetwork.from_pretrained(checkpoint_path("coupling_phi4"))
+    l2v = Transporter(wan, vlm, coupling, ConceptBank([BY_YELLOW]))
+    found = l2v.explain(RED, "red -> green", strengths=[0, .7, 1.], progress=False)
+    names = list(found.answers[0])
+    assert names[1:4] == ["p(red)", "p(green)", "p(yellow)"] and "p(yellow), Phi" in names
+    passed = [row["p(yellow)"] for row in found.answers]
+    assert passed[1] > .9 and passed[0] < .1 and passed[2] < .1
+    turned = vlm.next_token_log_probs(vlm.embed(found.videos), "describe the video", "one large")
+    by_hand = turned[:, vlm.token_id("yellow")].exp().tolist()
+    assert passed == pytest.approx(by_hand, abs=1e-5)
+    record = found.settings["concepts"][0]["config"]
+    assert record == {"words": ["red", "yellow", "green"],
+                      "knots": [[0, 0], [.7, 1], [1, 2]]} # no setting of a learning
+
+
+ODD = """
+from transporter_nb.concepts.directions import rms_distance
+from transporter_nb.concepts.paths import *
+from transporter_nb.evaluate.disagreement import *
+from transporter_nb.models.testing import LinearGenerator, tiny_vlm
+from transporter_nb.models.view import Models
+from transporter_nb.world.contrasts import parse_contrast
+import torch
+wan, vlm = LinearGenerator(), tiny_vlm()
+models, path, clips = Models(wan, vlm), ConceptPath("red -> blue"), torch.zeros(2, 5, 3, 16, 16)
+for text in {odd!r}:
+    try: made = eval(text)
+    except ValueError as error: print(text, "|", error)
+    except Exception as error: print("RAW", text, type(error).__name__, error)
+    else: print("TAKEN", text, made)
+"""
+MESSAGES = {
+    "ConceptPath('red -> blue', None)": "way points are words in a list",
+    "ConceptPath(None)": "a contrast is written 'source -> target', got None",
+    "ConceptPath('red -> blue', [], [1, 2])": "knots are (strength, place)",
+    "ConceptPath('red -> blue', [], 3)": "knots are (strength, place)",
+    "ConceptPath('red -> blue', [], [(0, 0), (None, 1)])": "knots are (strength, place)",
+    "path.place(.5)": "Write torch.tensor([0.5, 1.0])",
+    "path.place(None)": "Write torch.tensor([0.5, 1.0])",
+    "path.strength(None)": "a place is a number from 0 (the source) to 1 (the target)",
+    "ask_way_points(models, 'red -> blue', 'a red ball', 4)": "a list of a seed or more",
+    "ask_way_points(models, 'red -> blue', 'a red ball', [0], least=None)": "least from 0",
+    "ask_way_points(models, 'red -> blue', None)": "a caption is a text, got None",
+    "ask_way_points(models, None, 'a red ball')": "a contrast is written",
+    "by_arc_length(None, rms_distance, wan, 'a red ball')": "need a ConceptPath",
+    "by_arc_length(path, None, wan, 'a red ball')": "a function of two batches of clips",
+    "by_arc_length(path, rms_distance, wan, 'a red ball', seeds=3)": "need per_leg >= 1",
+    "by_arc_length(path, rms_distance, wan, 'a red ball', per_leg=None)": "need per_leg >= 1",
+    "save_paths('x.safetensors', path)": "Write [path] for one",
+    "save_paths('x.safetensors', [None])": "paths is a list of ConceptPath",
+    "disagreement(models, None, ['a', 'b'], .3, 0)": "need two clips or more",
+    "disagreement(models, clips, None, .3, 0)": "captions None",
+    "disagreement(models, clips, 'ab', .3, 0)": "captions a list of texts",
+    "disagreement(models, clips, ['a', 'b'], None, 0)": "t = None",
+    "disagreement(models, clips, ['a', 'b'], .3, None)": "need a whole seed",
+    "disagreement(models, clips, ['a', 'b'], .3, 0, guidance='x')": "guidance=1.0 is none",
+    "disagreement(models, clips, ['a', 'b'], .3, 0, batch_size=0)": "batch_size >= 1",
+    "disagreement_table({})": "a table needs the shares",
+    "disagreement_table(None)": "a table needs the shares",
+    "Models(None, vlm)": "generator must be a VideoGenerator, got NoneType. Load one",
+    "Models(wan, 'phi4')": "vlm must be a VideoLanguageModel, got str. Load one",
+    "Models(wan, vlm, 'phi')": "Give a CouplingNetwork, or None",
+}
+
+
+def test_odd_arguments_are_answered_by_rule_value_and_fix():
+    "Without the run-time types of these tests, as for a user"
+    done = subprocess.run([sys.executable, "-c", ODD.format(odd=list(MESSAGES))],
+                          capture_output=True, text=True, timeout=600)
+    said = {line.split(" | ")[0]: line for line in done.stdout.splitlines()}
+    for text, message in MESSAGES.items():
+        assert message in said.get(text, ""), (text, done.stdout, done.stderr[-2000:])

@@ -312,6 +312,7 @@ class WordGradientConfig:
         check_route(self.through)
 
 # %% ../../nbs/4_concepts/06_answer_gradients.ipynb #c8b8f65e
+@with_aliases
 def path_latents(
     generator:VideoGenerator, # Frozen
     base:PromptCondition, # Start of the paths, one row a clip

@@ -24,6 +24,7 @@ from transporter_nb.concepts.concept import (
     Concept, ConceptConfig, Direction, mean_token_difference, token_slots,
 )
 from ..world.contrasts import ContrastPair, parse_contrast
+from ..core.aliases import with_aliases
 from ..core.base import seeded_generator
 from ..models.generators.base import VideoGenerator
 from ..models.vlms.base import VideoLanguageModel
@@ -237,6 +238,7 @@ def perceptual_range(
 
 # %% ../../nbs/4_concepts/04_directions.ipynb #cadd3edc
 @patch
+@with_aliases
 @torch.no_grad()
 def search(
     self:InterpolatedText,

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transporter_nb.concepts.concept import (
     Concept, ConceptConfig, mean_token_difference, token_slots,
 )
+from ..core.aliases import with_aliases
 from ..core.base import seeded_generator, still_wanted, widen
 from ..models.answers import answer_divergence, pair_ids, word_answers
 from ..models.generators.base import PromptCondition, VideoGenerator, integrate
@@ -94,6 +95,7 @@ def _kept_steps(seeds, n_steps, per_seed):
     return torch.stack([run[:per_seed] for run in runs])
 
 # %% ../../nbs/4_concepts/02_learning.ipynb #c7ddfefd
+@with_aliases
 @torch.no_grad()
 def partial_samples(
     generator:VideoGenerator, # Frozen
@@ -274,18 +276,23 @@ def gather(
     progress:Progress=False, # As in `counted`
 ) -> Gathered: # One clip a seed
     "Sample both videos of a contrast, the velocity differences on the way, and the VLM's answers"
+    generator = models.generator
     seeds = [1000 * config.seed + k for k in range(config.n_seeds)]
     texts = [captions[k % len(captions)] for k in range(config.n_seeds)]
-    generator, states, divergences = models.generator, [], []
-    measure = config.distance, config.over
+    states = []
+    divergences = []
     starts = range(0, config.n_seeds, config.batch_size)
-    total = len(starts) * 2 * (config.sample_steps or generator.default_steps)
+    steps = config.sample_steps or generator.default_steps
+    total = 2 * steps * len(starts)
     with counted(f"{pair.name}: making videos", total, progress) as done:
         for start in starts:
-            own_seeds, own = (x[start:start + config.batch_size] for x in (seeds, texts))
-            batch = _gather_batch(generator, pair, own, own_seeds, config, lambda *_: done())
-            states += [part._replace(clip=part.clip + start) for part in batch[0]]
-            divergences.append(divergence_over_seeds(models, pair, own, batch[1], *measure))
+            rows = slice(start, start + config.batch_size)
+            own = texts[rows]
+            parts, finished = _gather_batch(
+                generator, pair, own, seeds[rows], config, lambda *_: done())
+            states += [part._replace(clip=part.clip + start) for part in parts]
+            divergences.append(divergence_over_seeds(
+                models, pair, own, finished, config.distance, config.over))
     return _gathered(generator, pair, texts, states, divergences, seeds, config.placement)
 
 # %% ../../nbs/4_concepts/02_learning.ipynb #30b10c48
@@ -312,6 +319,15 @@ def _shares_missing(generator, data, vectors, mean, batch_size):
     }
     return {name: share_missing(*inputs, q, batch_size) for name, q in tried.items()}
 
+# %% ../../nbs/4_concepts/02_learning.ipynb #9d694271
+def _measured(data, missing, losses):
+    "What a concept records of its learning, as plain values"
+    every = max(len(losses) // 50, 1)
+    some_losses = [round(loss, 5) for loss in losses[::every]]
+    spread = data.divergence.std().item()
+    return {"divergence": data.divergence.mean().item(), "divergence_sd": spread, **missing,
+            "seeds": data.seeds, "losses": some_losses}
+
 # %% ../../nbs/4_concepts/02_learning.ipynb #9d694272
 def learn_concept(
     models:Models, # Frozen; the VLM's answers, through Phi where there is one, give Delta omega
@@ -321,26 +337,29 @@ def learn_concept(
     progress:Progress=True, # Show progress bars, or call a function after each step, see `counted`
 ) -> Concept: # On the CPU, with a record of what was measured
     "Learn an addition to a prompt that changes the video as the words do (paper §3.3, eqs 7, 8)"
-    pair, generator, vlm = parse_contrast(pair), models.generator, models.vlm
+    pair = parse_contrast(pair)
+    generator, vlm = models.generator, models.vlm
     captions = [captions] if isinstance(captions, str) else list(captions)
     config = config or ConceptConfig.mini()
     # both refuse captions and words that do not fit, before any work
     mean = mean_token_difference(generator, pair, captions, config.placement)
     for caption in captions: pair_ids(vlm, pair, caption)
     data = gather(models, pair, captions, config, progress)
-    divergence, strength = data.divergence.mean().item(), None
+    divergence = data.divergence.mean().item()
+    strength = None
     if config.strengths != "uniform": strength = check_divergence(divergence, pair, vlm)
     start = mean if config.warm_start == "mean_difference" else torch.zeros_like(mean)
-    inputs = generator, data.states(validation=False), data.condition, data.slots, start
-    vectors, losses = fit_vectors(*inputs, config, strength, progress, f"{pair.name}: learning")
+    samples = data.states(validation=False)
+    vectors, losses = fit_vectors(
+        generator, samples, data.condition, data.slots, start, config, strength, progress,
+        f"{pair.name}: learning")
     missing = _shares_missing(generator, data, vectors, mean, config.batch_size)
     better = missing["unexplained"] <= missing["unexplained_mean_difference"]
     better = better or config.warm_start == "zeros"
     if not better:
         vectors = mean
         missing["unexplained"] = missing["unexplained_mean_difference"]
-    meta = dict(divergence=divergence, divergence_sd=data.divergence.std().item(), **missing)
-    meta |= dict(kept="learned" if better else "start", captions=captions, seeds=data.seeds)
-    some_losses = [round(loss, 5) for loss in losses[::max(len(losses) // 50, 1)]]
-    meta |= dict(losses=some_losses, vlm=vlm.name, coupled=models.coupling is not None)
+    meta = _measured(data, missing, losses)
+    meta |= dict(kept="learned" if better else "start", captions=captions)
+    meta |= dict(vlm=vlm.name, coupled=models.coupling is not None)
     return Concept(pair, vectors.cpu(), config, meta)

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'check_words', 'check_knots', 'PathConfig', 'ConceptPath', 'offsets_at', 'shift_along', 'path_through',
-           'spoken', 'asked_for', 'answers_half_way', 'check_questions', 'ask_way_points', 'even_knots', 'step_seen',
-           'by_arc_length', 'save_paths', 'load_paths']
+           'spoken', 'asked_for', 'answers_half_way', 'are_seeds', 'check_questions', 'check_sweep', 'ask_way_points',
+           'even_knots', 'step_seen', 'by_arc_length', 'save_paths', 'load_paths']
 
 # %% ../../nbs/4_concepts/07_paths.ipynb #5bd07081
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import isfinite
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from jaxtyping import Float
 from torch import Tensor
 
-from .concept import ConceptConfig, Direction
+from .concept import Direction
 from ..core.base import load_checkpoint, save_checkpoint, widen
 from ..models.answers import word_answers
 from ..models.generators.base import PromptCondition, VideoGenerator
@@ -36,9 +36,8 @@ def check_words(
 ):
     "Refuse a way that does not lead from one word to the next"
     if len(pair.words) != 1:
-        raise ValueError(
-            f"a path changes one word, got {pair.name!r}. Make a path for each word and steer by "
-            "all of them.")
+        raise ValueError(f"a path changes one word, got {pair.name!r}. "
+                         "Make a path for each word and steer by all of them.")
     listed = isinstance(between, Sequence) and not isinstance(between, str)
     if not listed or not all(isinstance(word, str) and word.strip() for word in between):
         raise ValueError(f"way points are words in a list, such as ['pink'], got {between!r}.")
@@ -49,39 +48,46 @@ def check_words(
             f"a path passes each word once, got {', '.join(twice)} twice in {' > '.join(words)}. "
             "Leave source and target out of the words between.")
 
+def _is_knot(knot):
+    "Two finite numbers"
+    pair = isinstance(knot, Sequence) and len(knot) == 2
+    return pair and all(isinstance(number, Real) and isfinite(number) for number in knot)
+
+def _rises(knots, n_legs):
+    "Whether knots rise from (0, 0) to (1, n_legs)"
+    if not isinstance(knots, Sequence) or not all(map(_is_knot, knots)): return False
+    ends = [tuple(knot) for knot in (*knots[:1], *knots[-1:])]
+    risen = all(a[0] <= b[0] and a[1] < b[1] for a, b in pairwise(knots))
+    return ends == [(0, 0), (1, n_legs)] and risen
+
 def check_knots(
     knots:Sequence[Sequence[Real]], # Strengths and places
     n_legs:int, # Pieces of the path
 ):
     "Refuse a map from strength to place that does not rise from one end to the other"
-    strengths, places = zip(*knots) if knots and all(len(k) == 2 for k in knots) else ((), ())
-    ends = len(knots) > 1 and (strengths[0], places[0], strengths[-1]) == (0, 0, 1)
-    known = ends and places[-1] == n_legs and all(map(isfinite, (*strengths, *places)))
-    rising = all(a <= b for a, b in pairwise(strengths)) and all(a < b for a, b in pairwise(places))
-    if not known or not rising:
-        raise ValueError(
-            f"knots are (strength, place) that rise from (0, 0) to (1, {n_legs}), got "
-            f"{[tuple(k) for k in knots]}. Leave them out for equal pieces, or measure them with "
-            "by_arc_length.")
+    if _rises(knots, n_legs): return
+    raise ValueError(
+        f"knots are (strength, place) that rise from (0, 0) to (1, {n_legs}), got {knots!r}. "
+        "Leave them out for equal pieces, or measure them with by_arc_length.")
 
 # %% ../../nbs/4_concepts/07_paths.ipynb #48cb4112
 @dataclass(frozen=True)
-class PathConfig(ConceptConfig):
-    "Everything that decides a path, beside the settings that every concept records"
-    steps: int = 0 # Nothing is learned
+class PathConfig:
+    "Everything that decides a path; nothing is learned"
     words: tuple[str, ...] = () # Source, way points, target
     knots: tuple[tuple[float, float], ...] = () # Strength and place, rising
 
 @dataclass(frozen=True, eq=False)
 class ConceptPath:
     "A direction with way points: piecewise linear through the conditions of words in between"
-    pair: ContrastPair # Its contrast, of one word
+    pair: ContrastPair # Its contrast, of one word; its name will do
     between: Sequence[str] = () # Way points in order; none: the straight line
     knots: Sequence[Sequence[Real]] = () # Strengths and places; none: equal pieces
     # Captions, questions asked, what was measured, models
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
+        object.__setattr__(self, "pair", parse_contrast(self.pair))
         check_words(self.pair, self.between)
         object.__setattr__(self, "between", tuple(self.between))
         knots = self.knots or ((0., 0.), (1., float(len(self.between) + 1)))
@@ -112,6 +118,9 @@ def place(
     strengths:Float[Tensor, "rows"], # 0 (source) to 1 (target), or beyond
 ) -> Float[Tensor, "rows"]: # 0 to the number of pieces, or beyond; float64
     "How far along the path a strength is"
+    if not isinstance(strengths, Tensor) or strengths.ndim != 1:
+        raise ValueError(f"strengths on a path are a tensor of one axis, got {strengths!r}. "
+                         "Write torch.tensor([0.5, 1.0]).")
     given = strengths.detach().double().cpu()
     if not given.isfinite().all() or (given < 0).any():
         raise ValueError(f"strengths on a path are 0 or more, got {given.tolist()}. "
@@ -132,8 +141,9 @@ def strength(
 ) -> float: # 0 to 1
     "The strength of a place"
     strengths, places = zip(*self.knots)
-    if not 0 <= place <= places[-1]:
-        raise ValueError(f"a place is from 0 to {places[-1]:g}, in pieces, got {place}.")
+    if not isinstance(place, Real) or not 0 <= place <= places[-1]:
+        raise ValueError(f"a place is a number from 0 (the source) to {places[-1]:g} "
+                         f"(the target), in pieces, got {place!r}. Way point k has the place k.")
     k = next(k for k in range(1, len(places)) if places[k] >= place)
     share = (place - places[k - 1]) / (places[k] - places[k - 1])
     return strengths[k - 1] + share * (strengths[k] - strengths[k - 1])
@@ -234,12 +244,13 @@ def path_through(
     between:Sequence[str], # Words in order, without source and target
     generator:VideoGenerator|None=None, # Checked to have all these words, where it is given
     caption:str="", # To check with; holds the source word
-) -> ConceptPath: # With equal pieces
+    knots:Sequence[Sequence[Real]]=(), # Of a measured path, which is then made again
+) -> ConceptPath: # With equal pieces where there are no knots
     "A path through words that are known"
     if isinstance(between, str) or not isinstance(between, Sequence):
         raise ValueError(f"between is a list of words in order, got {between!r}. "
                          "Write ['pink', 'purple'].")
-    path = ConceptPath(parse_contrast(pair), tuple(between), (), {"origin": "given words"})
+    path = ConceptPath(parse_contrast(pair), tuple(between), knots, {"origin": "given words"})
     if generator is not None: generator.encode_prompt(path.captions(caption))
     return path
 
@@ -289,17 +300,43 @@ def answers_half_way(
     return found
 
 # %% ../../nbs/4_concepts/07_paths.ipynb #617f6802
+def are_seeds(
+    seeds:Any, # Of the noise
+) -> bool: # Whether clips can be drawn from them
+    "Whether something is a list of a whole number or more"
+    if not isinstance(seeds, Sequence) or not len(seeds): return False
+    return all(isinstance(seed, Integral) for seed in seeds)
+
 LEAST = .2 # probability from which a word counts as answered (chosen: above one of eight alike)
 
 def check_questions(
     depth:Any, # Halvings
     least:Any, # A probability
-    seeds:Sequence[int], # Of each question
+    seeds:Any, # Of each question
 ):
     "Refuse numbers that no question can be made of"
-    if not isinstance(depth, int) or depth < 1 or not 0 <= least < 1 or len(seeds) < 1:
-        raise ValueError("need depth >= 1, least from 0 to below 1, and a seed or more, got "
-                         f"{depth!r}, {least!r} and {list(seeds)}.")
+    halves = isinstance(depth, int) and depth >= 1
+    counts = isinstance(least, Real) and 0 <= least < 1
+    if not halves or not counts or not are_seeds(seeds):
+        raise ValueError("need depth >= 1, least from 0 to below 1, and a list of a seed or more, "
+                         f"got {depth!r}, {least!r} and {seeds!r}.")
+
+def check_sweep(
+    path:Any, # To be measured
+    distance:Any, # Between clips
+    seeds:Any, # Clips at each place
+    per_leg:Any, # Steps of a piece
+    rounds:Any, # Halvings
+):
+    "Refuse a sweep that measures nothing"
+    if not isinstance(path, ConceptPath) or not callable(distance):
+        raise ValueError(
+            "need a ConceptPath and a function of two batches of clips, such as "
+            f"concepts.directions.rms_distance, got {path!r} and {distance!r}.")
+    whole = isinstance(per_leg, int) and isinstance(rounds, int)
+    if not whole or per_leg < 1 or rounds < 0 or not are_seeds(seeds):
+        raise ValueError("need per_leg >= 1, rounds >= 0 and a list of a seed or more, got "
+                         f"{per_leg!r}, {rounds!r} and {seeds!r}.")
 
 # %% ../../nbs/4_concepts/07_paths.ipynb #8fb5dbd0
 def ask_way_points(
@@ -382,21 +419,24 @@ def by_arc_length(
     **dials, # `steps` and `guidance` of `generator.sample`
 ) -> ConceptPath: # `meta["arc_length"]` holds the sweep
     "Let equal steps of strength be equal steps of what is seen"
-    if per_leg < 1 or rounds < 0 or len(seeds) < 1:
-        raise ValueError("need per_leg >= 1, rounds >= 0 and a seed or more, got "
-                         f"{per_leg}, {rounds} and {list(seeds)}.")
-    n_legs, even = len(path.between) + 1, ConceptPath(path.pair, path.between)
+    check_sweep(path, distance, seeds, per_leg, rounds)
+    n_legs = len(path.between) + 1
+    even = ConceptPath(path.pair, path.between)
     def clips(place):
-        prompt = even.condition(generator, caption, torch.tensor([place / n_legs]))
-        return generator.decode(generator.sample(prompt, seeds=list(seeds), **dials)).clamp(0, 1)
-    places = [k / per_leg for k in range(n_legs * per_leg)] + [float(n_legs)]
-    made = {place: clips(place) for place in places}
+        strength = torch.tensor([place / n_legs])
+        prompt = even.condition(generator, caption, strength)
+        latents = generator.sample(prompt, seeds=list(seeds), **dials)
+        return generator.decode(latents).clamp(0, 1)
+    starts = [k / per_leg for k in range(n_legs * per_leg)]
+    made = {place: clips(place) for place in [*starts, float(n_legs)]}
     for left in range(rounds, -1, -1):
         places = sorted(made)
-        seen = [step_seen(distance, made[a], made[b], (a, b)) for a, b in pairwise(places)]
-        limit = 2 * sum(seen) / len(seen) if left else float("inf")
-        long = [(a, b) for (a, b), step in zip(pairwise(places), seen) if step > limit]
-        made |= {(a + b) / 2: clips((a + b) / 2) for a, b in long}
+        steps = list(pairwise(places))
+        seen = [step_seen(distance, made[a], made[b], (a, b)) for a, b in steps]
+        if left == 0: break
+        limit = 2 * sum(seen) / len(seen)
+        middles = [(a + b) / 2 for (a, b), step in zip(steps, seen) if step > limit]
+        made |= {place: clips(place) for place in middles}
     measured = {"places": places, "seen": seen, "seeds": list(seeds)}
     record = path.meta.get("made_for") or made_for(generator, None)
     meta = {**path.meta, "arc_length": measured, "made_for": record}
@@ -408,6 +448,9 @@ def save_paths(
     paths:Sequence[ConceptPath], # Of different contrasts
 ) -> Path: # Where the file is
     "Write paths to one file"
+    listed = isinstance(paths, Sequence)
+    if not listed or not all(isinstance(path, ConceptPath) for path in paths):
+        raise ValueError(f"paths is a list of ConceptPath, got {paths!r}. Write [path] for one.")
     names = [path.pair.name for path in paths]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice: raise ValueError(f"a file holds one path a contrast, got {', '.join(twice)} twice.")

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['in_either_number', 'Question', 'questions_between', 'Shares', 'whose_words', 'answers_to', 'ways_to_look',
-           'disagreement', 'disagreement_table']
+           'check_clips', 'check_draws', 'disagreement', 'disagreement_table']
 
 # %% ../../nbs/6_evaluate/26_disagreement.ipynb #d2c37d6e
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..core.aliases import with_aliases
 from ..core.pages import html_table
 from ..models.generators.base import PromptCondition, mix, predict_data
 from ..models.view import Models
@@ -96,6 +98,7 @@ def answers_to(
     return torch.cat([part.argmax(-1) for part in said]).cpu()
 
 # %% ../../nbs/6_evaluate/26_disagreement.ipynb #3cf51e04
+@with_aliases
 @torch.no_grad()
 def ways_to_look(
     models:Models, # Frozen; without Phi its row is left out
@@ -108,9 +111,8 @@ def ways_to_look(
     generator, coupling = models.generator, models.coupling
     velocity = generator.guided_velocity(states, condition, t, guidance)
     coming = predict_data(states, velocity, t)
-    alone = generator.velocity(states, generator.null_condition(len(states)), t)
     looks = {"decode and re-encode": states, "the clip to come": coming,
-             "the clip to come, no prompt": predict_data(states, alone, t)}
+             "the clip to come, no prompt": models.coming(states, t)}
     seen = {name: models.vlm.embed(models.decode(latents)) for name, latents in looks.items()}
     if coupling is None: return seen
     text = condition.embeds, condition.mask
@@ -121,7 +123,39 @@ def ways_to_look(
         output = coupling(states, *text, seen[unled], t, looks[unled])
     return seen | {"Phi": output.transported}
 
+# %% ../../nbs/6_evaluate/26_disagreement.ipynb #2a971878
+def check_clips(
+    video:Any, # Clips
+    captions:Any, # One each
+    t:Any, # Flow time
+):
+    "Refuse clips and captions that give no wrong prompts, or a time outside of the flow"
+    clips = len(video) if isinstance(video, Tensor) and video.ndim == 5 else 0
+    listed = isinstance(captions, Sequence) and not isinstance(captions, str)
+    texts = len(captions) if listed and all(isinstance(text, str) for text in captions) else 0
+    timed = isinstance(t, Real) and 0 <= t <= 1
+    if clips < 2 or texts != clips or not timed:
+        shape = tuple(video.shape) if isinstance(video, Tensor) else video
+        raise ValueError(
+            "need two clips or more with a caption each and t from 0 to 1, got video "
+            f"{shape!r}, captions {captions!r} and t = {t!r}. Video is a tensor "
+            "(clips, frames, 3, height, width), captions a list of texts.")
+
+def check_draws(
+    seed:Any, # Of the noise
+    guidance:Any, # Of the velocity
+    batch_size:Any, # Clips at once
+):
+    "Refuse numbers with which nothing can be drawn"
+    guided = isinstance(guidance, Real) and guidance >= 0
+    batched = isinstance(batch_size, Integral) and batch_size >= 1
+    if not isinstance(seed, Integral) or not guided or not batched:
+        raise ValueError(
+            "need a whole seed, guidance >= 0 and batch_size >= 1, got "
+            f"{seed!r}, {guidance!r} and {batch_size!r}. guidance=1.0 is none.")
+
 # %% ../../nbs/6_evaluate/26_disagreement.ipynb #004060bf
+@with_aliases
 @torch.no_grad()
 def disagreement(
     models:Models, # Frozen; without Phi its row is left out
@@ -133,9 +167,8 @@ def disagreement(
     batch_size:int=16, # Clips at once
 ) -> dict[str, Shares]: # By row of the table
     "Whose word is answered where prompt and clip disagree"
-    if len(captions) != len(video) or len(video) < 2 or not 0 <= t <= 1:
-        raise ValueError("need two clips or more with a caption each and t from 0 to 1, got "
-                         f"{len(video)} clips, {len(captions)} captions and t = {t}.")
+    check_clips(video, captions, t)
+    check_draws(seed, guidance, batch_size)
     generator, vlm, prompts = models.generator, models.vlm, [*captions[1:], captions[0]]
     questions = questions_between(vlm, list(captions), prompts)
     if not questions:
@@ -161,6 +194,9 @@ def disagreement_table(
     measured:dict[float, dict[str, Shares]], # Flow time to rows
 ) -> str: # HTML
     "Rows by flow time: shares of the clip's, the prompt's and other words"
+    if not isinstance(measured, Mapping) or not measured:
+        raise ValueError("a table needs the shares of one flow time or more, such as "
+                         f"{{.3: disagreement(models, video, captions, .3, 0)}}, got {measured!r}.")
     whose = ("clip", "prompt", "other")
     head = ["row", *(f"t = {t:g}: {word}" for t in measured for word in whose)]
     rows = []

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from fastcore.basics import listify
+from fastcore.basics import listify, patch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..concepts.concept import Direction
 from ..concepts.directions import VelocityPush, rms_distance
-from ..core.aliases import with_aliases
+from ..core.aliases import own_names, with_aliases
 from ..core.base import seeded_generator
 from .card import Certificate, Exchange, ClipReport, changes_between
 from .steering import Steering, check_strengths, steer
@@ -47,17 +47,36 @@ class RandomLike:
         "As the other translates strengths"
         return self.direction.amount(strengths) if hasattr(self.direction, "amount") else strengths
 
+    def as_long_as(self,
+        own:Float[Tensor, "*rows prompt_tokens text_dim"], # Of the other
+    ) -> Float[Tensor, "*rows prompt_tokens text_dim"]: # The same random vectors in every row
+        "Random vectors, zero where the other is"
+        draw = torch.randn(own.shape[-2:], generator=seeded_generator(self.seed)).to(own)
+        return draw * (own.norm(dim=-1, keepdim=True) / draw.norm(dim=-1, keepdim=True))
+
     def offset(self,
         generator:VideoGenerator, # Encodes
         caption:str, # Source caption
     ) -> Float[Tensor, "prompt_tokens text_dim"]: # Added to the prompt at strength 1
-        "Random vectors, zero where the other is"
-        if isinstance(self.direction, Direction): own = self.direction.offset(generator, caption)
-        else:
-            plus, minus = generator.encode_prompt(list(self.direction.prompts(caption))).embeds
-            own = plus - minus
-        draw = torch.randn(own.shape, generator=seeded_generator(self.seed)).to(own)
-        return draw * (own.norm(dim=-1, keepdim=True) / draw.norm(dim=-1, keepdim=True))
+        "As long as the other at strength 1"
+        if isinstance(self.direction, Direction):
+            return self.as_long_as(self.direction.offset(generator, caption))
+        plus, minus = generator.encode_prompt(list(self.direction.prompts(caption))).embeds
+        return self.as_long_as(plus - minus)
+
+# %% ../../nbs/5_explain/04_certificate.ipynb #5a963a4b
+@patch
+def offsets(
+    self:RandomLike,
+    generator:VideoGenerator, # Encodes
+    caption:str, # Source caption
+    strengths:Float[Tensor, "rows"], # One a row
+) -> Float[Tensor, "rows prompt_tokens text_dim"]: # Added to the prompt at each
+    "As long as the other at every strength, also where it is a path"
+    if hasattr(self.direction, "offsets"):
+        return self.as_long_as(self.direction.offsets(generator, caption, strengths))
+    own = self.offset(generator, caption)
+    return self.amount(strengths).to(own)[:, None, None] * own
 
 # %% ../../nbs/5_explain/04_certificate.ipynb #ca703e3e
 class Reader(NamedTuple):
@@ -263,32 +282,47 @@ def sample_clips(
 # %% ../../nbs/5_explain/04_certificate.ipynb #e916cb75
 def _join(directions):
     "All words that change, as one pair"
-    sides = ("+".join(getattr(d.pair, side) for d in directions) for side in ("source", "target"))
-    return ContrastPair(*sides)
+    source = "+".join(d.pair.source for d in directions)
+    target = "+".join(d.pair.target for d in directions)
+    return ContrastPair(source, target)
 
 RUN = {"start_step": 0, "frame_window": None, "steps": None, "guidance": None}
 
 def _run_settings(run):
-    "All settings of a run, refusing names that it does not know"
-    if unknown := sorted(set(run or {}) - set(RUN)):
+    "All settings of a run under our names, refusing those that it does not know"
+    given = own_names(run or {})
+    unknown = sorted(set(given) - set(RUN))
+    if unknown:
         raise ValueError(f"run has the settings {', '.join(RUN)}, got {', '.join(unknown)}. "
                          "Leave out the others.")
-    return RUN | (run or {})
+    return RUN | given
 
+def _control_jobs(caption, seeds, texts):
+    "Caption and seed of each clip: other seeds first, then every exchange from all seeds"
+    jobs = [(caption, other) for other in seeds[1:]]
+    for _, _, text in texts.values():
+        jobs += [(text, own) for own in seeds]
+    return jobs
+
+# %% ../../nbs/5_explain/04_certificate.ipynb #e916cb76
 def _controls(models, caption, seed, n_seeds, run, texts, report, unsteered, reader):
     "Reports of other seeds, exchanges by attribute, and the video of the first other seed"
     others = [seed + OTHER * (k + 1) for k in range(n_seeds)]
-    jobs = [(caption, other) for other in others]
-    jobs += [(text, own) for _, _, text in texts.values() for own in (seed, *others)]
+    jobs = _control_jobs(caption, [seed, *others], texts)
     if not jobs: return [], {}, []
-    plain = sample_clips(models.generator, *zip(*jobs), run["steps"], run["guidance"])
-    view = models.view(*plain)
+    captions, seeds = zip(*jobs)
+    latents, condition = sample_clips(
+        models.generator, captions, seeds, run["steps"], run["guidance"])
+    view = models.view(latents, condition)
     found = report(view)
-    bases, rest, exchanges = [unsteered, *found[:n_seeds]], found[n_seeds:], {}
-    for k, (slot, words) in enumerate(texts.items()):
-        clips = rest[k * len(bases):(k + 1) * len(bases)]
+    bases = [unsteered, *found[:n_seeds]]
+    rest = found[n_seeds:]
+    exchanges = {}
+    for slot, words in texts.items():
+        clips, rest = rest[:len(bases)], rest[len(bases):]
         exchanges[slot] = exchange(reader, slot, words, bases, clips)
-    return bases[1:], exchanges, [view.videos[:1]] if n_seeds else []
+    shown = [view.videos[:1]] if n_seeds else []
+    return bases[1:], exchanges, shown
 
 # %% ../../nbs/5_explain/04_certificate.ipynb #4ed4ddc8
 @torch.no_grad()
@@ -300,7 +334,7 @@ def certify(
     seed:int=0, # Of the noise
     pair:ContrastPair|None=None, # All words that change; None joins those of the directions
     wanted:float|None=None, # Probability that was asked for; None: as high as it gets
-    run:dict|None=None, # `start_step`, `frame_window`, `steps`, `guidance` of the explanation
+    run:dict|None=None, # `start_step`, `frame_window`, `steps`, `guidance`; diffusers' names, too
     n_random:int=3, # Random vectors (chosen: one may hit or miss by chance)
     n_seeds:int=3, # Other seeds; exchanges are made from these and from the seed itself
     distance_fn:Callable=rms_distance, # Of two batches of videos in [0, 1], one number a clip

@@ -9,7 +9,7 @@ __all__ = ['Explanation', 'run_facts']
 import json
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
@@ -51,6 +51,8 @@ class Explanation:
     settings: dict = field(default_factory=dict) # Everything else needed to make it again
     # The `Transporter` and the directions behind it, for the certificate; saved nowhere
     made_by: Any = field(default=None, repr=False)
+    # Of paths: route to way point to its probability at each strength
+    between: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict: # Models do not belong into a pickle
         "Everything but the models"
@@ -70,17 +72,26 @@ class Explanation:
 documented("l2v.explain(caption, 'red -> blue').answers")(Explanation)
 
 # %% ../../nbs/5_explain/08_explanation.ipynb #c8f7581b
+@patch
+def _route_cells(self:Explanation, said, route, k, mark):
+    "Cells of one clip and one route"
+    cells = {}
+    for w, (source, target) in enumerate(self.pair.words):
+        cells[f"p({source}){mark}"] = said.source[k, w].item()
+        cells[f"p({target}){mark}"] = said.target[k, w].item()
+    for word, chances in self.between.get(route, {}).items():
+        cells[f"p({word}){mark}"] = chances[k].item()
+    cells[f"divergence{mark}"] = said.divergence[k].item()
+    return cells
+
 @patch(as_prop=True)
 def answers(self:Explanation) -> AnswerTable: # Probabilities, divergence, distance, captions
     "One row a strength: the VLM's answers to the clip itself, then through Phi"
     table = AnswerTable()
     for k, label in enumerate(self.labels):
         row = {"strength": label}
-        for route, said in (("", self.reencoded), (", Phi", self.phi)):
-            for w, (source, target) in enumerate(self.pair.words):
-                row |= {f"p({source}){route}": said.source[k, w].item()}
-                row |= {f"p({target}){route}": said.target[k, w].item()}
-            row[f"divergence{route}"] = said.divergence[k].item()
+        row |= self._route_cells(self.reencoded, "reencoded", k, "")
+        row |= self._route_cells(self.phi, "phi", k, ", Phi")
         row |= {"distance": self.distance[k].item(), "caption": self.reencoded.captions[k]}
         row["caption, Phi"] = self.phi.captions[k]
         table.append(row)
@@ -92,11 +103,30 @@ def __repr__(self:Explanation) -> str: # For a terminal
     return f"{title}, seed {self.settings.get('seed')}\n{self.answers!r}"
 
 # %% ../../nbs/5_explain/08_explanation.ipynb #864103ee
+@patch(as_prop=True)
+def is_coupled(self:Explanation) -> bool: # Without a coupling Phi's answers are the clip's
+    "Whether there are answers through a coupling"
+    return self.settings.get("coupled", True)
+
 @patch
 def curves(self:Explanation) -> list[Curve]: # One for each target word
     "The curves below the filmstrip"
-    return [Curve(target, self.phi.target[:, w].tolist(), self.reencoded.target[:, w].tolist())
-            for w, (_, target) in enumerate(self.pair.words)]
+    found = []
+    for w, (_, target) in enumerate(self.pair.words):
+        phi = self.phi.target[:, w].tolist() if self.is_coupled else None
+        found.append(Curve(target, phi, self.reencoded.target[:, w].tolist()))
+    return found
+
+@patch
+def notes(self:Explanation) -> list[str]: # For both ends
+    "The VLM's captions, each with the route that it comes from"
+    lines = []
+    for k in sorted({0, len(self.videos) - 1}):
+        label, clip, phi = self.labels[k], self.reencoded.captions[k], self.phi.captions[k]
+        of_clip = f"strength {label}, the clip itself: the VLM says “{clip}”"
+        of_phi = f"strength {label}, through Φ: the VLM says “{phi}”"
+        lines += [of_clip, of_phi] if self.is_coupled else [of_clip]
+    return lines
 
 @patch
 def filmstrip(
@@ -105,9 +135,7 @@ def filmstrip(
     dpi:int=76, # Dots an inch
 ) -> Figure: # A figure by itself, known to no window
     "The clips over strengths, with the VLM's answers below"
-    ends = sorted({0, len(self.videos) - 1})
-    notes = [f"strength {self.labels[k]}: the VLM says “{self.phi.captions[k]}”" for k in ends]
-    n_frames = len(frames or (0, 1, 2))
+    notes, n_frames = self.notes(), len(frames or (0, 1, 2))
     size = filmstrip_size(len(self.videos), n_frames, len(self.pair.words), len(notes))
     title = f"{self.pair.name}:  {self.caption}"
     return draw_filmstrip(
@@ -168,9 +196,13 @@ def alt(self:Explanation) -> str: # For readers who cannot see the picture
     "The filmstrip in words"
     parts = []
     for k, label in enumerate(self.labels):
-        answers = [f"p({curve.word}) {curve.reencoded[k]:.2f}, through Phi {curve.phi[k]:.2f}"
-                   for curve in self.curves()]
-        parts.append(f"strength {label}: {', '.join(answers)}, “{self.phi.captions[k]}”")
+        answers = []
+        for w, (_, target) in enumerate(self.pair.words):
+            answers.append(f"p({target}) {self.reencoded.target[k, w]:.2f}")
+            if self.is_coupled: answers[-1] += f", through Phi {self.phi.target[k, w]:.2f}"
+        said = f"“{self.reencoded.captions[k]}”"
+        if self.is_coupled: said += f", through Phi “{self.phi.captions[k]}”"
+        parts.append(f"strength {label}: {', '.join(answers)}, {said}")
     return (f"Filmstrip of {self.pair.name}, one column a strength, time downward, "
             f"the VLM's answers below. {'; '.join(parts)}")
 

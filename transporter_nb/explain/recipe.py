@@ -16,6 +16,7 @@ import torch
 
 from ..concepts.bank import ConceptBank
 from ..concepts.concept import Concept, Direction
+from ..concepts.paths import ConceptPath
 from ..core.base import checkpoint_path
 from .exploration import Request
 from .transporter import Transporter
@@ -24,40 +25,53 @@ from .transporter import Transporter
 def lessons(
     l2v:Transporter, # Loaded by name
     directions:Sequence[Direction], # That steer
-) -> dict[str, list[str]]: # Contrast to the captions of its concept; without shipped concepts
-    "Concepts that must be learned again before a fresh Transporter can make the same clips"
+) -> dict[str, list[str]|ConceptPath]: # Contrast to the captions of its concept, or to its path
+    "What a fresh Transporter must learn or be given before it can make the same clips"
     scale = l2v.names.get("scale", "mini")
     path = checkpoint_path(f"concepts_{l2v.names.get('vlm')}", scale)
     shipped = ConceptBank.from_pretrained(path) if path.exists() else {}
     found = {}
-    for d in directions:
-        if not isinstance(d, Concept): continue
-        name = d.pair.name
-        if name in shipped and torch.equal(d.vectors, shipped[name].vectors): continue
-        found[name] = d.meta["captions"]
+    for direction in directions:
+        name = direction.pair.name
+        if isinstance(direction, ConceptPath):
+            found[name] = direction
+        elif isinstance(direction, Concept):
+            own = shipped.get(name)
+            same = own is not None and torch.equal(direction.vectors, own.vectors)
+            if not same: found[name] = direction.meta["captions"]
     return found
 
 # %% ../../nbs/5_explain/15_recipe.ipynb #5d3f1262
+def _lesson_line(pair, lesson):
+    "The line that gives a fresh Transporter a concept or a path"
+    if not isinstance(lesson, ConceptPath):
+        return f"l2v.bank.learn(l2v.models, {pair!r}, {lesson!r})"
+    way = f"{pair!r}, {list(lesson.between)!r}, knots={lesson.knots!r}"
+    return f"l2v.bank[{pair!r}] = path_through({way})"
+
 def python_cell(
     request:Request, # The question
     rows:Sequence[Sequence[Real]], # At which strengths, one number a change
     names:dict[str, str], # How the Transporter was loaded: `vlm`, `generator`, `scale`
-    learned:dict[str, list[str]]|None=None, # From `lessons`; None: no concept
+    learned:dict[str, list[str]|ConceptPath]|None=None, # From `lessons`; None: nothing
 ) -> str: # Lines of Python that end in the explanation
     "The cell to paste into a notebook"
     usual = [("generator", "wan"), ("scale", "mini")]
     loaded = ", ".join(f"{key}={value!r}" for key, value in names.items()
                        if (key, value) not in usual)
-    plain, extra, lines = Request(request.caption, request.changes), "", []
+    plain, extra = Request(request.caption, request.changes), ""
     for key in ("seed", "start_step", "frame_window", "vlm_weight"):
         value = getattr(request, key)
         if key == "seed" or value != getattr(plain, key): extra += f", {key}={value!r}"
-    for pair, captions in (learned or {}).items():
-        if captions == [request.caption]: continue
-        lines.append(f"l2v.bank.learn(l2v.models, {pair!r}, {captions!r})")
+    lessons = {pair: lesson for pair, lesson in (learned or {}).items()
+               if lesson != [request.caption]}
+    lines = [_lesson_line(pair, lesson) for pair, lesson in lessons.items()]
+    imports = ["from transporter_nb.explain.transporter import Transporter"]
+    if any(isinstance(lesson, ConceptPath) for lesson in lessons.values()):
+        imports.insert(0, "from transporter_nb.concepts.paths import path_through")
     changes, strengths = list(request.changes), [list(row) for row in rows]
     return "\n".join([
-        "from transporter_nb.explain.transporter import Transporter", "",
+        *imports, "",
         f"l2v = Transporter.load({loaded})", f"caption = {request.caption!r}", *lines,
         f"e = l2v.explain(caption, change={changes!r}, strengths={strengths!r}{extra})", "e"])
 
@@ -66,11 +80,16 @@ def papermill_line(
     request:Request, # The question
     row:Sequence[Real], # At which strengths
     names:dict[str, str], # How the Transporter was loaded
-    learned:dict[str, list[str]]|None=None, # From `lessons`; None: no concept
+    learned:dict[str, list[str]|ConceptPath]|None=None, # From `lessons`; None: nothing
     notebook:str="nbs/explain.ipynb", # From where the command is typed
 ) -> str: # One line for a shell
     "The command to type"
-    sources = {caption for captions in (learned or {}).values() for caption in captions}
+    learned = learned or {}
+    paths = [pair for pair, lesson in learned.items() if isinstance(lesson, ConceptPath)]
+    if paths:
+        raise ValueError(f"a line has no place for way points, and {paths[0]!r} goes through "
+                         f"{', '.join(learned[paths[0]].between) or 'none'}. Use the Python cell.")
+    sources = {caption for captions in learned.values() for caption in captions}
     if len(sources) > 1:
         raise ValueError("a line names one caption to learn from, and these concepts were learned "
                          f"from {len(sources)}. Use the Python cell.")

@@ -27,7 +27,7 @@ from ..core.base import (as_config, check_scale, checkpoint_path, resolve_device
                                       tensor_digest)
 from ..core.hub import SOURCES, LoadOptions
 from ..coupling.network import CouplingNetwork
-from .answer_table import read_answers
+from .answer_table import read_answers, way_answers
 from transporter_nb.explain.calibration import (
     BUDGET, Calibration, calibrate, check_evaluations, check_probabilities, target_answer,
 )
@@ -38,7 +38,7 @@ from transporter_nb.explain.steering import (
 )
 from ..models.answers import pair_ids
 from ..models.generators.base import PromptCondition, VideoGenerator
-from ..models.pairing import check_concepts, check_coupling
+from ..models.pairing import check_concepts
 from transporter_nb.models.registry import (
     GENERATORS, VLMS, find_adapter, load_generator, load_vlm, shipped_vlm_names,
 )
@@ -76,10 +76,10 @@ class Transporter:
         bank:ConceptBank|None=None, # Concepts learned so far; None starts empty
         names:dict|None=None, # Of the loaded parts: `vlm`, `generator`, `scale`; kept in records
     ):
+        self.checked = Models(generator, vlm, coupling)
         self.generator, self.vlm, self.coupling = generator, vlm, coupling
         self.bank = ConceptBank() if bank is None else bank
         self.names = names or {}
-        if coupling is not None: check_coupling(coupling, generator, vlm)
         check_concepts(list(self.bank.values()), generator, vlm)
         self.word_groups = WORD_GROUPS # words that may matter to a shaped concept
         self.measured = {} # the VLM's answers to them
@@ -91,8 +91,12 @@ class Transporter:
 
 @patch(as_prop=True)
 def models(self:Transporter) -> Models: # As they are now
-    "Generator, VLM and coupling as one object, for functions that take all three"
-    return Models(self.generator, self.vlm, self.coupling)
+    "Generator, VLM and coupling as one object, checked anew where a part was replaced"
+    parts = self.generator, self.vlm, self.coupling
+    known = self.checked.generator, self.checked.vlm, self.checked.coupling
+    if any(part is not own for part, own in zip(parts, known)):
+        self.checked = Models(*parts)
+    return self.checked
 
 # %% ../../nbs/5_explain/09_transporter.ipynb #0e60cb7b
 @patch_to(Transporter, cls_method=True)
@@ -303,11 +307,13 @@ def _explanation(self:Transporter, caption, merged, run, directions, settings) -
     view = self.models.view(run.latents[0], run.condition) # row 0 is the unsteered clip
     phi = read_answers(self.vlm, view.phi, merged, caption)
     reencoded = read_answers(self.vlm, view.reencoded, merged, caption)
+    between = {"reencoded": way_answers(self.vlm, view.reencoded[1:], directions, caption),
+               "phi": way_answers(self.vlm, view.phi[1:], directions, caption)}
     videos = view.videos[1:]
     distance = (videos - view.videos[:1]).square().mean((1, 2, 3, 4)).sqrt().cpu()
     return Explanation(
         caption, merged.apply(caption), merged, run.strengths[1:], view.latents[1:].cpu(),
-        videos.cpu(), phi, reencoded, distance, settings, (self, directions))
+        videos.cpu(), phi, reencoded, distance, settings, (self, directions), between)
 
 @patch
 def _settings(self:Transporter, seed, dials, vlm_weight, pairs, directions, calibration, through):

@@ -66,7 +66,7 @@ def parse_contrast(
 ) -> ContrastPair: # Source words, and the words that take their place
     "Read a contrast as a person writes it"
     if isinstance(text, ContrastPair): return text
-    sides = text.split("->")
+    sides = text.split("->") if isinstance(text, str) else ()
     if len(sides) != 2:
         raise ValueError(f"a contrast is written 'source -> target', got {text!r}. "
                          "For several words: 'two+small -> one+large'.")
@@ -122,6 +122,9 @@ def occurrences(
     caption:str, # A caption that holds every source word
 ) -> list[Occurrence]: # All places to change, one list for the whole pair, in the order of `words`
     "Where the source words stand"
+    if not isinstance(caption, str):
+        raise ValueError(f"a caption is a text, got {caption!r}. "
+                         "Write one that holds the source words.")
     found = []
     for source, target in self.words:
         places = find_word(caption, source, target)

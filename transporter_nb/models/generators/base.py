@@ -263,6 +263,7 @@ def guidance_at(
 
 # %% ../../../nbs/2_models/01_generators.base.ipynb #5c7d331b
 @patch
+@with_aliases
 def guided_velocity(
     self:VideoGenerator,
     latents:Float[Tensor, "batch channels latent_frames latent_height latent_width"], # z_t
