@@ -8,11 +8,12 @@ __all__ = ['SPECIAL_TOKENS', 'WAN_MEAN', 'WAN_STD', 'PAPER_FIELDS', 'ENCODER_CHU
            'to_timestep', 'flow_times', 'kept_in_float32', 'compute_dtype', 'run_expert', 'word_tokenizer', 'tokenize',
            'tokens_covering', 'check_clip', 'build_vae', 'build_transformer', 'build_text_encoder', 'WanGenerator',
            'latent_size', 'encode_words', 'wan_velocity', 'latent_scale', 'encode_video', 'decode_latents',
-           'part_tensors', 'fit_tensors', 'load_files', 'OneAtATime', 'put_on_device', 'load_hub', 'widen_kept',
-           'blank_generator']
+           'part_tensors', 'fit_tensors', 'load_files', 'OneAtATime', 'put_on_device', 'hub_config', 'load_hub',
+           'widen_kept', 'blank_generator']
 
 # %% ../../../nbs/2_models/02_generators.wan.ipynb #f06f1f08
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from threading import RLock
@@ -21,7 +22,7 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
-from fastcore.basics import patch
+from fastcore.basics import patch, patch_to
 from jaxtyping import Bool, Float, Int
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
@@ -32,7 +33,8 @@ from ...core.base import (as_config, check_scale, checkpoint_path, load_checkpoi
                                  resolve_device, save_checkpoint, tensor_digest, widen)
 from .base import PromptCondition, VideoGenerator, per_clip
 from ...core.hints import did_you_mean
-from ...core.hub import DTYPES, SOURCES, LoadOptions, find_source, require
+from ...core.hub import DTYPES, SOURCES, LoadOptions, Snapshot, find_source, require
+from ...core.snapshots import read_json
 from ...world.words import FRAMES, SIZE, SLOTS
 
 # %% ../../../nbs/2_models/02_generators.wan.ipynb #43d1e123
@@ -632,6 +634,65 @@ def put_on_device(
     return generator
 
 # %% ../../../nbs/2_models/02_generators.wan.ipynb #207a8402
+def _sizes(kind, given, builder):
+    "Fields of a configuration: as the file says, or as the class has them"
+    usual = {name: value.default for name, value in signature(builder).parameters.items()}
+    values = {f.name: given.get(f.name, usual.get(f.name, f.default)) for f in fields(kind)}
+    return kind(**{name: tuple(value) if isinstance(value, list) else value
+                   for name, value in values.items()})
+
+def hub_config(
+    snapshot:Snapshot, # In the layout of diffusers
+    clip_size:Sequence[int]|None=None, # Frames, height and width (px); None: the paper's, or 480 px
+) -> WanConfig: # All sizes as the files have them
+    "Sizes and usual settings of a released Wan"
+    def read(part): return read_json(snapshot.folder / part / "config.json")
+    index = read_json(snapshot.folder / "model_index.json")
+    transformer = _sizes(WanTransformerConfig, read("transformer"), WanTransformer3DModel.__init__)
+    vae = _sizes(WanVAEConfig, read("vae"), AutoencoderKLWan.__init__)
+    text = UMT5Config.from_pretrained(snapshot.folder, subfolder="text_encoder")
+    text = WanTextConfig(**{f.name: getattr(text, f.name) for f in fields(WanTextConfig)})
+    two = (index.get("transformer_2") or [None])[-1] is not None
+    run = {"boundary_ratio": index.get("boundary_ratio") or .875} # of two experts, the paper's
+    if not two: # the pipeline's own; the shift is the scheduler's
+        schedule = read_json(snapshot.folder / "scheduler" / "scheduler_config.json")
+        run = dict(boundary_ratio=None, steps=50, guidance=5.,
+                   flow_shift=float(schedule.get("flow_shift") or schedule.get("shift") or 3.))
+    width = transformer.num_attention_heads * transformer.attention_head_dim
+    side = 720 if two or width >= 3072 else 480 # model cards: 1536 numbers, 480 px
+    cell = vae.scale_factor_spatial * max(transformer.patch_size[1:])
+    frames, height, width = clip_size or (61, side // cell * cell, side // cell * cell)
+    return WanConfig(**PAPER_FIELDS | run | dict(
+        vae=vae, transformer=transformer, text=text, frames=frames, height=height, width=width,
+        hub=snapshot.place, revision=snapshot.revision))
+
+# %% ../../../nbs/2_models/02_generators.wan.ipynb #3128fa53
+@patch_to(WanGenerator, cls_method=True)
+def load_snapshot(
+    cls:type[WanGenerator],
+    snapshot:Snapshot, # Examined; in the layout of diffusers
+    device:str|torch.device="auto", # Where the generator computes
+    options:LoadOptions|None=None, # Types and places; None is bfloat16, everything on `device`
+    clip_size:Sequence[int]|None=None, # Frames, height and width (px), see `hub_config`
+    config:WanConfig|None=None, # In place of what `hub_config` reads
+) -> WanGenerator: # Frozen
+    "Load a released Wan from its folder, in its own sizes"
+    options = options or LoadOptions()
+    config = config or hub_config(snapshot, clip_size)
+    tokenizer = AutoTokenizer.from_pretrained(snapshot.folder / "tokenizer")
+    spread = {"device_map": options.device_map} if options.device_map else {}
+    def network(kind, name, dtype, word="torch_dtype", **more):
+        return kind.from_pretrained(snapshot.folder, subfolder=name, use_safetensors=True,
+                                    **{word: DTYPES[dtype]}, **more)
+    names = ("transformer", "transformer_2")[:1 if config.boundary_ratio is None else 2]
+    experts = [network(WanTransformer3DModel, name, options.dtype, **spread) for name in names]
+    vae = network(AutoencoderKLWan, "vae", options.vae_dtype)
+    text_encoder = network(UMT5EncoderModel, "text_encoder", options.dtype, "dtype", **spread)
+    if options.device_map:
+        vae = vae.to(resolve_device(device))
+    generator = cls(config, vae, experts[0], text_encoder, tokenizer, *experts[1:])
+    return put_on_device(generator.freeze(), options, device)
+
 def load_hub(
     config:WanConfig|None=None, # With `hub` and `revision`; None is the paper's
     device:str|torch.device="auto", # Where the generator computes
@@ -639,22 +700,9 @@ def load_hub(
 ) -> WanGenerator: # Frozen
     "Load Wan's released weights from the local hub cache"
     config = config or WanConfig.paper()
-    options = options or LoadOptions()
-    dtype = DTYPES[options.dtype]
-    vae_dtype = DTYPES[options.vae_dtype]
     folder = require(find_source(config.hub, config.revision))
-    spread = {"device_map": options.device_map} if options.device_map else {}
-    names = ("transformer", "transformer_2")[:1 if config.boundary_ratio is None else 2]
-    experts = [WanTransformer3DModel.from_pretrained(
-        folder, subfolder=name, torch_dtype=dtype, **spread) for name in names]
-    vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=vae_dtype)
-    text_encoder = UMT5EncoderModel.from_pretrained(
-        folder, subfolder="text_encoder", dtype=dtype, **spread)
-    if options.device_map:
-        vae = vae.to(resolve_device(device))
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    generator = WanGenerator(config, vae, experts[0], text_encoder, tokenizer, *experts[1:])
-    return put_on_device(generator.freeze(), options, device)
+    snapshot = Snapshot(folder, config.hub, config.revision)
+    return WanGenerator.load_snapshot(snapshot, device, options, config=config)
 
 # %% ../../../nbs/2_models/02_generators.wan.ipynb #d8e054bc
 PARTS = ("text_encoder", "transformer", "transformer_2", "vae")

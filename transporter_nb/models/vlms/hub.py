@@ -16,11 +16,12 @@ from accelerate import cpu_offload
 from fastcore.basics import patch, patch_to
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase,
+                          PreTrainedTokenizerFast)
 
 from ...core.base import (check_scale, checkpoint_path, load_checkpoint, resolve_device,
                                  save_checkpoint, seeded_generator)
-from ...core.hub import DTYPES, LoadOptions, find_source, require
+from ...core.hub import DTYPES, LoadOptions, Snapshot, find_source, require
 from .base import (
     PackedTurns, VideoLanguageModel, word_tokenizer, world_words)
 from ...world.words import SIZE
@@ -329,15 +330,6 @@ def hub_mark(
     return f"Frame {k}: "
 
 @patch_to(HubVLM, cls_method=True)
-def load_hub_model(
-    cls:type[HubVLM],
-    settings:VLMSettings, # `hub_id` is the folder of the snapshot
-    **options, # For `from_pretrained`
-) -> PreTrainedModel: # In evaluation mode
-    "The published weights"
-    return cls.model_class.from_pretrained(settings.hub_id, **options)
-
-@patch_to(HubVLM, cls_method=True)
 def from_hub(
     cls:type[HubVLM],
     settings:VLMSettings, # With `hub_id` and `revision`
@@ -345,15 +337,93 @@ def from_hub(
     options:LoadOptions|None=None, # None is bfloat16, everything on `device`
 ) -> HubVLM: # Frozen
     "The published model"
-    options = options or LoadOptions()
     folder = require(find_source(settings.hub_id, settings.revision))
+    snapshot = Snapshot(folder, settings.hub_id, settings.revision)
+    return cls.load_snapshot(snapshot, device, options, settings=settings)
+
+# %% ../../../nbs/2_models/07_vlms.hub.ipynb #a496669e
+@patch_to(HubVLM, cls_method=True)
+def read_settings(
+    cls:type[HubVLM],
+    snapshot:Snapshot, # Of a model of the class
+    settings:VLMSettings|None=None, # Whose `n_frames` and free sizes apply; None is `paper`
+) -> VLMSettings: # Sizes as `config.json` has them
+    "How a checkpoint is built and how it is shown a video"
+    config = cls.model_class.config_class.from_pretrained(snapshot.folder)
+    settings = settings or cls.paper
+    text = config.get_text_config()
+    def size(*names): # the first one that the tower states
+        values = (getattr(config.vision_config, name, None) for name in names)
+        value = next((value for value in values if value), None)
+        return value[0] if isinstance(value, (list, tuple)) else value
+    block = 2 * size("patch_size")
+    return replace(
+        settings, patch_size=size("patch_size"), hub_id=snapshot.place, revision=snapshot.revision,
+        image_size=size("crop_size", "image_size") or settings.image_size // block * block,
+        hidden_size=text.hidden_size, n_layers=text.num_hidden_layers,
+        n_heads=text.num_attention_heads, vision_size=size("hidden_size"),
+        vision_layers=size("num_hidden_layers", "depth"),
+        vision_heads=size("num_attention_heads", "num_heads"))
+
+@patch_to(HubVLM, cls_method=True)
+def read_tokenizer(
+    cls:type[HubVLM],
+    snapshot:Snapshot, # Of a model of the class
+) -> PreTrainedTokenizerBase: # With the adapter's own tokens
+    "The tokenizer of a checkpoint, or one message if it is not that of its model"
+    fix = ("Save the tokenizer of the model that was fine-tuned beside the weights: "
+           "AutoTokenizer.from_pretrained(original).save_pretrained(folder).")
+    try: tokenizer = AutoTokenizer.from_pretrained(snapshot.folder)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise ValueError(f"{snapshot.place} has no tokenizer that can be read ({first}). "
+                         f"{fix}") from None
+    text = cls.model_class.config_class.from_pretrained(snapshot.folder).get_text_config()
+    for role, token in (("the image token", cls.image_token), ("the end token", cls.end_token)):
+        place = tokenizer.get_vocab().get(token)
+        if place is not None and place < text.vocab_size: continue
+        got = "does not have it" if place is None else f"has it at {place:,}"
+        raise ValueError(f"the tokenizer of {snapshot.place} must hold {role} of {cls.name}, "
+                         f"{token!r}, below {text.vocab_size:,}; it {got}. {fix}")
+    return tokenizer
+
+# %% ../../../nbs/2_models/07_vlms.hub.ipynb #f62ae35b
+@patch_to(HubVLM, cls_method=True)
+def load_hub_model(
+    cls:type[HubVLM],
+    settings:VLMSettings, # `hub_id` is the folder of the snapshot
+    **options, # For `from_pretrained`
+) -> PreTrainedModel: # In evaluation mode
+    "The published weights, every one of them"
+    model, info = cls.model_class.from_pretrained(
+        settings.hub_id, use_safetensors=True, output_loading_info=True, **options)
+    if not info["missing_keys"]: return model
+    missing = sorted(info["missing_keys"])
+    raise ValueError(f"{settings.hub_id} holds no weights for {len(missing)} tensors of "
+                     f"{cls.model_class.__name__}, first {missing[0]}: they would be random. "
+                     "Save the whole model with `save_pretrained`, not a part of it.")
+
+@patch_to(HubVLM, cls_method=True)
+def load_snapshot(
+    cls:type[HubVLM],
+    snapshot:Snapshot, # Examined; of a model of the class
+    device:str="auto", # A GPU that holds the model
+    options:LoadOptions|None=None, # None is bfloat16, everything on `device`
+    n_frames:int|None=None, # Shown of a clip; None is the adapter's own number
+    settings:VLMSettings|None=None, # As for `read_settings`
+) -> HubVLM: # Frozen
+    "Any checkpoint of the class, in its own sizes"
+    options = options or LoadOptions()
+    shown = settings or cls.paper
+    shown = replace(shown, n_frames=n_frames or shown.n_frames)
+    settings = cls.read_settings(snapshot, shown)
+    tokenizer = cls.read_tokenizer(snapshot)
     spread = {"device_map": options.device_map} if options.device_map else {}
-    local = replace(settings, hub_id=str(folder), revision="")
+    local = replace(settings, hub_id=str(snapshot.folder), revision="")
     model = cls.load_hub_model(local, dtype=DTYPES[options.dtype], **spread)
     marks = [cls.hub_mark(k)
              for k in range(1, settings.n_frames + 1)]
-    vlm = cls(settings, model, AutoTokenizer.from_pretrained(folder), marks)
-    return put_on_device(vlm.freeze(), options, device)
+    return put_on_device(cls(settings, model, tokenizer, marks).freeze(), options, device)
 
 # %% ../../../nbs/2_models/07_vlms.hub.ipynb #7818a3e5
 @patch_to(HubVLM, cls_method=True)

@@ -6,6 +6,9 @@
 __all__ = ['image_tokens', 'Phi4VLM']
 
 # %% ../../../nbs/2_models/08_vlms.phi4.ipynb #c02e14f4
+import warnings
+from pathlib import Path
+
 import torch
 from accelerate.utils import align_module_device
 from fastcore.basics import patch_to
@@ -95,9 +98,13 @@ class Phi4VLM(HubVLM):
 def load_hub_model(cls:type[Phi4VLM],
     settings:VLMSettings, # `hub_id` is the folder of the snapshot
     **options, # For `from_pretrained`
-) -> PreTrainedModel: # With its vision adapter
+) -> PreTrainedModel: # With its vision adapter, where one lies beside it
     "The published weights"
-    model = cls.model_class.from_pretrained(settings.hub_id, **options)
+    model = super(Phi4VLM, cls).load_hub_model(settings, **options)
+    if not (Path(settings.hub_id) / "vision-lora").is_dir():
+        warnings.warn("this Phi-4 has no folder vision-lora: right for a fine-tune into which the "
+                      "adapter was merged, wrong for a copy of the published model.", stacklevel=2)
+        return model
     where = {"subfolder": "vision-lora"}
     model.load_adapter(settings.hub_id, adapter_name="vision", adapter_kwargs=where)
     return model
