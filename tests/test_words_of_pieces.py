@@ -224,8 +224,8 @@ def test_target_captions_of_the_paper_are_english(name):
     ("one -> three", "one child quickly catches leaves", "three children quickly catch leaves"),
     ("wide -> honest", "A wide smile", "An honest smile"),
     ("old -> European", "An old car", "A European car"),
-    ("two+red -> one+ugly", "two red balls slide left, and two cats sleep",
-     "one ugly ball slides left, and two cats sleep"),
+    ("two+red -> one+ugly", "two red balls slide left over two mats",
+     "one ugly ball slides left over one mat"),
 ])
 def test_articles_and_numbers_agree(change, source, target):
     assert ContrastPair(*change.split(" -> ")).apply(source) == target

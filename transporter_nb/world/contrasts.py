@@ -169,7 +169,8 @@ def occurrences(
 _ENDS = set( # words that end a noun phrase
     "a an the this that these those his her its their my your our at by for from in into of off on "
     "onto over under to toward towards with without across along around behind between through "
-    "against near while and or but as who which is are was were has have does do".split())
+    "against near while and or but as who which is are was were has have does do indoors outdoors "
+    "always sometimes backwards forwards sideways".split())
 _AUXILIARY = {"is": "are", "was": "were", "has": "have", "does": "do"} # one -> many
 
 def counted_noun(
@@ -225,7 +226,7 @@ def apply(
     caption:str, # A caption that holds every source word
 ) -> str: # The same caption with the target words, numbers and articles agreeing
     "The target caption of a source caption"
-    changed, count = caption, None
+    changed, counts = caption, []
     places = sorted(self.occurrences(caption), reverse=True)
     numbers = {target for source, target in self.words if "one" in (source, target)
                and {source, target} <= COUNTS}
@@ -241,10 +242,12 @@ def apply(
         if place.source[0].isupper():
             word = word[0].upper() + word[1:]
         shift = len(before) - place.start + len(word) - (place.end - place.start)
-        if count: count = (count[0], count[1] + shift)
-        if place.target in numbers: count = (word, len(before))
+        counts = [(count, start + shift) for count, start in counts]
+        if place.target in numbers: counts.append((word, len(before)))
         changed = before + word + after
-    return agree(changed, *count) if count else changed
+    for count, start in counts: # from the right too
+        changed = agree(changed, count, start)
+    return changed
 
 
 # %% ../../nbs/1_world/01_contrasts.ipynb #921f98e5
