@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .concept import Direction
 from ..core.base import load_checkpoint, save_checkpoint, widen
-from ..models.answers import word_answers
+from ..models.answers import pair_turns
 from ..models.generators.base import PromptCondition, VideoGenerator
 from ..models.pairing import made_for
 from ..models.view import Models
@@ -290,7 +290,8 @@ def answers_half_way(
     half = ConceptPath(pair).condition(generator, caption, torch.tensor([.5]))
     latents = generator.sample(half, seeds=list(seeds), **dials)
     tokens = models.view(latents, half).phi
-    answers = word_answers(vlm, tokens, pair, caption)[:, 0].exp().mean(0)
+    turns = [pair_turns(pair, caption)] * len(tokens)
+    answers = vlm.turn_log_probs(tokens, turns)[:, 0].exp().mean(0)
     found = {}
     for token in answers.topk(min(n_words, len(answers))).indices.tolist():
         word = spoken(pair, caption, vlm.tokenizer.decode([token]).strip())

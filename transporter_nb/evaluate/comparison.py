@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from ..models.answers import pair_ids, pair_turns
+from ..models.answers import pair_ids, word_answers, word_log_probs
 from transporter_nb.evaluate.baselines.recipes import (
     BASELINES, COUNTS_FROM, ENOUGH, BaselineSettings, invert_baseline,
 )
@@ -135,13 +135,13 @@ def target_probability(
     for first in range(0, len(cases), chunk):
         some = cases[first:first + chunk]
         embeddings = vlm.embed(video[first:first + chunk].to(device))
-        turns = [pair_turns(case.pair, case.caption) for case in some]
-        answers = vlm.turn_log_probs(embeddings, turns)
+        pairs, captions = [case.pair for case in some], [case.caption for case in some]
+        answers = word_answers(vlm, embeddings, pairs, captions)
         ids = [
             pair_ids(vlm, case.pair, case.caption)[:, 1:]
             for case in some
         ]
-        p = answers.gather(-1, torch.stack(ids).to(device))[..., 0].exp()
+        p = word_log_probs(answers, torch.stack(ids))[..., 0].exp()
         found.append(p.mean(-1).cpu())
     return torch.cat(found)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'provenance', 'Stem', 'check_free', 'figure_stem', 'plain_values', 'stem_path', 'record_text',
-           'save_record', 'save_figure', 'cached']
+           'save_record', 'save_figure', 'draw_failures', 'save_claims', 'cached']
 
 # %% ../../nbs/6_evaluate/18_results.ipynb #77f839c5
 import json
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 from torch import Tensor
 
 from ..core.base import as_config, config_hash, repo_path, write_aside
@@ -167,6 +168,42 @@ def save_figure(
         asides[".json"].write_text(record, encoding="utf-8")
         paths[-1].unlink(missing_ok=True)
     return paths
+
+# %% ../../nbs/6_evaluate/18_results.ipynb #1a6db680
+def draw_failures(
+    figure:Figure, # Complete
+    failed:list[str], # Expectations that did not hold
+    paths:list[Path], # Files to write, `.png` or `.pdf`
+):
+    "Save a figure with a strip below it that names what did not hold"
+    width, height = figure.get_size_inches()
+    strip = .14 * len(failed) + .12 # inches
+    text = "\n".join(f"Expected, and it did not hold: {claim}" for claim in failed)
+    line = figure.text(.08 / width, -.04 / height, text, fontsize=7, va="top", color="#B00020")
+    box = Bbox.from_bounds(0, -strip, width, height + strip)
+    for path in paths:
+        about = {"metadata": {"CreationDate": None}} if path.suffix == ".pdf" else {}
+        with write_aside(path) as aside:
+            figure.savefig(aside, format=path.suffix[1:], bbox_inches=box, **about)
+    line.remove()
+
+def save_claims(
+    figure:Figure, # As `save_figure` saved it
+    stem:Stem|str|Path, # As for `save_figure`
+    claims:Mapping[str, bool], # Expectation -> whether it held
+) -> list[str]: # Those that did not hold
+    "Report what was expected: printed, in the record, and on the page where it failed"
+    claims = {text: bool(held) for text, held in claims.items()}
+    for text, held in claims.items(): print(f"{'held' if held else 'DID NOT HOLD'}: {text}")
+    failed, path = [text for text, held in claims.items() if not held], stem_path(stem)
+    record = Path(f"{path}.json")
+    facts = json.loads(record.read_text(encoding="utf-8")) | {"claims": claims}
+    if failed:
+        pictures = [Path(f"{path}.{ending}") for ending in ("png", "pdf")]
+        draw_failures(figure, failed, [picture for picture in pictures if picture.exists()])
+    with write_aside(record) as aside:
+        aside.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return failed
 
 # %% ../../nbs/6_evaluate/18_results.ipynb #0fbb6a28
 def cached(

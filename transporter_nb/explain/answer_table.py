@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.pages import html_block, html_table
-from ..models.answers import answer_divergence, pair_ids, word_answers
+from ..models.answers import answer_divergence, pair_ids, word_answers, word_log_probs
 from ..models.vlms.base import VideoLanguageModel
 from ..world.contrasts import ContrastPair
 
@@ -41,7 +41,7 @@ def read_answers(
     ids = pair_ids(vlm, pair, caption).expand(n, -1, -1)
     base, log_probs = word_answers(vlm, vlm_embeddings, pair, caption).cpu().split([1, n])
     divergence = answer_divergence(base.expand(n, -1, -1), log_probs, ids, distance, over)
-    source, target = log_probs.exp().gather(-1, ids).unbind(-1)
+    source, target = word_log_probs(log_probs, ids).exp().unbind(-1)
     return Answers(source, target, divergence, vlm.caption(vlm_embeddings[1:]))
 
 # %% ../../nbs/5_explain/06_answer_table.ipynb #6ce4d254

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from scipy.optimize import isotonic_regression
 from torch import Tensor
 
-from ..models.answers import pair_ids, word_answers
+from ..models.answers import pair_ids, word_answers, word_log_probs
 from ..models.vlms.base import VideoLanguageModel
 from ..world.contrasts import ContrastPair
 
@@ -36,7 +36,7 @@ def target_answer(
     "Probability of the target words out of the vocabulary, averaged over the words of a pair"
     log_probs = word_answers(vlm, vlm_embeddings, pair, caption).cpu()
     targets = pair_ids(vlm, pair, caption)[:, 1:].expand(len(log_probs), -1, -1)
-    return log_probs.gather(-1, targets)[..., 0].exp().mean(-1)
+    return word_log_probs(log_probs, targets)[..., 0].exp().mean(-1)
 
 # %% ../../nbs/5_explain/02_calibration.ipynb #2de03c25
 LOGIT_LIMIT = 1e-6 # probabilities nearer to 0 or 1 count as this far (chosen: float32 ends there)

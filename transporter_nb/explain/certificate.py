@@ -24,7 +24,8 @@ from ..core.aliases import own_names, with_aliases
 from ..core.base import seeded_generator
 from .card import Certificate, Exchange, ClipReport, changes_between
 from .steering import Steering, check_strengths, steer
-from ..models.answers import pair_ids, word_answers
+from ..models.answers import (
+    answers_among, ask_words, pair_ids, word_answers, word_columns, word_log_probs)
 from ..models.generators.base import PromptCondition, VideoGenerator
 from ..models.view import Models, View
 from ..models.vlms.base import DESCRIBE, Turn, VideoLanguageModel
@@ -138,13 +139,16 @@ def vlm_reader(
         if any(match.start() < end and start < match.end() for start, end in taken): continue
         first.setdefault(match[0], match.start()) # a word that stands there twice: its first place
     prefixes, unread = _readable(vlm, caption, first), dict.fromkeys(first, UNREADABLE)
+    places = [ask_words(vlm, Turn(DESCRIBE, prefix), [word]) for word, prefix in prefixes.items()]
     def read(videos, embeddings):
         if not prefixes: return [dict(unread) for _ in embeddings]
-        turns = [[Turn(DESCRIBE, prefix) for prefix in prefixes.values()]] * len(embeddings)
-        sure, best = vlm.turn_log_probs(embeddings, turns).exp().max(-1)
+        answers = answers_among(vlm, embeddings, [places] * len(embeddings))
+        sure, best = answers.exp().max(-1)
+        own = {word: word_columns(place.pieces)[0] % answers.shape[-1]
+               for word, place in zip(prefixes, places)}
         rows = []
         for chances, tokens in zip(sure.tolist(), best.tolist()):
-            said = {word: vlm.tokenizer.decode([token]).strip()
+            said = {word: word if token == own[word] else vlm.tokenizer.decode([token]).strip()
                     for word, p, token in zip(prefixes, chances, tokens) if p >= SURE}
             rows.append(unread | said)
         return rows
@@ -176,7 +180,7 @@ def report_clips(
     "Ask the VLM and the reader about clips"
     ids = pair_ids(vlm, pair, caption).expand(len(view.videos), -1, -1)
     def log_probs(tokens): # source and target word, for each word of the pair
-        return word_answers(vlm, tokens, pair, caption).cpu().gather(-1, ids).unbind(-1)
+        return word_log_probs(word_answers(vlm, tokens, pair, caption).cpu(), ids).unbind(-1)
     _, phi = log_probs(view.phi)
     source, target = log_probs(view.reencoded)
     words = reader.read(view.videos, view.reencoded)

@@ -18,7 +18,8 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ...models.answers import pair_ids, pair_turns
+from ...models.answers import (
+    answers_among, ask_pair, pair_ids, word_log_probs)
 from ...world.contrasts import ContrastPair, parse_contrast
 from ...world.distances import hellinger_distance
 from transporter_nb.models.vlms.base import (
@@ -164,9 +165,10 @@ class WordObjective(nn.Module):
         self.reader = VisionReader.of(vlm)
         self.pairs = as_pairs(pairs, captions)
         self.captions = list(captions)
-        asked = list(zip(self.pairs, captions))
-        self.turns = [pair_turns(*both, question) for both in asked]
-        ids = [pair_ids(self.reader.vlm, *both) for both in asked]
+        both = list(zip(self.pairs, captions))
+        self.asked = [ask_pair(self.reader.vlm, *row, question) for row in both]
+        self.turns = [[place.turn for place in row] for row in self.asked]
+        ids = [pair_ids(self.reader.vlm, *row) for row in both]
         self.register_buffer("ids", torch.stack(ids)) # source and target of each word
 
     def check(self, video:Float[Tensor, "batch frames 3 height width"]):
@@ -174,17 +176,16 @@ class WordObjective(nn.Module):
 
     def answers(self,
         video:Float[Tensor, "batch frames 3 height width"],
-    ) -> Float[Tensor, "batch words vocab"]: # Log-probabilities
+    ) -> Float[Tensor, "batch words answers"]: # Log-probabilities, see `word_answers`
         self.check(video)
         embeddings = self.reader(video, layers=False).embeddings
-        return self.reader.vlm.turn_log_probs(embeddings, self.turns)
+        return answers_among(self.reader.vlm, embeddings, self.asked)
 
     @torch.no_grad()
     def target_probability(self,
         video:Float[Tensor, "batch frames 3 height width"],
     ) -> Float[Tensor, "batch"]: # Of the target words, in [0, 1]
-        targets = self.ids[..., 1:].to(video.device)
-        return self.answers(video).gather(-1, targets).sum((1, 2)).exp()
+        return word_log_probs(self.answers(video), self.ids[..., 1:]).sum((1, 2)).exp()
 
     # How much of what was asked for is there, in [0, 1]
     def reached(self, video:Float[Tensor, "batch frames 3 height width"]) -> Float[Tensor, "batch"]:
@@ -198,11 +199,8 @@ def next_logits(
 ) -> Float[Tensor, "batch turns vocab"]: # Unnormalised, float32
     "As `turn_log_probs`, before the softmax"
     prompts = [[vlm.prompt_ids(turn.question, turn.prefix) for turn in row] for row in turns]
-    packed = pack_turns(prompts, vlm.tokenizer.pad_token_id)
-    packed = PackedTurns(*(part.to(vlm_embeddings.device) for part in packed))
-    logits = vlm.text_logits(vlm_embeddings, packed)
-    last = packed.last[..., None].expand(-1, -1, logits.shape[-1])
-    return logits.gather(1, last).float()
+    logits, last = vlm.packed_logits(vlm_embeddings, prompts)
+    return logits.gather(1, last[..., None].expand(-1, -1, logits.shape[-1])).float()
 
 class TargetToken(WordObjective):
     "Answer with the target words (activation maximisation of an answer)"
@@ -216,6 +214,9 @@ class TargetToken(WordObjective):
         super().__init__(vlm, pairs, captions, question)
         if form not in ("log_prob", "logit"):
             raise ValueError(f"form must be 'log_prob' or 'logit', got {form!r}.")
+        if form == "logit" and bool((self.ids[..., 1] < 0).any()):
+            raise ValueError("a target word of several tokens has no logit of its own. "
+                             "Use form='log_prob'.")
         self.form = form
 
     def forward(self,
@@ -227,7 +228,7 @@ class TargetToken(WordObjective):
         else:
             embeddings = self.reader(video, layers=False).embeddings
             scores = next_logits(self.reader.vlm, embeddings, self.turns)
-        return -scores.gather(-1, self.ids[..., 1:].to(video.device)).mean((1, 2))
+        return -word_log_probs(scores, self.ids[..., 1:]).mean((1, 2))
 
 # %% ../../../nbs/6_evaluate/07_baselines.objectives.ipynb #7bebea48
 def wanted_answer(
@@ -278,7 +279,7 @@ class WantedDivergence(WordObjective):
         ids = self.ids[..., 1]
         far = torch.as_tensor(divergence, dtype=torch.float32, device=source.device)
         far = far.reshape(-1, 1).expand(ids.shape)
-        place = ids if over == "vocab" else torch.ones_like(ids)
+        place = ids % source.shape[-1] if over == "vocab" else torch.ones_like(ids)
         self.register_buffer("source", source)
         self.register_buffer("wanted", wanted_answer(source, place, far))
 
@@ -286,7 +287,7 @@ class WantedDivergence(WordObjective):
         log_probs:Float[Tensor, "batch words vocab"],
     ) -> Float[Tensor, "batch words tokens"]: # All tokens, or source and target
         if self.over == "vocab": return log_probs
-        return log_probs.gather(-1, self.ids.to(log_probs.device)).log_softmax(-1)
+        return word_log_probs(log_probs, self.ids).log_softmax(-1)
 
     def forward(self,
         video:Float[Tensor, "batch frames 3 height width"],

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...models.answers import pair_ids, word_answers
+from ...models.answers import pair_ids, word_answers, word_log_probs
 from ...world.contrasts import PLURALS, ContrastPair, parse_contrast
 from .plants import Plant
 from ..metrics.video import Estimate, bootstrap
@@ -135,8 +135,9 @@ def answer_gaps(
         asked, shown = texts[at:at + chunk], render(list(scenes[at:at + chunk])).to(device)
         with torch.no_grad():
             log_probs = word_answers(vlm, vlm.embed(shown), plant.pair, asked, question)
-        ids = torch.cat([pair_ids(vlm, plant.pair, text) for text in asked])
-        gaps.append(log_probs[:, 0].cpu().gather(1, ids).double() @ target_less_source)
+        ids = torch.stack([pair_ids(vlm, plant.pair, text) for text in asked])
+        said = word_log_probs(log_probs.cpu(), ids)[:, 0]
+        gaps.append(said.double() @ target_less_source)
     return torch.cat(gaps)
 
 # %% ../../../nbs/6_evaluate/12_faithfulness.effects.ipynb #b95f4470

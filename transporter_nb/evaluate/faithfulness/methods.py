@@ -20,7 +20,7 @@ from torch import Tensor
 from transporter_nb.concepts.answer_gradients import (
     GradientConfig, guided_clips, learn_by_gradient,
 )
-from ...models.answers import pair_ids, word_answers
+from ...models.answers import pair_ids, word_answers, word_log_probs
 from ..baselines.recipes import BaselineSettings, invert_baseline
 from ...explain.certificate import sample_clips
 from ...concepts.concept import Concept, ConceptConfig
@@ -302,7 +302,7 @@ def pair_log_probs(
     "A VLM's answer between two words"
     ids = torch.stack([pair_ids(vlm, pair, text) for text in captions])
     log_probs = word_answers(vlm, vlm_embeddings, pair, captions).cpu()
-    return log_probs.gather(-1, ids).log_softmax(-1)[:, 0]
+    return word_log_probs(log_probs, ids).log_softmax(-1)[:, 0]
 
 @torch.no_grad()
 def judge(

@@ -168,6 +168,23 @@ def word_ids(
                          f"{did_you_mean(unknown, known)} Its words: {' '.join(known)}.")
     return ids
 
+# %% ../../../nbs/2_models/05_vlms.base.ipynb #89298bc2
+@patch
+def piece_ids(
+    self:VideoLanguageModel,
+    word:str, # One word of an answer, or a phrase
+    prefix:str="", # The words before it; "" for a word that starts the answer
+) -> list[int]: # One or more
+    "The tokens by which the VLM says a word"
+    if not word.strip():
+        raise ValueError(f"a word of an answer is needed, got {word!r}.")
+    said = self.word_ids(prefix) if prefix else []
+    ids = self.word_ids(f"{prefix} {word}".strip())
+    if ids[:len(said)] != said or len(ids) == len(said):
+        raise ValueError(f"{self.name} writes {prefix!r} with other tokens before {word!r}, so "
+                         "its next token is not that word. Choose another word or caption.")
+    return ids[len(said):]
+
 @patch
 def token_id(
     self:VideoLanguageModel,
@@ -175,10 +192,7 @@ def token_id(
     prefix:str="", # The words before it; "" for a word that starts the answer
 ) -> int: # Its first token there
     "The token by which the VLM starts to say a word"
-    if not word.strip():
-        raise ValueError(f"token_id needs a word, got {word!r}.")
-    said = self.word_ids(prefix) if prefix else []
-    return self.word_ids(f"{prefix} {word}".strip())[len(said)]
+    return self.piece_ids(word, prefix)[0]
 
 # %% ../../../nbs/2_models/05_vlms.base.ipynb #8c6a2000
 @patch
@@ -193,6 +207,19 @@ def check_embeddings(
         raise ValueError(f"{self.name} takes embeddings of shape (batch >= 1, {own[0]}, {own[1]}), "
                          f"got {shape}. Use embed(video).")
 
+# %% ../../../nbs/2_models/05_vlms.base.ipynb #a116459d
+@patch
+def packed_logits(
+    self:VideoLanguageModel,
+    vlm_embeddings:Float[Tensor, "batch vlm_tokens vlm_dim"], # Of each video
+    said:Sequence[Sequence[Sequence[int]]], # Tokens of each turn of each video, as many turns
+    # Unnormalised, for the token after each; and where each turn ends
+) -> tuple[Float[Tensor, "batch text_tokens vocab"], Int[Tensor, "batch turns"]]:
+    "Several turns about each video in one pass"
+    packed = pack_turns(said, self.tokenizer.pad_token_id)
+    packed = PackedTurns(*(part.to(vlm_embeddings.device) for part in packed))
+    return self.text_logits(vlm_embeddings, packed), packed.last
+
 @patch
 def turn_log_probs(
     self:VideoLanguageModel,
@@ -206,10 +233,8 @@ def turn_log_probs(
                          f"{len(vlm_embeddings)} videos.")
     prompts = [[self.prompt_ids(turn.question, turn.prefix) for turn in row]
                for row in turns]
-    packed = pack_turns(prompts, self.tokenizer.pad_token_id)
-    packed = PackedTurns(*(part.to(vlm_embeddings.device) for part in packed))
-    logits = self.text_logits(vlm_embeddings, packed)
-    last = packed.last[..., None].expand(-1, -1, logits.shape[-1])
+    logits, last = self.packed_logits(vlm_embeddings, prompts)
+    last = last[..., None].expand(-1, -1, logits.shape[-1])
     return logits.gather(1, last).float().log_softmax(-1)
 
 # %% ../../../nbs/2_models/05_vlms.base.ipynb #fb87fcbd
