@@ -22,6 +22,8 @@ from fastcore.basics import patch
 from ..core.base import repo_path
 from ..explain.exploration import split_changes
 from ..evaluate.faithfulness.plants import CUES, FAMILY, load_planted
+from ..core.hub import LoadOptions
+from ..core.parameters import read_options
 from ..explain.transporter import Transporter
 from ..models.registry import VLMS, find_adapter, shipped_vlm_names
 from transporter_nb.app.screen import (
@@ -39,9 +41,11 @@ def load_transporter(
     name:str, # A VLM with all its parts, or one of `MISLED`
     scale:str="mini", # `"mini"` or `"paper"`
     device:str="auto", # `"auto"`, `"cpu"` or `"cuda"`
+    options:LoadOptions|str|None=None, # As in `Transporter.load`
 ) -> Transporter: # A misled VLM comes with the parts of the honest one, and no name to load it by
     "A Transporter as the page names it"
-    if name not in MISLED: return Transporter.load(name, scale=scale, device=device)
+    if name not in MISLED:
+        return Transporter.load(name, scale=scale, device=device, options=options)
     honest, vlm = Transporter.load(FAMILY, device=device), load_planted(MISLED[name], device)
     names = {"scale": "mini"}
     return Transporter(honest.generator, vlm, honest.coupling, honest.bank, names)
@@ -87,12 +91,12 @@ class Explorer(w.VBox):
         l2v:Transporter|None=None, # The reader's own, in place of `vlm`, `scale` and `device`
         folder:str|Path="explanations", # For files; a relative one begins at `repo_path()`
         background:bool=True, # False computes in place, for scripts
+        options:LoadOptions|str|None=None, # At paper scale: see `Transporter.load`
     ):
         super().__init__()
         if l2v is None and vlm not in MISLED: find_adapter("vlm", vlm, VLMS)
-        self.scale, self.device, self.own = scale, device, l2v
-        self.folder = repo_path(str(folder))
-        self._begin(background)
+        self.scale, self.device, self.own, self.options = scale, device, l2v, read_options(options)
+        self._begin(background, repo_path(str(folder)))
         changes = [change] if isinstance(change, str) else list(change)
         amounts = list(strengths) if isinstance(strengths, Sequence) else [strengths] * len(changes)
         if len(amounts) != len(changes):
@@ -113,8 +117,10 @@ class Explorer(w.VBox):
 @patch
 def _begin(self:Explorer,
     background:bool, # False computes in place
+    folder:Path|None=None, # For files
 ):
     "The state before the first request"
+    self.folder = folder
     self.maker, self.student = Worker(background), Worker(background)
     self.desk = Worker(background, newest=False)
     self.loop, self.closed, self.quiet = running_loop(), False, False
@@ -260,11 +266,11 @@ def load(self:Explorer):
     "Load the chosen VLM"
     self.turn += 1
     name = self.set.vlm.value
-    key = (name, self.scale, self.device)
+    key = (name, self.scale, self.device, self.options)
     def job():
         if self.own is not None: return self.own
         if key not in self.loaded:
-            self.loaded[key] = load_transporter(name, self.scale, self.device)
+            self.loaded[key] = load_transporter(*key)
         return self.loaded[key]
 
     if self.learns is not None: self.cancel() # it was for another VLM

@@ -105,7 +105,7 @@ def learn(
     models:Models, # Frozen: generator, VLM and, where there is one, Phi
     pair:str|ContrastPair, # For example `"red -> blue"`
     captions:str|Sequence[str], # Source captions
-    config:ConceptConfig|None=None, # None takes `ConceptConfig.mini()`
+    config:ConceptConfig|None=None, # None takes `ConceptConfig.of`
     progress:Progress=True, # As in `learn_concept`; its exception leaves the bank unchanged
 ) -> Concept: # Also kept in the bank; one of the same name is replaced
     "Learn a concept and keep it, with a record of the models it was made for"

@@ -117,6 +117,11 @@ class ConceptConfig:
         paper = dict(placement="shared", strengths="answer", walks="source", warm_start="zeros")
         paper |= dict(steps=1000, lr=1e-4) # paper §4.1
         return cls(**(paper | dict(batch_size=1, n_seeds=16, states_per_seed=4) | changes))
+    @classmethod
+    def of(cls, generator:VideoGenerator, **changes) -> "ConceptConfig":
+        "The settings for a generator: `mini` where it reads words of the world, else `paper`"
+        published = getattr(getattr(generator, "config", None), "words", None) == ()
+        return cls.paper(**changes) if published else cls.mini(**changes)
 
 # %% ../../nbs/4_concepts/01_concept.ipynb #6586ba0d
 def _concept_in_words(concept):

@@ -333,14 +333,14 @@ def learn_concept(
     models:Models, # Frozen; the VLM's answers, through Phi where there is one, give Delta omega
     pair:str|ContrastPair, # For example `"red -> blue"`
     captions:str|Sequence[str], # Source captions that hold the source words
-    config:ConceptConfig|None=None, # None takes `ConceptConfig.mini()`
+    config:ConceptConfig|None=None, # None takes `ConceptConfig.of`
     progress:Progress=True, # Show progress bars, or call a function after each step, see `counted`
 ) -> Concept: # On the CPU, with a record of what was measured
     "Learn an addition to a prompt that changes the video as the words do (paper §3.3, eqs 7, 8)"
     pair = parse_contrast(pair)
     generator, vlm = models.generator, models.vlm
     captions = [captions] if isinstance(captions, str) else list(captions)
-    config = config or ConceptConfig.mini()
+    config = config or ConceptConfig.of(models.generator)
     # both refuse captions and words that do not fit, before any work
     mean = mean_token_difference(generator, pair, captions, config.placement)
     for caption in captions: pair_ids(vlm, pair, caption)

@@ -23,6 +23,7 @@ from matplotlib.transforms import Bbox
 from torch import Tensor
 
 from ..core.base import as_config, config_hash, repo_path, write_aside
+from ..core.parameters import check_parameters
 from ..explain.transporter import run_facts
 from ..world.video import encode_gif
 
@@ -74,7 +75,8 @@ def figure_stem(
     install:bool|str=False, # True: in the place of the shipped result, below `figures/`
     stem:str|Path="", # File name of the reader's own, with or without a folder; empty takes `name`
 ) -> Stem: # Free; below the working directory unless `install` or `stem` say otherwise
-    "Where the results of a run go"
+    "Where the results of a run go; refuses a parameter that the notebook does not take"
+    check_parameters(given)
     if type(install) is not bool: # "false" would count as true
         raise ValueError(f"install must be True or False, got {install!r}. Pass -p install True.")
     own = [

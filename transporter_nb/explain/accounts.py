@@ -6,7 +6,6 @@
 __all__ = ['FUSED', 'FUSED_BACKWARD', 'MetaRun', 'attention_flops', 'Account']
 
 # %% ../../nbs/5_explain/10_accounts.ipynb #7ce675f1
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -14,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
+
+from ..core.memory import AliveBytes
 
 # %% ../../nbs/5_explain/10_accounts.ipynb #d6217358
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -84,27 +84,14 @@ def _flops(name, func, args, kwargs, out):
     return flop_registry[name](*args, **kwargs, out_val=out) if name in flop_registry else 0
 
 # %% ../../nbs/5_explain/10_accounts.ipynb #c245b1e7
-class Account(TorchDispatchMode):
+class Account(AliveBytes):
     "Bytes of tensors alive and floating-point operations of the code that runs inside"
     def __init__(self,
         known:Iterable[Tensor]=(), # Tensors that existed before, not counted
         target:str="cuda", # Device whose kernels are meant
     ):
-        super().__init__()
-        self.target = target
-        self.known = {tensor.untyped_storage()._cdata for tensor in known}
-        self.sizes = {} # of the storages alive
-        self.live = self.peak = self.flops = 0
-
-    def hold(self, tensor:Tensor) -> None: # Until its storage is freed
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self.known or key in self.sizes: return
-        self.sizes[key] = storage.nbytes()
-        self.live += self.sizes[key]
-        weakref.finalize(storage, self.drop, key)
-
-    def drop(self, key:int) -> None: self.live -= self.sizes.pop(key, 0)
+        super().__init__(known)
+        self.target, self.flops = target, 0
 
     def __torch_dispatch__(self, func:Callable, types:Sequence, args:tuple=(),
                            kwargs:dict|None=None) -> Any: # As the operation
@@ -118,8 +105,6 @@ class Account(TorchDispatchMode):
             def to_meta(x): return x.to("meta") if isinstance(x, Tensor) else x
             args, kwargs = tree_map(to_meta, (args, kwargs))
         out = func(*args, **kwargs)
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor): self.hold(tensor)
-        self.peak = max(self.peak, self.live + _workspace(name, args, out, self.target))
+        self.hold_all((), out, _workspace(name, args, out, self.target))
         self.flops += _flops(name, func, args, kwargs, out)
         return out

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.memory import batches, fitting_rows
 from ..core.pages import html_block, html_table
 from ..models.answers import answer_divergence, pair_ids, word_answers, word_log_probs
 from ..models.vlms.base import VideoLanguageModel
@@ -35,14 +36,21 @@ def read_answers(
     caption:str, # The source caption
     distance:str="hellinger", # As in `answer_divergence`
     over:str="pair", # As in `answer_divergence`
+    batch_size:int|None=None, # Clips at once; None: as many as the free memory holds
 ) -> Answers: # On the CPU; one row a clip of the sweep
     "Ask the VLM about every clip of a sweep"
     n = len(vlm_embeddings) - 1
     ids = pair_ids(vlm, pair, caption).expand(n, -1, -1)
-    base, log_probs = word_answers(vlm, vlm_embeddings, pair, caption).cpu().split([1, n])
+    def asked(rows): return word_answers(vlm, vlm_embeddings[rows], pair, caption).cpu()
+    key = "answers", len(pair.words), tuple(vlm_embeddings.shape[1:])
+    def one_row(): return asked(slice(0, 1))
+    size = fitting_rows(vlm, key, one_row, n + 1, vlm_embeddings.device, batch_size)
+    parts = list(batches(n + 1, size))
+    base, log_probs = torch.cat([asked(rows) for rows in parts]).split([1, n])
     divergence = answer_divergence(base.expand(n, -1, -1), log_probs, ids, distance, over)
     source, target = word_log_probs(log_probs, ids).exp().unbind(-1)
-    return Answers(source, target, divergence, vlm.caption(vlm_embeddings[1:]))
+    said = [text for rows in parts for text in vlm.caption(vlm_embeddings[rows])]
+    return Answers(source, target, divergence, said[1:])
 
 # %% ../../nbs/5_explain/06_answer_table.ipynb #6ce4d254
 def _way_tokens(vlm, pair, words, caption):

@@ -33,7 +33,7 @@ def teach(
     pair:str, # The contrast to learn
     caption:str, # From which caption
     path:str, # Where the concept is written
-    config:dict|None=None, # Of a `ConceptConfig`; None takes `ConceptConfig.mini()`
+    config:dict|None=None, # Of a `ConceptConfig`; None takes `ConceptConfig.of`
 ):
     "Learn one concept and write it; prints the digests of the weights, then each step"
     torch.set_num_threads(1)
@@ -109,7 +109,7 @@ def learn_apart(
     caption:str, # From which caption
     # Called with a text, steps done and steps in all, several times a second; may raise to end it
     progress:Callable[[str, int, int], None]=lambda *_: None,
-    config:ConceptConfig|None=None, # None takes `ConceptConfig.mini()`
+    config:ConceptConfig|None=None, # None takes `ConceptConfig.of`
 ) -> Concept: # Also kept in the bank
     "Learn a concept in a process of its own, where that is possible"
     pair, names = parse_contrast(pair), l2v.names

@@ -19,7 +19,9 @@ from ..concepts.concept import Direction
 from ..concepts.directions import Replacement, VelocityPush
 from ..concepts.paths import offsets_at, shift_along
 from ..core.aliases import with_aliases
-from ..models.generators.base import PromptCondition, VideoGenerator, integrate
+from transporter_nb.models.generators.base import (
+    Guidance, PromptCondition, VideoGenerator, integrate,
+)
 
 # %% ../../nbs/5_explain/01_steering.ipynb #cf368c09
 MAX_STRENGTH = 1.5 # chosen: half as far again as training went
@@ -121,9 +123,10 @@ def steered_velocity(
     source:PromptCondition, # Source prompts, one row a clip
     null:PromptCondition, # What guidance moves away from, one row
     t:float, # Flow time
-    guidance:float|tuple[float, float]|None=None, # None takes the generator's own
+    guidance:Guidance=None, # None takes the generator's own
     weights:Float[Tensor, "latent_frames"]|None=None, # From `window_weights`; None: all frames
     pushes:Sequence[PushTerm]=(), # Differences of velocities to add
+    batch_size:int|None=None, # Rows of the network at once; None: all
 ) -> Float[Tensor, "rows channels latent_frames latent_height latent_width"]:
     "Velocity of a sweep of steered clips, one row a clip and strength"
     if steered is None and not pushes:
@@ -135,7 +138,8 @@ def steered_velocity(
         states, steered, source, None if scale == 1 else null, weights is not None, pushes, copies)
     latents = [latents for latents, _ in branches.values()]
     conditions = [condition.to(dtype=source.embeds.dtype) for _, condition in branches.values()]
-    answer = generator.velocity(torch.cat(latents), PromptCondition.cat(conditions), t)
+    prompts = PromptCondition.cat(conditions)
+    answer = generator.velocities(torch.cat(latents), prompts, t, batch_size)
     wide = {}
     for name, velocity in zip(branches, answer.split(list(map(len, latents)))):
         wide[name] = velocity if name == "steered" else velocity.repeat_interleave(copies, 0)
@@ -259,22 +263,24 @@ class _Walk(NamedTuple):
     generator: VideoGenerator # Frozen
     source: PromptCondition # Source prompts, one row a clip
     null: PromptCondition # What guidance moves away from, one row
-    guidance: float|tuple[float, float]|None # None takes the generator's own
+    guidance: Guidance # None takes the generator's own
     steered: PromptCondition|None # From `shifted_prompts`
     terms: list[PushTerm] # From `push_terms`
     weights: Tensor|None # From `window_weights`
     times: Tensor # From `generator.times`
+    batch_size: int|None # Rows of the network at once
 
     def plain(self, latents:Tensor, t:float) -> Tensor:
         "Velocity before any direction acts"
-        return self.generator.guided_velocity(latents, self.source, t, self.guidance, self.null)
+        return self.generator.guided_velocity(
+            latents, self.source, t, self.guidance, self.null, self.batch_size)
 
     def swept(self, latents:Tensor, t:float) -> Tensor:
         "Velocity of all strengths"
         grid = self.times.tolist()
         acting = [term for term in self.terms if t >= grid[term.first_step]]
         return steered_velocity(self.generator, latents, self.steered, self.source, self.null, t,
-                                self.guidance, self.weights, acting)
+                                self.guidance, self.weights, acting, self.batch_size)
 
     def split(self, start_step:int) -> int:
         "The step at which the strengths of a clip part"
@@ -305,23 +311,25 @@ def steer(
     start_step:int=0, # Before this step the source prompt leads
     frame_window:tuple[int, int]|None=None, # First frame modulated, one past the last; None: all
     steps:int|None=None, # Euler steps of the run; None takes the generator's own
-    guidance:float|tuple[float, float]|None=None, # None takes the generator's own
+    guidance:Guidance=None, # None takes the generator's own
     negative_prompt:str="", # What guidance moves away from
+    batch_size:int|None=None, # Rows of the network at once; None: as many as free memory holds
 ) -> Steered: # All clips at all strengths
     "Generate a sweep over strengths in one batch, all from the same noise (paper §3.4)"
     captions, directions = listify(caption), listify(directions)
     kinds = sort_directions(directions, start_step, frame_window is not None)
     table = check_strengths(strengths, len(directions))
     steps = check_run(generator, noise, len(captions), start_step, steps)
-    weights = None
-    if frame_window is not None:
-        weights = window_weights(frame_window, generator.config.frames, noise.shape[2])
+    weights = None if frame_window is None else window_weights(
+        frame_window, generator.config.frames, noise.shape[2])
     source = generator.encode_prompt(captions)
     null, times = generator.null_condition(1, negative_prompt), generator.times(steps)
     shifts, pushes = ([directions[k] for k in columns] for columns in kinds[:2])
     steered = shifted_prompts(generator, captions, source, shifts, table[:, kinds.prompts])
     terms = push_terms(generator, captions, pushes, table[:, kinds.pushes], start_step, steps)
-    walk = _Walk(generator, source, null, guidance, steered, terms, weights, times)
+    rows = 2 * len(captions) * len(table) # guidance doubles them
+    size = generator.fitting_velocities(noise, source, rows, batch_size)
+    walk = _Walk(generator, source, null, guidance, steered, terms, weights, times, size)
     latents = walk.run(noise.to(generator.device), start_step, len(table))
     latents = latents.unflatten(0, (len(captions), len(table)))
     for k in kinds.replacements:

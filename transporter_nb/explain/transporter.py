@@ -20,28 +20,27 @@ from ..core.docstrings import documented
 from ..concepts.bank import ConceptBank
 from ..concepts.concept import ConceptConfig, Direction
 from ..concepts.learning import Progress
-from transporter_nb.concepts.shaping import (
-    WORD_GROUPS, ShapedConcept, ShapingConfig, measure_answers, with_word, word_of,
-)
+from ..concepts.shaping import (
+    WORD_GROUPS, ShapedConcept, ShapingConfig, measure_answers, with_word, word_of)
 from ..core.aliases import with_aliases
 from ..core.base import as_config, checkpoint_path, resolve_device, tensor_digest
-from ..core.hub import LoadOptions
+from ..core.hub import SOURCES, LoadOptions
+from ..core.memory import check_batch_size
+from ..core.parameters import read_options
 from ..coupling.network import CouplingNetwork
 from .answer_table import read_answers, way_answers
-from transporter_nb.explain.calibration import (
-    BUDGET, Calibration, calibrate, check_evaluations, check_probabilities, target_answer,
-)
+from .calibration import (
+    BUDGET, Calibration, calibrate, check_evaluations, check_probabilities, target_answer)
 from .changes import pair_between, plain_pair, transforms
 from .explanation import Explanation, run_facts
-from transporter_nb.explain.steering import (
-    MAX_STRENGTH, Steered, check_run, check_strengths, steer, window_weights,
-)
+from .steering import (
+    MAX_STRENGTH, Steered, check_run, check_strengths, steer, window_weights)
 from ..models.answers import pair_ids
-from ..models.generators.base import PromptCondition, VideoGenerator
+from ..models.generators.base import (
+    Guidance, PromptCondition, VideoGenerator, as_guidance)
 from ..models.pairing import check_concepts
-from transporter_nb.models.registry import (
-    GENERATORS, VLMS, find_model, load_generator, load_vlm, model_key,
-)
+from ..models.registry import (
+    GENERATORS, VLMS, find_model, load_generator, load_vlm, model_key)
 from ..models.view import Models
 from ..models.vlms.base import VideoLanguageModel
 from ..world.contrasts import ContrastPair, parse_contrast
@@ -117,14 +116,16 @@ def load(
     generator:str="wan", # One of `generator_names()`, a folder, or "owner/name@revision"
     scale:str="mini", # Of names: "mini" (shipped) or "paper" (hub weights); a place is at "paper"
     device:str="auto", # `"auto"`, `"cpu"` or `"cuda"`
-    options:LoadOptions|None=None, # At paper scale: types and places of the weights, see `core.hub`
+    # At paper scale: types and places of the weights, see `core.hub`; or in words, such as
+    # "offload=parts, vae_tiling"; None or "auto" fits them to the device
+    options:LoadOptions|str|None=None,
     coupling:str|Path|None=None, # A file of Phi; None: that of this pair, or no Phi
     clip_size:Sequence[int]|None=None, # At paper scale: frames, height and width (px) of a clip
     n_frames:int|None=None, # At paper scale: frames of a clip that the VLM is shown
 ) -> Transporter: # Ready to explain
     "Load all parts by name or place"
     if vlm not in VLMS or generator not in GENERATORS: scale = "paper"
-    device = resolve_device(device)
+    device, options = resolve_device(device), read_options(options)
     for kind, name in (("vlm", vlm), ("generator", generator)):
         find_model(kind, name, scale) # whatever is wrong is said before weights are read
     path = find_coupling(vlm, generator, scale, coupling)
@@ -188,7 +189,7 @@ def directions(
     self:Transporter,
     caption:str, # The source caption
     pairs:Sequence[ContrastPair], # The changes
-    config:ConceptConfig|None=None, # For concepts to be learned; None takes `ConceptConfig.mini()`
+    config:ConceptConfig|None=None, # For concepts to be learned; None takes `ConceptConfig.of`
     progress:Progress=True, # Show what is learned, and how far it is; or a function to call with it
     vlm_weight:Real=0., # 0: eq. (8)'s concepts; 1: the VLM decides what they hold; between: both
 ) -> list[Direction]: # To be steered by, all with the same strength
@@ -275,6 +276,7 @@ def answered(
     caption:str, # The source caption
     through:str="reencoded", # How the VLM sees the clips: `"reencoded"` or `"phi"`
     evaluations:int=BUDGET, # Clips a wanted answer, at most
+    batch_size:int|None=None, # Clips at once that the VLM sees, as in `explain`
 ) -> tuple[Steered, Calibration]: # The unsteered clip, one a wanted answer; how they were found
     "Clips to which the VLM gives wanted answers"
     made, models = {}, self.models.routed(through)
@@ -283,7 +285,7 @@ def answered(
         latents = run.latents[0]
         for k, strength in enumerate(strengths):
             made[strength] = (latents[k], run.condition.index(k), run.strengths[k])
-        view = models.view(latents, run.condition)
+        view = models.view(latents, run.condition, batch_size=batch_size)
         return target_answer(self.vlm, view.phi, pair, caption).tolist()
     calibration = calibrate(answer, wanted, MAX_STRENGTH, evaluations)
     chosen = [0., *(found.strength for found in calibration.found)]
@@ -317,15 +319,21 @@ def record(
 
 # %% ../../nbs/5_explain/09_transporter.ipynb #ad0fc93d
 @patch
-def _explanation(self:Transporter, caption, merged, run, directions, settings) -> Explanation:
+def _explanation(
+    self:Transporter, caption, merged, run, directions, settings, batch_size,
+) -> Explanation:
     "Decode the clips of a run, ask the VLM in both ways, and keep everything"
-    view = self.models.view(run.latents[0], run.condition) # row 0 is the unsteered clip
-    phi = read_answers(self.vlm, view.phi, merged, caption)
-    reencoded = read_answers(self.vlm, view.reencoded, merged, caption)
+    # row 0 is the unsteered clip
+    view = self.models.view(run.latents[0], run.condition, batch_size=batch_size)
+    asked = dict(pair=merged, caption=caption, batch_size=batch_size)
+    phi = read_answers(self.vlm, view.phi, **asked)
+    reencoded = phi if view.phi is view.reencoded else read_answers(
+        self.vlm, view.reencoded, **asked)
     between = {"reencoded": way_answers(self.vlm, view.reencoded[1:], directions, caption),
                "phi": way_answers(self.vlm, view.phi[1:], directions, caption)}
     videos = view.videos[1:]
-    distance = (videos - view.videos[:1]).square().mean((1, 2, 3, 4)).sqrt().cpu()
+    change = [(video - view.videos[0]).square().mean().sqrt() for video in videos] # one at a time
+    distance = torch.stack(change).cpu()
     return Explanation(
         caption, merged.apply(caption), merged, run.strengths[1:], view.latents[1:].cpu(),
         videos.cpu(), phi, reencoded, distance, settings, (self, directions), between)
@@ -334,11 +342,11 @@ def _explanation(self:Transporter, caption, merged, run, directions, settings) -
 def _settings(self:Transporter, seed, dials, vlm_weight, pairs, directions, calibration, through):
     "Everything besides the captions that is needed to make an explanation again"
     guidance, steps = dials["guidance"], dials["steps"] or self.generator.default_steps
+    guidance = self.generator.default_guidance if guidance is None else as_guidance(guidance)
     settings = {
         "seed": seed, "start_step": dials["start_step"], "frame_window": dials["frame_window"],
         "steps": steps, "vlm_weight": vlm_weight, "changes": [pair.name for pair in pairs],
-        "guidance": self.generator.default_guidance if guidance is None else guidance,
-        **self.record(directions)}
+        "guidance": guidance, **self.record(directions)}
     if calibration is not None:
         settings["calibration"] = {"through": through, **calibration.record()}
     return settings
@@ -351,14 +359,18 @@ def _check_subject(caption, seed):
                      f"got {caption!r} and {seed!r}.")
 
 @patch
-def _check_dials(self:Transporter, noise, strengths, dials):
-    "Strengths, evenly from 0 to 1 where a number of them is given"
+def _check_dials(self:Transporter, seed, strengths, dials, through):
+    "Noise; strengths, evenly from 0 to 1 where a number of them is given"
+    self.models.check_through(through)
+    noise = self.generator.noise([seed])
     if isinstance(strengths, int): strengths = torch.linspace(0, 1, strengths)
     check_run(self.generator, noise, 1, dials["start_step"], dials["steps"])
     check_strengths(strengths)
+    self.generator.guidance_at(dials["guidance"], 0.)
+    check_batch_size(dials["batch_size"])
     window = dials["frame_window"]
     if window is not None: window_weights(window, self.generator.config.frames, noise.shape[2])
-    return strengths
+    return noise, strengths
 
 def _with_zero(strengths, n):
     "Rows for n directions, the unsteered clip first"
@@ -378,29 +390,29 @@ def explain(
     start_step:int=0, # Before this step the source prompt leads
     frame_window:Sequence[int]|None=None, # First frame modulated and one past the last; None: all
     steps:int|None=None, # Euler steps; None takes the generator's own
-    guidance:float|tuple[float, float]|None=None, # None takes the generator's own
+    guidance:Guidance=None, # None takes the generator's own
     progress:Progress=True, # Show what is learned; or a function, whose exception ends it
     target_probability:Real|Sequence[Real]|None=None, # In place of strengths: answers in (0, 1)
     through:str="reencoded", # How `target_probability` is measured: `"reencoded"` or `"phi"`
     evaluations:int=BUDGET, # Clips that the search for an answer may take
     vlm_weight:Real=0., # 0: the paper's concept; 1: whatever moves this VLM's answer
+    batch_size:int|None=None, # Rows at once in every model; None: as many as free memory holds
 ) -> Explanation: # Videos, answers, captions, distances; one clip a strength or wanted answer
     "Videos that change only in what the VLM associates with a change of its answer (paper §3.4)"
     _check_subject(caption, seed)
-    asked = strengths, target_probability, evaluations, vlm_weight
-    strengths, wanted, evaluations, vlm_weight = check_request(*asked)
-    self.models.check_through(through)
+    strengths, wanted, evaluations, vlm_weight = check_request(
+        strengths, target_probability, evaluations, vlm_weight)
     pairs, merged = self.changes(caption, change, target_caption)
-    noise = self.generator.noise([seed])
-    window = None if frame_window is None else tuple(frame_window)
-    dials = dict(start_step=start_step, frame_window=window, steps=steps, guidance=guidance)
-    strengths = self._check_dials(noise, strengths, dials)
+    dials = dict(start_step=start_step, frame_window=frame_window and tuple(frame_window),
+                 steps=steps, guidance=guidance, batch_size=batch_size)
+    noise, strengths = self._check_dials(seed, strengths, dials, through)
     directions = self.directions(caption, pairs, progress=progress, vlm_weight=vlm_weight)
     def steered(rows): return steer(self.generator, caption, noise, directions, rows, **dials)
     if wanted is None: run, calibration = steered(_with_zero(strengths, len(directions))), None
-    else: run, calibration = self.answered(steered, wanted, merged, caption, through, evaluations)
+    else: run, calibration = self.answered(steered, wanted, merged, caption, through, evaluations,
+                                           batch_size)
     settings = self._settings(seed, dials, vlm_weight, pairs, directions, calibration, through)
     for note in calibration.misses() if calibration else (): warnings.warn(note, stacklevel=4)
-    return self._explanation(caption, merged, run, directions, settings)
+    return self._explanation(caption, merged, run, directions, settings, batch_size)
 
 documented("l2v.explain('one large red ball slides ...', 'red -> blue')")(Transporter.explain)

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..core.docstrings import documented
+from ..core.memory import MOST_ROWS, batches, fitting_rows
 from .generators.base import PromptCondition, VideoGenerator, predict_data
 from .pairing import check_coupling
 from .vlms.base import VideoLanguageModel
@@ -38,6 +39,17 @@ class View(NamedTuple):
     videos: Float[Tensor, "clips frames 3 height width"] # Decoded, in [0, 1]
     reencoded: Float[Tensor, "clips vlm_tokens vlm_dim"] # The VLM's tokens of `videos`
     phi: Float[Tensor, "clips vlm_tokens vlm_dim"] # The coupling's; `reencoded` without a coupling
+
+# %% ../../nbs/2_models/22_view.ipynb #0a8a6062
+def _in_batches(owner, what, call, given, batch_size):
+    "The results of `call(rows)` in one tensor, or in one for each that it returns"
+    n = len(given)
+    def one_row(): return call(slice(0, 1))
+    key = what, tuple(given.shape[1:])
+    size = fitting_rows(owner, key, one_row, n, given.device, batch_size)
+    parts = [call(rows) for rows in batches(n, size)]
+    if not isinstance(parts[0], tuple): return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return tuple(part[0] if len(part) == 1 else torch.cat(part) for part in zip(*parts))
 
 # %% ../../nbs/2_models/22_view.ipynb #20d66ac7
 def check_parts(
@@ -75,13 +87,6 @@ class Models:
     coupling: nn.Module|None = None
 
     def __post_init__(self): check_parts(self.generator, self.vlm, self.coupling)
-
-    def decode(self,
-        latents:Float[Tensor, "clips channels latent_frames latent_height latent_width"], # Finished
-    ) -> Float[Tensor, "clips frames 3 height width"]: # In [0, 1]
-        "The clips of some latents, differentiable inside the range"
-        return self.generator.decode(latents).clamp(0, 1)
-
     def check_through(self,
         through:Any, # How the VLM's answer is measured
     ) -> str: # The same
@@ -97,6 +102,27 @@ class Models:
         "These models, with the coupling for the route `\"phi\"` and without it otherwise"
         if self.check_through(through) == "phi": return self
         return replace(self, coupling=None)
+
+# %% ../../nbs/2_models/22_view.ipynb #e4565344
+@patch
+def decode(
+    self:Models,
+    latents:Float[Tensor, "clips channels latent_frames latent_height latent_width"], # Finished
+    batch_size:int|None=None, # Clips at once; None: as many as the free memory holds
+) -> Float[Tensor, "clips frames 3 height width"]: # In [0, 1]
+    "The clips of some latents, differentiable inside the range"
+    def decoded(rows): return self.generator.decode(latents[rows]).clamp(0, 1)
+    return _in_batches(self.generator, "decode", decoded, latents, batch_size)
+
+@patch
+def embed(
+    self:Models,
+    videos:Float[Tensor, "clips frames 3 height width"], # In [0, 1]
+    batch_size:int|None=None, # As for `decode`
+) -> Float[Tensor, "clips vlm_tokens vlm_dim"]: # Differentiable
+    "The VLM's tokens of some clips"
+    def embedded(rows): return self.vlm.embed(videos[rows])
+    return _in_batches(self.vlm, "embed", embedded, videos, batch_size)
 
 # %% ../../nbs/2_models/22_view.ipynb #ca803711
 @patch
@@ -128,7 +154,7 @@ def _through_phi(self:Models, latents, condition, seen, t):
     if not self.looks_ahead(t):
         return self.coupling(latents, *text, seen, t).transported
     coming = self.coming(latents, t)
-    ahead = self.vlm.embed(self.decode(coming)) # as in its training
+    ahead = self.vlm.embed(self.decode(coming, batch_size=MOST_ROWS)) # as in training
     return self.coupling(latents, *text, ahead, t, coming).transported
 
 @patch
@@ -137,18 +163,16 @@ def view(
     latents:Float[Tensor, "clips channels latent_frames latent_height latent_width"], # At `t`
     condition:PromptCondition, # Of their generation, one row a clip or one for all
     t:float|Float[Tensor, "clips"]=1., # Flow time of the latents, for Phi: 1 is finished
-    batch_size:int=64, # Clips at once
+    batch_size:int|None=None, # Clips at once; None: as many as the free memory holds
 ) -> View: # On the models' device
     "Decode latents, and get the VLM's tokens of them in both ways (paper, section 3.2)"
-    if not len(latents) or batch_size < 1:
-        raise ValueError("a view needs one clip or more and batch_size >= 1, "
-                         f"got {len(latents)} clips and batch_size={batch_size}.")
-    condition, parts = condition.expand_to(len(latents)), []
-    for start in range(0, len(latents), batch_size):
-        rows = slice(start, start + batch_size)
+    if not len(latents): raise ValueError("a view needs one clip or more, got none.")
+    condition = condition.expand_to(len(latents))
+    def seen(rows):
         time = t[rows] if isinstance(t, Tensor) and t.ndim else t
-        videos = self.decode(latents[rows])
-        seen = self.vlm.embed(videos)
-        phi = self._through_phi(latents[rows], condition.index(rows), seen, time)
-        parts.append((videos, seen, phi))
-    return View(latents, condition, *(torch.cat(part) for part in zip(*parts)))
+        videos = self.decode(latents[rows], batch_size=MOST_ROWS)
+        tokens = self.vlm.embed(videos)
+        phi = self._through_phi(latents[rows], condition.index(rows), tokens, time)
+        return videos, tokens, phi
+    what = "view", id(self.generator), id(self.coupling)
+    return View(latents, condition, *_in_batches(self.vlm, what, seen, latents, batch_size))
