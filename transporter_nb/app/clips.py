@@ -13,7 +13,6 @@ from functools import partial
 from itertools import zip_longest
 from numbers import Real
 
-import ipywidgets as w
 from fastcore.basics import patch
 
 from ..world.contrasts import changed_words, parse_contrast

@@ -25,7 +25,6 @@ from transporter_nb.explain.exploration import (
 )
 from ..explain.learning_apart import learn_apart
 from .clips import Explorer
-from .page import MISLED, load_transporter
 from .screen import STEP, Cancelled, brief, message, tagged
 from ..concepts.shaping import with_word
 from ..explain.steering import MAX_STRENGTH

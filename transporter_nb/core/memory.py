@@ -6,7 +6,6 @@
 __all__ = ['FREE_SHARE', 'MOST_ROWS', 'AliveBytes', 'free_memory', 'check_batch_size', 'rows_at_once', 'fitting_rows', 'batches']
 
 # %% ../../nbs/0_core/09_memory.ipynb #f693e41b
-import os
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path

@@ -7,7 +7,7 @@ __all__ = ['INJECTED', 'assigned_names', 'check_parameters', 'only_mini', 'read_
 
 # %% ../../nbs/0_core/08_parameters.ipynb #7f3e1205
 import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 

@@ -7,7 +7,7 @@ __all__ = ['READ', 'LEARN_FROM', 'SEEDS_OF_CONTRAST', 'EFFECT_SEED', 'WANTED', '
            'Trial', 'is_shaped', 'search_strength']
 
 # %% ../../nbs/6_evaluate/25_trial.ipynb #301157e4
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -22,7 +22,7 @@ from ..concepts.shaping import WORD_GROUPS, ShapingConfig, shape_concept
 from ..core.base import as_config
 from ..coupling.network import CouplingNetwork
 from .comparison import SWEEP, concept_key, digest_of
-from .faithfulness.cases import Asked, asked_units, twin_names
+from .faithfulness.cases import Asked, twin_names
 from transporter_nb.evaluate.faithfulness.effects import (
     Effect, effect_of_values, effect_table, effect_values,
 )

@@ -24,7 +24,7 @@ from ..concepts.shaping import (
     WORD_GROUPS, ShapedConcept, ShapingConfig, measure_answers, with_word, word_of)
 from ..core.aliases import with_aliases
 from ..core.base import as_config, checkpoint_path, resolve_device, tensor_digest
-from ..core.hub import SOURCES, LoadOptions
+from ..core.hub import LoadOptions
 from ..core.memory import check_batch_size
 from ..core.parameters import read_options
 from ..coupling.network import CouplingNetwork
