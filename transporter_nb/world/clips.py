@@ -257,7 +257,7 @@ class Ledger:
         with write_aside(self.path) as aside:
             aside.write_text("".join(json.dumps(line) + "\n" for line in self.lines.values()))
 
-# %% ../../nbs/1_world/08_clips.ipynb #2f74cc24
+# %% ../../nbs/1_world/08_clips.ipynb #44ae9dc4
 @patch
 def enter(
     self:Ledger,
@@ -266,14 +266,13 @@ def enter(
     reason:str="", # Why it is not used
     **facts, # Plain values to keep beside it
 ):
-    "Write down how a record ended; fails where too many are not used"
+    "Write down how a record ended"
     if verdict not in VERDICTS:
         raise ValueError(f"a verdict is one of {VERDICTS}, got {verdict!r}.")
     line = dict(id=record.id, verdict=verdict, reason=reason, path=str(record.path),
                 source=record.source, fingerprint=_fingerprint(record, self.about), **facts)
     self.lines[record.id] = line
     with open(self.path, "a") as file: file.write(json.dumps(line) + "\n")
-    if verdict != "used": self.check()
 
 @patch
 def counts(self:Ledger) -> dict[str, int]: # Verdict -> records; verdicts without any are left out
@@ -299,7 +298,7 @@ def __repr__(self:Ledger) -> str:
     found = ", ".join(f"{n} {verdict}" for verdict, n in self.counts().items())
     return f"Ledger of {self.n_records} records: {found or 'none looked at yet'}"
 
-# %% ../../nbs/1_world/08_clips.ipynb #490311b4
+# %% ../../nbs/1_world/08_clips.ipynb #97310e29
 def survey(
     records:Iterable[ClipRecord], # All of them
     ledger:Ledger, # Of these records
@@ -316,6 +315,7 @@ def survey(
             ledger.enter(record, "duplicate", "the same part and caption as in a row before")
         else: good.append(record)
         seen.add(same)
+    ledger.check()
     return good
 
 def content_digest(
