@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['coupling_losses', 'CouplingBatch', 'CouplingTraining', 'coupling_optimizer', 'shuffle_tokens', 'vary_prompts',
-           'accumulate_gradients', 'TrainingResult', 'resume_coupling', 'train_coupling', 'fit_transport']
+           'accumulate_gradients', 'TrainingResult', 'resume_coupling', 'NumberedBatches', 'train_coupling',
+           'fit_transport']
 
 # %% ../../nbs/3_coupling/18_training.ipynb #67853ccf
 import time
@@ -255,6 +256,23 @@ def resume_coupling(
         )
     return state.restore(network, optimizer, averaged, dict(data=generator)), state.extra["curve"]
 
+# %% ../../nbs/3_coupling/18_training.ipynb #6f1d0a22
+class NumberedBatches:
+    "Batches by their number, for a training whose order of the data is computed"
+    def __init__(self,
+        batch_at:Callable[[int], CouplingBatch], # Gives the batch of a number, from 0
+    ):
+        self.batch_at = batch_at
+        self.number = 0 # Of the next batch; `train_coupling` sets it where it resumes
+
+    def __call__(self,
+        generator:torch.Generator, # Is not used
+    ) -> CouplingBatch: # The next one
+        "The next batch"
+        batch = self.batch_at(self.number)
+        self.number += 1
+        return batch
+
 # %% ../../nbs/3_coupling/18_training.ipynb #5caf375f
 def train_coupling(
     network:CouplingNetwork, # Calibrated; trained in place
@@ -273,6 +291,7 @@ def train_coupling(
     deadline = time.monotonic() + 60 * minutes
     averaged = {name: value.detach().clone() for name, value in network.state_dict().items()}
     step, curve = resume_coupling(resume_path, settings, network, optimizer, averaged, generator)
+    if isinstance(draw_batch, NumberedBatches): draw_batch.number = step * training.accumulation
     while step < training.steps:
         optimizer.set_share(training.rate_at(step))
         optimizer.zero_grad()
@@ -280,8 +299,7 @@ def train_coupling(
         if not isfinite(record["loss"]):
             raise ValueError(
                 f"the loss must be finite, got {record} at step {step}. Check the batch for NaN, "
-                "or lower the learning rates; the last save is intact."
-            )
+                "or lower the learning rates; the last save is intact.")
         torch.nn.utils.clip_grad_norm_(network.parameters(), training.gradient_clip)
         optimizer.step()
         update_average(averaged, network, step, training.ema_decay)
