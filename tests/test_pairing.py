@@ -18,7 +18,7 @@ from transporter_nb.coupling.network import CouplingNetwork
 from transporter_nb.models.generators.wan import WanGenerator
 from transporter_nb.explain.transporter import Transporter
 from transporter_nb.models.registry import load_generator, load_vlm
-from transporter_nb.app.widgets import MISLED, load_transporter
+from transporter_nb.app.page import MISLED, load_transporter
 from transporter_nb.models.view import Models
 
 RED = "one large red ball slides left slowly over a stone floor"

@@ -22,8 +22,8 @@ from ..concepts.concept import Concept
 from ..concepts.directions import count_evaluations
 from ..concepts.learning import learn_concept
 from transporter_nb.evaluate.comparison import (
-    MEASURES, SWEEP, Case, Judge, RowClips, case_keys, digest_of, digest_of_clips, from_bytes, judged_row, real_statistics,
-)
+    MEASURES, SWEEP, Case, Judge, RowClips, case_keys, digest_of, digest_of_clips, from_bytes,
+    judged_row, real_statistics)
 from .metrics.readers import progress, smoothness, sweep_distances
 from transporter_nb.evaluate.metrics.video import (
     Estimate, GaussianStatistics, bootstrap, bootstrap_statistic, frechet_distance,
