@@ -24,6 +24,7 @@ from ...core.base import (check_scale, checkpoint_path, load_checkpoint, resolve
 from ...core.hub import DTYPES, LoadOptions, Snapshot, find_source, require
 from .base import (
     PackedTurns, VideoLanguageModel, word_tokenizer, world_words)
+from .clock import Dated
 from ...world.words import SIZE
 
 # %% ../../../nbs/2_models/07_vlms.hub.ipynb #18613f24
@@ -85,7 +86,7 @@ def additive_mask(
     return mask.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
 
 # %% ../../../nbs/2_models/07_vlms.hub.ipynb #01cd4438
-class HubVLM(VideoLanguageModel):
+class HubVLM(Dated, VideoLanguageModel):
     "A VLM class of transformers behind the common interface"
     model_class: type[PreTrainedModel] # Such as `Gemma3ForConditionalGeneration`
     mini: VLMSettings # Sizes of the shipped miniature
@@ -111,7 +112,7 @@ class HubVLM(VideoLanguageModel):
         ids, blocks = self.lay_out(marks)
         self.register_buffer("preamble", torch.tensor(ids), persistent=False)
         self.register_buffer("blocks", torch.tensor(blocks), persistent=False)
-
+        self.start_clock(marks)
     @property
     def n_tokens(self) -> int: return self.settings.n_frames * self.tokens_per_frame
     @property
@@ -160,7 +161,11 @@ def prompt_ids(
 ) -> list[int]: # Everything after the video
     "A question in the VLM's chat format"
     said = self.word_ids(prefix) if prefix else []
-    return self.word_ids(question) + self.text_ids(self.closing) + said
+    asked = self.word_ids(question)
+    if self.clock is None: return asked + self.text_ids(self.closing) + said
+    # in one piece, as processors do: a line break may be one token with what follows
+    text = self.after_frame + self.after_frames + question + self.closing
+    return self.text_ids(text) + said
 
 @patch
 def probe_clip(

@@ -389,6 +389,18 @@ FRAMES_TEXT = {
 }
 
 @patch
+def begin(
+    self:FramesText,
+    n_shown:int, # Frames
+    duration:float|int, # Seconds of the whole clip
+) -> str: # Before all frames
+    "The sentence about a video before its frames"
+    whole = int(duration)
+    clock = f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+    count = in_words(n_shown) if "{count}" in self.opening else ""
+    return self.opening.format(count=count, duration=clock)
+
+@patch
 def text(
     self:FramesText,
     n_tokens:int, # Of one frame, or of one patch in time
@@ -396,10 +408,7 @@ def text(
     duration:float|int|None=None, # Seconds of the whole clip; the last frame's time by default
 ) -> str: # In a prompt, in the place of the video
     "Everything that stands for a video in a prompt"
-    whole = int(seconds[-1] if duration is None else duration)
-    clock = f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
-    count = in_words(len(seconds)) if "{count}" in self.opening else ""
     frames = [mark + self.token * n_tokens + self.after
               for mark in self.marks(seconds)]
-    opening = self.opening.format(count=count, duration=clock)
+    opening = self.begin(len(seconds), seconds[-1] if duration is None else duration)
     return opening + "".join(frames) + self.closing

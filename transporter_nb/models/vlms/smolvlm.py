@@ -6,12 +6,13 @@
 __all__ = ['SmolVLM']
 
 # %% ../../../nbs/2_models/12_vlms.smolvlm.ipynb #4b1105d7
+from fastcore.basics import patch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
 from .hub import HubVLM, VLMSettings, text_sizes, vision_sizes
-from .preprocessing import normalise, take_frames
+from .preprocessing import FRAMES_TEXT, normalise, take_frames
 
 # %% ../../../nbs/2_models/12_vlms.smolvlm.ipynb #73ae68da
 def _mini_config(
@@ -53,17 +54,29 @@ class SmolVLM(HubVLM):
         side = self.settings.image_size // self.settings.patch_size
         return (side // self.model.config.scale_factor)**2
     @classmethod
-    def hub_mark(cls, k:int) -> str:
-        return f"\nFrame from {(k - 1) // 60:02d}:{(k - 1) % 60:02d}:"
+    def hub_mark(cls, k:int) -> str: return f"Frame {k}:" # replaced by dates, see `set_clock`
     @classmethod
     def mini_config(cls, settings:VLMSettings, ids:dict[str, int], vocab_size:int) -> SmolVLMConfig:
         return _mini_config(settings, ids, vocab_size)
     def embed(self, video:Float[Tensor, "batch frames 3 height width"],
               ) -> Float[Tensor, "batch vlm_tokens vlm_dim"]:
         settings = self.settings
-        frames = take_frames(video, settings.n_frames, settings.image_size, "lanczos")
+        which = self.follow(video)
+        frames = take_frames(video, settings.n_frames, settings.image_size, "lanczos", which)
         images = normalise(frames).flatten(0, 1).to(self.model.dtype)
         tower = self.model.model.vision_model
         connector = self.model.model.connector
         tokens = connector(tower(images).last_hidden_state)
         return tokens.reshape(len(video), self.n_tokens, self.vlm_dim)
+
+# %% ../../../nbs/2_models/12_vlms.smolvlm.ipynb #779b92da
+@patch
+def dated_text(
+    self:SmolVLM,
+    seconds:list[float], # When each shown frame stands in the clip
+    duration:float, # Seconds of the clip
+) -> tuple[str, list[str]]: # Before all frames; before each frame
+    "The sentence about a clip, and the dates of its frames"
+    form = FRAMES_TEXT["smolvlm"]
+    marks = [mark.removesuffix(form.before) for mark in form.marks(seconds)]
+    return "<|im_start|>User: " + form.begin(len(seconds), duration), marks

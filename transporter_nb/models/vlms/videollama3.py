@@ -74,10 +74,11 @@ class VideoLlama3VLM(HubVLM):
         "The published configuration"
         return VideoLlama3Config(text_config=_PAPER_TEXT, vision_config=_PAPER_VISION)
     @classmethod
-    def hub_mark(cls, k:int) -> str: # The date of frame `k`, from 1
-        # the generator's clips at paper scale: 61 frames, 16 a second
-        seconds = [frame / 16 for frame in stepped_frames(61, cls.paper.n_frames)]
-        return FRAMES_TEXT["videollama3"].marks(seconds)[k - 1]
+    def hub_mark(cls, k:int) -> str: return f"Frame {k}:" # replaced by dates, see `set_clock`
+    def dated_text(self, seconds:list[float], duration:float) -> tuple[str, list[str]]:
+        return VideoLlama3VLM.opening, FRAMES_TEXT["videollama3"].marks(seconds)
+    def shown_frames(self, n_total:int) -> list[int]:
+        return stepped_frames(n_total, self.settings.n_frames)
     def embed(self, video:Float[Tensor, "batch frames 3 height width"],
               ) -> Float[Tensor, "batch vlm_tokens vlm_dim"]:
         return _embed(self, video)
@@ -90,7 +91,7 @@ def _embed(
     "Patches of the shown frames, block by block, through the tower"
     settings = vlm.settings
     # the processor's choice at paper scale; the miniature gets first and last
-    which = stepped_frames(video.shape[1], settings.n_frames) if settings.hub_id else None
+    which = vlm.follow(video)
     frames = take_frames(video, settings.n_frames, settings.image_size, "bicubic", which)
     images = normalise(frames).flatten(0, 1).to(vlm.model.dtype)
     patches = flatten_patches(images, settings.patch_size, vlm.merge)
