@@ -29,6 +29,7 @@ from ..core.memory import check_batch_size
 from ..core.parameters import read_options
 from ..coupling.network import CouplingNetwork
 from .answer_table import read_answers
+from .budget import device_options
 from .calibration import (
     BUDGET, Calibration, calibrate, check_evaluations, check_probabilities, target_answer)
 from .changes import pair_between, plain_pair, transforms
@@ -112,6 +113,7 @@ def load(
     device, path = resolve_device(device), checkpoint_path(f"concepts_{vlm}", scale)
     check_coupled(vlm, generator, scale)
     coupling = CouplingNetwork.from_pretrained(checkpoint_path(f"coupling_{vlm}", scale), device)
+    if options is None and scale == "paper": options = device_options(vlm, device)
     models = (load_generator(generator, scale, str(device), options),
               load_vlm(vlm, scale, str(device), options))
     bank = ConceptBank.from_pretrained(path) if path.exists() else ConceptBank()
