@@ -1,6 +1,6 @@
 """Memory of whole explanations, as `plan` predicts it and as the allocator hands it out.
 
-    python benchmarks/budget.py               # some minutes on one core; writes explanation_memory.json
+    python benchmarks/budget.py               # some minutes; writes explanation_memory.json
     python benchmarks/budget.py --install     # the same, into figures/
 
 Each size runs `Transporter.explain` of the shipped miniature in a process of its own, on the CPU.
@@ -22,7 +22,9 @@ def child(vlm, clips, rows):
     l2v = Transporter.load(vlm, device="cpu")
     caption = "one large red ball slides left slowly over a stone floor"
     amounts = [k / max(clips - 2, 1) for k in range(clips - 1)]
-    def explain(): return l2v.explain(caption, "red -> blue", amounts, steps=2, batch_size=rows)
+    def explain(): return l2v.explain(
+        caption, "red -> blue", strengths=amounts, steps=2, batch_size=rows,
+    )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     explain()
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before

@@ -10,6 +10,7 @@ __all__ = ['PARTS', 'NoChange', 'explanation_stage', 'explanation_cost', 'kept_b
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from numbers import Real
 from typing import Any
 
 import torch
@@ -100,8 +101,8 @@ def kept_bytes(
 
 # %% ../../nbs/5_explain/16_budget.ipynb #7599d646
 def fitted_options(
-    weights:Sequence[int], # Bytes of each network, in the types of `LoadOptions()`
-    memory:float|None, # Of the device, bytes; None: unknown, or main memory
+    weights:Sequence[Real], # Bytes of each network, in the types of `LoadOptions()`
+    memory:Real|None, # Of the device, bytes; None: unknown, or main memory
 ) -> LoadOptions: # The fastest way that fits
     "Options that fit networks to a device"
     if memory is None or sum(weights) <= .5 * memory: return LoadOptions() # half for the work
