@@ -81,6 +81,13 @@ WRONG |= {
 WRONG |= {
     ("fig7", "install", "maybe"): r"install must be True or False, got 'maybe'",
     ("table1", "stem", "figures/mine"): r"only -p install True writes there",
+    ("fig7", "nonsense", "3"): r"takes no parameter 'nonsense'.*Its parameters: vlm",
+    ("explain", "caption_", "x"): r"takes no parameter 'caption_'. Did you mean 'caption'",
+    ("train_mini", "step", "3"): r"takes no parameter 'step'. Did you mean 'steps'",
+    ("fig7", "options", "ofload=parts"): r"Did you mean 'offload'",
+    ("table1", "scale", "paper"): r"runs at scale 'mini' only, got 'paper'",
+    ("table3", "scale", "paper"): r"runs at scale 'mini' only, got 'paper'",
+    ("fig5", "scale", "huge"): r"scale must be one of",
 }
 
 

@@ -76,7 +76,6 @@ def problem_html(
 class Explorer(w.VBox):
     "Ask a VLM in a notebook: a page over one Transporter"
     loaded = {} # Transporters by name, shared by all explorers of a kernel
-
     def __init__(self,
         vlm:str="phi4", # Registry name of the VLM, or one of `MISLED`
         caption:str=caption(EXAMPLE), # Of the unsteered video
@@ -96,7 +95,8 @@ class Explorer(w.VBox):
         super().__init__()
         if l2v is None and vlm not in MISLED: find_adapter("vlm", vlm, VLMS)
         self.scale, self.device, self.own, self.options = scale, device, l2v, read_options(options)
-        self._begin(background, repo_path(str(folder)))
+        self.folder = repo_path(str(folder))
+        self._begin(background)
         changes = [change] if isinstance(change, str) else list(change)
         amounts = list(strengths) if isinstance(strengths, Sequence) else [strengths] * len(changes)
         if len(amounts) != len(changes):
@@ -117,10 +117,8 @@ class Explorer(w.VBox):
 @patch
 def _begin(self:Explorer,
     background:bool, # False computes in place
-    folder:Path|None=None, # For files
 ):
     "The state before the first request"
-    self.folder = folder
     self.maker, self.student = Worker(background), Worker(background)
     self.desk = Worker(background, newest=False)
     self.loop, self.closed, self.quiet = running_loop(), False, False

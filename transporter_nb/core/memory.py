@@ -8,6 +8,7 @@ __all__ = ['FREE_SHARE', 'MOST_ROWS', 'AliveBytes', 'free_memory', 'check_batch_
 # %% ../../nbs/0_core/09_memory.ipynb #f693e41b
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -90,8 +91,8 @@ def check_batch_size(
                      f"the free memory holds, got {batch_size!r}.")
 
 def rows_at_once(
-    row_bytes:float, # Memory that one row needs beside the weights
-    free:float|None, # Free memory of the device, bytes; None: unknown, taken as enough
+    row_bytes:Real, # Memory that one row needs beside the weights
+    free:Real|None, # Free memory of the device, bytes; None: unknown, taken as enough
     rows:int, # Rows to be done
 ) -> int: # From 1 to `MOST_ROWS`
     "How many rows a device holds at once"

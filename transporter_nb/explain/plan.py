@@ -10,7 +10,7 @@ __all__ = ['DEVICES', 'REACHED', 'LINK', 'FIGURES', 'CAPTION_WORDS', 'COUPLING_C
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,9 @@ from ..core.docstrings import documented
 from ..concepts.concept import ConceptConfig
 from ..core.base import check_scale
 from ..core.hub import LINE, SOURCES, LoadOptions, duration
+from ..core.memory import rows_at_once
 from ..coupling.training import CouplingTraining
+from .budget import fitted_options, kept_bytes, spoken_options
 from .stages import STAGES, blank_generator, stage_cost
 from ..models.registry import VLMS, find_adapter
 from ..world.contrasts import PAPER_CONTRASTS
@@ -77,12 +79,17 @@ class Work(NamedTuple):
     "Size of a figure"
     clips: int # Generated; evaluations of single velocities are counted as parts of a clip
     concepts: int # Learned for it
+    sweep: int = 1 # Clips of its longest explanation, the unsteered one included
 
 # counted while the notebooks ran at the mini scale, for one VLM, by evaluations of the velocity
 FIGURES = {
-    "fig1": Work(5, 2), "fig3": Work(33, 1), "fig4": Work(38, 1), "fig6": Work(30, 3),
-    "fig7": Work(25, 2), "fig8": Work(76, 1), "gallery": Work(72, 18), "explain_clip": Work(13, 1),
+    "fig1": Work(5, 2, 5), "fig3": Work(33, 1, 12), "fig4": Work(38, 1, 6),
+    "fig6": Work(30, 3, 10), "fig7": Work(25, 2, 8), "fig8": Work(76, 1, 5),
+    "gallery": Work(72, 18, 4), "explain_clip": Work(13, 1, 5),
+    "explain": Work(10, 1, 10), # `Transporter.explain` as it stands
 }
+_KEEPS = { # stages of an explanation -> what its clips keep meanwhile
+    "velocity": "generated", "decode": "seen", "look": "seen", "coupling": "seen", "answer": "seen"}
 CAPTION_WORDS = 24 # `caption` stops there
 COUPLING_CLIPS = 100_000 # of the training set (chosen)
 NOT_COUNTED = {
@@ -111,7 +118,7 @@ def stage_calls(
     if figure not in FIGURES:
         raise ValueError(f"figure must be one of {list(FIGURES)}, got {figure!r}.")
     work, n = FIGURES[figure], len(PAPER_CONTRASTS)
-    if (figure, scale) == ("gallery", "paper"): work = Work(4 * n, n) # its list is longer
+    if (figure, scale) == ("gallery", "paper"): work = Work(4 * n, n, 4) # its list is longer
     steps = blank_generator(scale, [], "meta", LoadOptions()).default_steps
     training = getattr(CouplingTraining, scale)()
     data = {"encode": COUPLING_CLIPS, "decode": COUPLING_CLIPS, "look": 2 * COUPLING_CLIPS}
@@ -135,6 +142,7 @@ class Plan:
     download: dict # Source -> bytes
     stages: dict # Stage -> (cost, cost with tiling or checkpointing, or None)
     calls: dict # Kind of work -> stage -> how often
+    kept: dict = field(default_factory=dict) # Bytes a clip of a sweep keeps, from `kept_bytes`
 
     @property
     def resident(self) -> int: # Bytes of both experts, text encoder, autoencoder, VLM, coupling
@@ -154,8 +162,9 @@ def peak(self:Plan,
     "Peak memory of a stage"
     plain, saver = self.stages[stage]
     cost = saver if saving and saver is not None else plain
-    if offload or stage == "coupling_step": return cost.peak # the coupling is trained alone
-    return cost.peak + max(self.resident - cost.weights, 0)
+    if stage == "coupling_step": return cost.peak # the coupling is trained alone
+    kept = self.kept.get(_KEEPS.get(stage), 0) * FIGURES[self.figure].sweep
+    return cost.peak + kept + (0 if offload else max(self.resident - cost.weights, 0))
 
 @patch
 def need(self:Plan, offload:bool=False, saving:bool=False) -> int: # Bytes
@@ -183,6 +192,33 @@ def hours(self:Plan,
         cost = saver if stage == "concept" and not self.fits(offload=True) else plain
         total += self.calls[kind].get(stage, 0) * cost.flops / speed
     return total / 3600
+
+# %% ../../nbs/5_explain/12_plan.ipynb #a52d6e26
+_ROWS = {"velocity": 2} # a guided step is two rows; of other stages a call is one
+
+@patch
+def rows(self:Plan,
+    stage:str, # Of an explanation
+    offload:bool=False, # As for `peak`
+    saving:bool=False, # Likewise
+) -> int: # At least one
+    "Rows that run at once, as `explain` chooses them"
+    plain, saver = self.stages[stage]
+    workspace, each = (saver if saving and saver else plain).workspace, _ROWS.get(stage, 1)
+    others = self.peak(stage, offload, saving) - workspace
+    free = .94 * self.device.memory * 2**30 - others
+    return rows_at_once(workspace / each, max(free, 0), each * FIGURES[self.figure].sweep)
+
+@patch
+def default(self:Plan) -> LoadOptions: # What `Transporter.load` takes without options
+    "The options of loading that fit the device"
+    sizes = {"autoencoder": self.options.vae_dtype, "coupling": "float32"}
+    weights = []
+    for name, n in self.parameters.items():
+        two = name == "experts" # they come and go one by one
+        size = n * (4 if sizes.get(name, self.options.dtype) == "float32" else 2)
+        weights += [size // 2] * 2 if two else [size]
+    return fitted_options(weights, self.device.memory * 2**30)
 
 # %% ../../nbs/5_explain/12_plan.ipynb #83d4efdd
 OPTIONS = { # name -> offload, saving
@@ -216,6 +252,18 @@ def stage_table(self:Plan) -> list[list[str]]: # Header first
             row.append(f"{n:,}, {spoken(self.hours(kind, [stage]))}" if n else "")
         table.append(row)
     return table
+
+# %% ../../nbs/5_explain/12_plan.ipynb #d780396a
+@patch
+def _sweep_note(self:Plan) -> str:
+    "The longest explanation: what it keeps, what runs at once, and the default options"
+    sweep, options = FIGURES[self.figure].sweep, self.default()
+    choice = options.offload != "none", options.vae_tiling
+    rows = ", ".join(f"{stage} {self.rows(stage, *choice)}" for stage in _KEEPS
+                     if stage in self.stages)
+    return (f"options by default: {spoken_options(options)}, which needs "
+            f"{in_gib(self.need(*choice))} GiB; an explanation of {sweep} clips keeps "
+            f"{in_gib(sweep * self.kept.get('seen', 0))} GiB, and runs rows at once: {rows}")
 
 # %% ../../nbs/5_explain/12_plan.ipynb #c757e516
 @patch
@@ -251,7 +299,7 @@ def notes(self:Plan) -> list[str]: # One sentence each
         f"{in_gib(self.resident)} GiB",
         f"to download: {self._downloads()}",
         f"needed for the figure: {needs}; {self.device.name} has {self.device.memory:.0f} GiB, "
-        f"so what fits: {', '.join(fitting) or 'nothing'}"]
+        f"so what fits: {', '.join(fitting) or 'nothing'}", self._sweep_note()]
     found += [f"{kind}: {spoken(self.hours(kind))}" for kind in self.calls]
     if self.figure in NOT_COUNTED: found.append(f"not counted: {NOT_COUNTED[self.figure]}")
     return [*found, self._assumed()]
@@ -283,7 +331,6 @@ def _both_costs(stage, vlm, scale, options, target):
     plain = stage_cost(stage, vlm, scale, options, target)
     if stage not in savers: return plain, None
     return plain, stage_cost(stage, vlm, scale, replace(options, **{savers[stage]: True}), target)
-
 def _network_sizes(stages, vlm, n_experts):
     "Network -> parameters"
     sizes = {stage: plain.parameters for stage, (plain, _) in stages.items()}
@@ -307,12 +354,13 @@ def plan(
         raise ValueError(
             f"at scale 'paper' the sizes of {known} are known, got {vlm!r}: its adapter has no "
             "`paper_config` yet. Choose one of them, or scale='mini'.")
-    target = "cpu" if device == "cpu" else "cuda"
-    stages = {stage: _both_costs(stage, vlm, scale, options, target) for stage in STAGES}
-    one = type(blank_generator(scale, [], "meta", options).default_guidance) is float
-    parameters = _network_sizes(stages, vlm, 1 if one else 2) # a guidance for each expert
-    named = ("wan", vlm) if scale == "paper" else ()
-    download = {SOURCES[name].repo: SOURCES[name].size for name in named if name in SOURCES}
-    return Plan(figure, vlm, scale, machine, options, parameters, download, stages, calls)
+    asked = vlm, scale, options, "cpu" if device == "cpu" else "cuda"
+    stages = {stage: _both_costs(stage, *asked) for stage in STAGES}
+    guidance = blank_generator(scale, [], "meta", options).default_guidance # one for each expert
+    parameters = _network_sizes(stages, vlm, 1 if type(guidance) is float else 2)
+    named = [name for name in ("wan", vlm) if scale == "paper" and name in SOURCES]
+    download = {SOURCES[name].repo: SOURCES[name].size for name in named}
+    found = parameters, download, stages, calls, kept_bytes(vlm, scale)
+    return Plan(figure, vlm, scale, machine, options, *found)
 
 documented("plan('fig7', vlm='gemma3', device='H100')")(plan)

@@ -29,6 +29,7 @@ from ..core.memory import check_batch_size
 from ..core.parameters import read_options
 from ..coupling.network import CouplingNetwork
 from .answer_table import read_answers, way_answers
+from .budget import device_options
 from .calibration import (
     BUDGET, Calibration, calibrate, check_evaluations, check_probabilities, target_answer)
 from .changes import pair_between, plain_pair, transforms
@@ -129,6 +130,7 @@ def load(
     for kind, name in (("vlm", vlm), ("generator", generator)):
         find_model(kind, name, scale) # whatever is wrong is said before weights are read
     path = find_coupling(vlm, generator, scale, coupling)
+    if options is None and scale == "paper" and vlm in VLMS: options = device_options(vlm, device)
     given = scale, str(device), options
     models = load_generator(generator, *given, clip_size), load_vlm(vlm, *given, n_frames)
     phi = None if path is None else CouplingNetwork.from_pretrained(path, device)
