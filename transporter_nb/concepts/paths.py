@@ -235,8 +235,9 @@ def condition(
     strengths:Float[Tensor, "rows"], # 0 to 1, or beyond
 ) -> PromptCondition: # One row a strength
     "The prompt at each strength"
+    added = self.offsets(generator, caption, strengths) # refuses a caption without the word
     source = generator.encode_prompt([caption])
-    return shift_along(source, self.offsets(generator, caption, strengths)[None])
+    return shift_along(source, added[None])
 
 # %% ../../nbs/4_concepts/07_paths.ipynb #7d4f37e8
 def path_through(
