@@ -97,7 +97,8 @@ def test_killed_while_caching_and_while_training_it_ends_with_the_same_weights(w
 def test_costs_are_printed_first_and_the_bytes_of_the_cache_are_right(whole):
     lines = whole[1].splitlines()
     assert lines[0] == "5 records, 5 to decode; survey.jsonl: {}"
-    assert lines[1].startswith("cache: ") and lines[2].startswith("on cpu, by arithmetic: caching")
+    assert lines[1].startswith("cache: ") and "6 steps of 1 x 2" in lines[2]
+    assert lines[3].startswith("on cpu, by arithmetic: caching")
     on_disk, planned = (float(word) for word in lines[-2].replace(",", "").split()
                         if word[0].isdigit())
     assert abs(on_disk - planned) < .1 * planned
