@@ -40,7 +40,7 @@ from ..models.answers import pair_ids
 from ..models.generators.base import PromptCondition, VideoGenerator
 from ..models.pairing import check_concepts, check_coupling
 from transporter_nb.models.registry import (
-    GENERATORS, VLMS, find_model, load_generator, load_vlm, model_key,
+    GENERATORS, VLMS, find_adapter, find_model, is_checkpoint, load_generator, load_vlm, model_key,
 )
 from ..models.view import Models
 from ..models.vlms.base import VideoLanguageModel
@@ -119,9 +119,11 @@ def load(
     n_frames:int|None=None, # At paper scale: frames of a clip that the VLM is shown
 ) -> Transporter: # Ready to explain
     "Load all parts by name or place"
-    if vlm not in VLMS or generator not in GENERATORS: scale = "paper"
-    device = resolve_device(device)
-    for kind, name in (("vlm", vlm), ("generator", generator)):
+    device, named = resolve_device(device), {"vlm": vlm, "generator": generator}
+    if any(is_checkpoint(*item) for item in named.items()): scale = "paper"
+    for kind, table in (("vlm", VLMS), ("generator", GENERATORS)):
+        if not is_checkpoint(kind, named[kind]): find_adapter(kind, named[kind], table)
+    for kind, name in named.items():
         find_model(kind, name, scale) # whatever is wrong is said before weights are read
     path = find_coupling(vlm, generator, scale, coupling)
     given = scale, str(device), options
@@ -129,7 +131,7 @@ def load(
     phi = None if path is None else CouplingNetwork.from_pretrained(path, device)
     concepts = part_path("concepts", vlm, generator, scale)
     bank = ConceptBank.from_pretrained(concepts) if concepts.exists() else ConceptBank()
-    return cls(*models, phi, bank, {"vlm": vlm, "generator": generator, "scale": scale})
+    return cls(*models, phi, bank, {**named, "scale": scale})
 
 documented("l2v = Transporter.load(vlm='phi4')")(Transporter.load.__func__)
 
