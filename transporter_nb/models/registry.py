@@ -177,7 +177,7 @@ def model_key(
     name:str, # As for `find_model`
 ) -> str: # A name stays as it is
     "A name or a place as a part of a file's name"
-    return re.sub(r"[^\w.-]+", "--", name).strip("-.")
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip("_.")
 
 # %% ../../nbs/2_models/18_registry.ipynb #5c49088a
 def _load(kind, name, scale, device, options, **shown):
