@@ -47,27 +47,29 @@ def installed() -> list[Fact]: # One line, or one a missing package
     return facts + [Fact("package", f"{name} is not installed", f"pip install {name}")
                     for name in NEEDED if not found[name]]
 
-# %% ../../nbs/7_app/06_doctor.ipynb #96a0fbba
+# %% ../../nbs/7_app/06_doctor.ipynb #66f97047
 def main_memory() -> tuple[int, int]: # Free now, and in all, in bytes
     "Main memory of this machine"
     page = os.sysconf("SC_PAGE_SIZE")
     return page * os.sysconf("SC_AVPHYS_PAGES"), page * os.sysconf("SC_PHYS_PAGES")
 
+def _free(free:int, whole:int) -> str:
+    "Memory in words"
+    return f"{in_gib(float(free))} of {in_gib(float(whole))} GiB free"
+
 def devices() -> list[Fact]: # One line a device
     "What computes here, with its memory"
-    free, whole = main_memory()
-    facts = [Fact("cpu", f"{os.cpu_count()} cores, {in_gib(free)} of {in_gib(whole)} GiB free")]
+    facts = [Fact("cpu", f"{os.cpu_count()} cores, {_free(*main_memory())}")]
     for k in range(torch.cuda.device_count()):
-        free, whole = torch.cuda.mem_get_info(k)
         name = torch.cuda.get_device_name(k)
-        facts.append(Fact(f"cuda:{k}", f"{name}, {in_gib(free)} of {in_gib(whole)} GiB free"))
+        facts.append(Fact(f"cuda:{k}", f"{name}, {_free(*torch.cuda.mem_get_info(k))}"))
     return facts
 
 def plan_device() -> str: # A name of `DEVICES`, or "cpu"
     "The entry of `plan` for the first device of this machine"
     if not torch.cuda.is_available(): return "cpu"
     name, memory = torch.cuda.get_device_name(0), torch.cuda.mem_get_info(0)[1] / 2**30
-    named = [device for device in DEVICES if device in name]
+    named = [device for device in DEVICES if device.split("-")[0] in name]
     if named: return max(named, key=lambda device: -abs(DEVICES[device].memory - memory))
     smaller = [device for device in DEVICES if DEVICES[device].memory <= memory + 1]
     return max(smaller or DEVICES, key=lambda device: DEVICES[device].memory)
@@ -109,7 +111,7 @@ def snapshots() -> list[Fact]: # One line a listed repository, and the disk
     free = shutil.disk_usage(disk).free
     return [*facts, Fact("disk", f"{free / 1e9:,.1f} GB free for the hub's cache")]
 
-# %% ../../nbs/7_app/06_doctor.ipynb #ef03136f
+# %% ../../nbs/7_app/06_doctor.ipynb #f04f6d1a
 def cost(
     vlm:str, # As for `find_model`
     generator:str, # As for `find_model`
@@ -121,7 +123,7 @@ def cost(
         return [Fact("cost", "not computed: plan covers wan with the VLMs of its list; all weights "
                              "together, in bfloat16, should stay below the free memory")]
     needs = plan("explain_clip", vlm, scale, plan_device())
-    memory = ", ".join(f"{name} {in_gib(needs.need(*choice))} GiB"
+    memory = ", ".join(f"{name} {in_gib(float(needs.need(*choice)))} GiB"
                        for name, choice in OPTIONS.items())
     fitting = [name for name, choice in OPTIONS.items() if needs.fits(*choice)]
     fix = "" if fitting else "take a smaller model, such as generator wan-1.3b, or a larger device"
