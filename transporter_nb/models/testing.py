@@ -173,7 +173,7 @@ def tiny_vlm(
 def save_snapshot(
     model:VideoGenerator|VideoLanguageModel, # A small Wan, or a VLM of transformers
     folder:str|Path, # Filled; made where it is absent
-    shard_size:str="100KB", # Of the weights of a VLM, at most, unless one tensor is larger
+    shard_size:str="10KB", # Of the weights of a VLM, at most, unless one tensor is larger
 ) -> Path: # The folder
     "Write a model in the layout of the hub"
     folder = Path(folder)

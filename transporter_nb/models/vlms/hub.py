@@ -335,19 +335,6 @@ def hub_mark(
     return f"Frame {k}: "
 
 @patch_to(HubVLM, cls_method=True)
-def from_hub(
-    cls:type[HubVLM],
-    settings:VLMSettings, # With `hub_id` and `revision`
-    device:str="auto", # A GPU that holds the model
-    options:LoadOptions|None=None, # None is bfloat16, everything on `device`
-) -> HubVLM: # Frozen
-    "The published model"
-    folder = require(find_source(settings.hub_id, settings.revision))
-    snapshot = Snapshot(folder, settings.hub_id, settings.revision)
-    return cls.load_snapshot(snapshot, device, options, settings=settings)
-
-# %% ../../../nbs/2_models/07_vlms.hub.ipynb #a496669e
-@patch_to(HubVLM, cls_method=True)
 def read_settings(
     cls:type[HubVLM],
     snapshot:Snapshot, # Of a model of the class
@@ -370,6 +357,7 @@ def read_settings(
         vision_layers=size("num_hidden_layers", "depth"),
         vision_heads=size("num_attention_heads", "num_heads"))
 
+# %% ../../../nbs/2_models/07_vlms.hub.ipynb #a496669e
 @patch_to(HubVLM, cls_method=True)
 def read_tokenizer(
     cls:type[HubVLM],
@@ -391,6 +379,18 @@ def read_tokenizer(
         raise ValueError(f"the tokenizer of {snapshot.place} must hold {role} of {cls.name}, "
                          f"{token!r}, below {text.vocab_size:,}; it {got}. {fix}")
     return tokenizer
+
+@patch_to(HubVLM, cls_method=True)
+def from_hub(
+    cls:type[HubVLM],
+    settings:VLMSettings, # With `hub_id` and `revision`
+    device:str="auto", # A GPU that holds the model
+    options:LoadOptions|None=None, # None is bfloat16, everything on `device`
+) -> HubVLM: # Frozen
+    "The published model"
+    folder = require(find_source(settings.hub_id, settings.revision))
+    snapshot = Snapshot(folder, settings.hub_id, settings.revision)
+    return cls.load_snapshot(snapshot, device, options, settings=settings)
 
 # %% ../../../nbs/2_models/07_vlms.hub.ipynb #f62ae35b
 @patch_to(HubVLM, cls_method=True)
