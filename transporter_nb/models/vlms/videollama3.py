@@ -56,8 +56,7 @@ class VideoLlama3VLM(HubVLM):
     special_tokens = (
         "<|endoftext|>", "<|unknown|>", "<|im_start|>", "<|im_end|>", "user", "assistant",
         "<|image_pad|>", "<|video_pad|>")
-    image_token = FRAMES_TEXT["videollama3"].token
-    end_token = "<|im_end|>"
+    image_token, end_token = FRAMES_TEXT["videollama3"].token, "<|im_end|>"
     # the line break after a video: inferred, as in Qwen's formats
     opening, after_frames = "<|im_start|>user\n", "\n"
     closing = "<|im_end|>\n<|im_start|>assistant\n"
