@@ -15,6 +15,7 @@ from transporter_nb.core.base import (
     checkpoint_path, load_checkpoint, save_checkpoint, tensor_digest,
 )
 from transporter_nb.coupling.network import CouplingNetwork
+from transporter_nb.models import view
 from transporter_nb.models.generators.wan import WanGenerator
 from transporter_nb.explain.transporter import Transporter
 from transporter_nb.models.registry import load_generator, load_vlm
