@@ -238,11 +238,12 @@ def encode_caption(
     mask = condition.mask[0]
     return {"embeds": condition.embeds[0][mask].to(dtype), "mask": mask}
 
-# %% ../../nbs/2_models/24_cache.ipynb #3a3f76d3
+# %% ../../nbs/2_models/24_cache.ipynb #f3fd54e2
 def _cache_record(record, cache, generator, vlm, ledger, seen):
     "Bring one record into the cache; its name there"
     line = ledger.lines.get(record.id, {})
-    content = line.get("content") or content_digest(record.path)
+    try: content = line.get("content") or content_digest(record.path)
+    except OSError as error: raise BadClip("unreadable", str(error)) from error
     same = (content, record.start, record.end, record.caption)
     if same in seen: raise BadClip("duplicate", f"the same content and caption as {seen[same]}")
     settings, path = cache.settings, cache.clip_path(content, record)
