@@ -238,11 +238,12 @@ def encode_caption(
     mask = condition.mask[0]
     return {"embeds": condition.embeds[0][mask].to(dtype), "mask": mask}
 
-# %% ../../nbs/2_models/24_cache.ipynb #3a3f76d3
+# %% ../../nbs/2_models/24_cache.ipynb #f3fd54e2
 def _cache_record(record, cache, generator, vlm, ledger, seen):
     "Bring one record into the cache; its name there"
     line = ledger.lines.get(record.id, {})
-    content = line.get("content") or content_digest(record.path)
+    try: content = line.get("content") or content_digest(record.path)
+    except OSError as error: raise BadClip("unreadable", str(error)) from error
     same = (content, record.start, record.end, record.caption)
     if same in seen: raise BadClip("duplicate", f"the same content and caption as {seen[same]}")
     settings, path = cache.settings, cache.clip_path(content, record)
@@ -262,13 +263,14 @@ def _cache_record(record, cache, generator, vlm, ledger, seen):
     if line.get("verdict") != "used": ledger.enter(record, "used", content=content)
     return path, text
 
+# %% ../../nbs/2_models/24_cache.ipynb #f3fd54e3
 def cache_clips(
     records:Sequence[ClipRecord], # All records
     cache:ClipCache, # Where they go
     generator:VideoGenerator, # Frozen
     vlm:VideoLanguageModel, # Frozen
     ledger:Ledger, # Of these records; fails where too many are bad
-    go_on:Callable[[int], bool]=lambda done: True, # Asked after every clip with the number done; False stops
+    go_on:Callable[[int], bool]=lambda done: True, # Given how many are done; False stops
 ) -> list[tuple[Path, Path]]|None: # Files of clip and caption of each good record; None: stopped
     "Bring a data set into the cache, or what is missing of it"
     files, seen = [], {}

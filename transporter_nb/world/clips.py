@@ -7,7 +7,7 @@ __all__ = ['COLUMNS', 'TABLES', 'VIDEOS', 'VERDICTS', 'ROUNDS', 'ClipRecord', 't
            'read_clips', 'BadClip', 'check_length', 'take_clip', 'file_stamp', 'Ledger', 'survey', 'content_digest',
            'shuffled']
 
-# %% ../../nbs/1_world/08_clips.ipynb #c0415801
+# %% ../../nbs/1_world/08_clips.ipynb #185b1b75
 import csv
 import hashlib
 import json
@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import av
 import torch
 from fastcore.basics import patch
 from jaxtyping import Float
@@ -181,7 +182,7 @@ def check_length(
         raise BadClip("too short", f"{n_frames} frames at {rate:g} a second need {stop:.3g} s, "
                                    f"its last frame is at {last:.3g} s")
 
-# %% ../../nbs/1_world/08_clips.ipynb #9f35fa05
+# %% ../../nbs/1_world/08_clips.ipynb #b22136ed
 def _read_part(record, n_frames, size, rate, fit):
     "Frames of a record; whatever is wrong with the file is an exception"
     if math.isnan(record.start) or record.end is not None and not record.end > record.start >= 0:
@@ -213,7 +214,7 @@ def take_clip(
     try: video = _read_part(record, n_frames, size, rate, fit)
     except BadClip: raise
     except FileNotFoundError as error: raise BadClip("missing", str(error)) from error
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, OSError, MemoryError, av.error.FFmpegError) as error:
         raise BadClip("unreadable", str(error)) from error
     if video.shape[1] < n_frames:
         raise BadClip("too short", f"it gives {video.shape[1]} frames, {n_frames} are needed")
