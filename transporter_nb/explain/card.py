@@ -291,14 +291,18 @@ def other_findings(self:Certificate) -> list[Finding]: # Empty where nothing els
 def phi_findings(self:Certificate) -> list[Finding]: # One at most
     "Whether random vectors move the answer through Phi, but not the answer to their clips"
     def moves(clip):
+        found = []
         rows = zip(self.pair.words, self.unsteered.phi, clip.phi, clip.reencoded)
-        return [(abs(p - before), word, before, p, own) for (_, word), before, p, own in rows
-                if min(abs(p - before), abs(p - own)) >= DISAGREE]
+        for (_, word), before, p, own in rows:
+            moved, apart = abs(p - before), abs(p - own)
+            if min(moved, apart) >= DISAGREE: found.append((moved, word, before, p, own))
+        return found
     moved = [max(moves(clip)) for clip in self.random if moves(clip)]
     if not moved: return []
     _, word, before, p, own = max(moved)
     n, of = len(moved), len(self.random)
-    often, verb = n / of >= AS_MUCH, "moves" if n == 1 else "move"
+    often = n / of >= AS_MUCH
+    verb = "moves" if n == 1 else "move"
     move = f"p({word}) {short(before)} -> {short(p)}, and {short(own)} when its clip is seen"
     text = f"through Phi {n} of {of} random vectors {verb} the answer too ({move})"
     if often: return [Finding("Phi not specific", text + ": Phi is not specific")]
@@ -410,15 +414,33 @@ def clip_row(self:Certificate,
     away = _span([clip.distance for clip in clips], lambda d: f"{d:.3f}")
     return [name + f" ({len(clips)})" * (len(clips) > 1), *answers, read, away]
 
+# %% ../../nbs/5_explain/03_card.ipynb #fbed7191
+@patch
+def __repr__(self:Certificate) -> str: # For a terminal
+    table = self.rows()
+    strengths = ", ".join(f"{strength:g}" for strength in self.strengths)
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
+    title = (f"Certificate of {self.pair.name!r} for {self.caption!r}, "
+             f"strength {strengths}, seed {self.seed}")
+    return "\n".join([title, f"  {self.verdict}.", "", *lines, "", *self.notes()])
+
 # %% ../../nbs/5_explain/03_card.ipynb #fbed7190
 @patch
 def rows(self:Certificate) -> list[list[str]]: # Header first
     "The card as a table of texts"
-    columns = [f"p({target}){', Phi' * phi}" for _, target in self.pair.words for phi in (0, 1)]
+    columns = []
+    for _, target in self.pair.words:
+        columns += [f"p({target})", f"p({target}), Phi"]
     table = [["clip", *columns, "reads otherwise", "distance"]]
-    kinds = {"unsteered": [self.unsteered], "steered": [self.steered],
-             "random vector": self.random, "other seed": self.seeds}
-    table += [self.clip_row(name, clips) for name, clips in kinds.items() if clips]
+    kinds = {
+        "unsteered": [self.unsteered],
+        "steered": [self.steered],
+        "random vector": self.random,
+        "other seed": self.seeds,
+    }
+    for name, clips in kinds.items():
+        if clips: table.append(self.clip_row(name, clips))
     for made in self.exchanges.values():
         answers = []
         for p in made.answer or [None] * len(self.pair.words):
@@ -431,23 +453,15 @@ def rows(self:Certificate) -> list[list[str]]: # Header first
 def notes(self:Certificate) -> list[str]: # Lines below the table
     "Attributes that stayed, attributes that could not be read, and the reader"
     def named(slots): return ", ".join(slots) or "none"
-    pixels = " (the world's readers, which know no VLM)" * (self.reader == "pixels")
-    judged = ", which the verdict goes by" * (self.through == "phi")
+    by_pixels = self.reader == "pixels"
+    pixels = " (the world's readers, which know no VLM)" if by_pixels else ""
+    judged = ", which the verdict goes by" if self.through == "phi" else ""
     return [
         f"kept: {named(self.kept)}",
         f"not readable: {named([*self.unreadable, *self.lost])}",
         f"read by: {self.reader}{pixels}",
         "answers: of the VLM to the clip itself; 'Phi': through the coupling"
         f"{judged}. distance: {self.distance}"]
-
-@patch
-def __repr__(self:Certificate) -> str: # For a terminal
-    table, strengths = self.rows(), ", ".join(f"{s:g}" for s in self.strengths)
-    widths = [max(map(len, column)) for column in zip(*table)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
-    title = (f"Certificate of {self.pair.name!r} for {self.caption!r}, "
-             f"strength {strengths}, seed {self.seed}")
-    return "\n".join([title, f"  {self.verdict}.", "", *lines, "", *self.notes()])
 
 # %% ../../nbs/5_explain/03_card.ipynb #c31ad435
 @patch

@@ -193,8 +193,9 @@ def auroc(
     contrasts:tuple[Sequence[Hashable], Sequence[Hashable]]|None=None, # Of each; None: none shared
 ) -> Estimate: # .5 for equal sets, 1: every planted VLM is above every clean one; n counts VLMs
     "How well a number separates planted VLMs from clean ones"
-    split, numbers = len(positives), [*positives, *negatives]
     _check_kinds(positives, negatives, networks, contrasts)
+    numbers = [*positives, *negatives]
+    split = len(positives)
     networks = networks or (range(split), range(split, len(numbers)))
     means = torch.stack([values.double().mean().cpu() for values in numbers])
     generator = seeded_generator(seed)
@@ -202,8 +203,10 @@ def auroc(
     joined = contrasts and [*contrasts[0], *contrasts[1]]
     draws = resampled_means(numbers, generator, n_resamples, joined)
     shares = pair_share(draws[:, :split], draws[:, split:], counts)
-    value, sizes = pair_share(means[:split], means[split:]).item(), [len(set(n)) for n in networks]
-    return Estimate(value, *drawn_interval(value, shares, 0., min(sizes)), sum(sizes))
+    value = pair_share(means[:split], means[split:]).item()
+    sizes = [len(set(names)) for names in networks]
+    low, high = drawn_interval(value, shares, 0., min(sizes))
+    return Estimate(value, low, high, sum(sizes))
 
 def _check_kinds(positives, negatives, networks, contrasts):
     "Refuse an empty kind, numbers that are not finite, and names that do not fit the numbers"
