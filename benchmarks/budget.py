@@ -54,7 +54,8 @@ def main():
         rows.append(row)
         print(
             f"{clips:2d} clips, {size:2d} rows at once: "
-            f"predicted {row['predicted'] / 1e6:6.1f} MB, measured {row['measured'] / 1e6:6.1f} MB, "
+            f"predicted {row['predicted'] / 1e6:6.1f} MB, "
+            f"measured {row['measured'] / 1e6:6.1f} MB, "
             f"ratio {row['ratio of workspace']:.3f}, with weights {row['ratio']:.3f}; "
             f"resident memory grew by {row['resident growth'] / 1e6:.0f} MB",
             flush=True,

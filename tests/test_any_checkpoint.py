@@ -261,7 +261,10 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize("damage, kind, rule, fix", FAULTS, ids=lambda x: getattr(x, "__name__", ""))
+def name_of(value): return getattr(value, "__name__", "")
+
+
+@pytest.mark.parametrize("damage, kind, rule, fix", FAULTS, ids=name_of)
 def test_a_fault_of_a_vlm_is_named_before_weights_are_read(
         copy, no_weights, damage, kind, rule, fix):
     folder = copy("gemma3")
@@ -279,7 +282,8 @@ def from_an_image(folder):
 @pytest.mark.parametrize("damage, kind, rule", [
     (drop_expert, FileNotFoundError, "it lacks transformer_2/config.json"),
     (pickle_of_vae, ValueError, "holds vae/vae.pth: a pickle"),
-    (from_an_image, ValueError, "pipeline 'WanImageToVideoPipeline', for which there is no adapter"),
+    (from_an_image, ValueError,
+     "pipeline 'WanImageToVideoPipeline', for which there is no adapter"),
 ])
 def test_a_fault_of_a_generator_is_named_before_weights_are_read(
         copy, no_weights, damage, kind, rule):
