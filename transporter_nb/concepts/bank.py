@@ -86,7 +86,8 @@ def rows(
         meta = concept.meta
         captions = list(map(str, listify(concept.meta.get("captions"))))
         more = f" and {len(captions) - 1} more" if len(captions) > 1 else ""
-        everywhere = concept.config.strengths == "uniform"
+        # a path has no learning of its own
+        everywhere = getattr(concept.config, "strengths", "uniform") == "uniform"
         divergence = number(meta, "divergence")
         found.append({
             "contrast": name,
