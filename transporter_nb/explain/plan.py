@@ -233,7 +233,7 @@ def spoken(
     return duration(hours * 3600)
 
 def in_gib(
-    size:float, # Bytes
+    size:float|int, # Bytes
 ) -> str: # More digits below a tenth
     "Bytes in GiB, without the unit"
     return f"{size / 2**30:.1f}" if size >= 2**30 / 10 else f"{size / 2**30:.4f}"

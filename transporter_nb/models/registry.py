@@ -140,14 +140,14 @@ def adapter_name(
                      f"adapters: {listed}. {_HOW_TO[kind]}")
 
 # %% ../../nbs/2_models/18_registry.ipynb #ab4b4996
-_TABLES = {"generator": GENERATORS, "vlm": VLMS}
+def _table(kind): return GENERATORS if kind == "generator" else VLMS
 
 def is_checkpoint(
     kind:str, # "generator" or "vlm"
     name:str, # As for `find_model`
 ) -> bool: # False for an adapter's own name, whatever the scale, and for no name at all
     "Whether a name is the place of a published checkpoint, or stands for one"
-    if name in _TABLES[kind]: return False
+    if name in _table(kind): return False
     return is_place(name) or (kind == "generator" and name in CHECKPOINTS)
 
 class Found(NamedTuple):
@@ -166,8 +166,8 @@ def find_model(
         raise ValueError(f"a {kind} is named by a text, got {name!r}.")
     if is_checkpoint(kind, name):
         snapshot = open_place(CHECKPOINTS.get(name, name))
-        return Found(find_adapter(kind, adapter_name(kind, snapshot), _TABLES[kind]), snapshot)
-    adapter = find_adapter(kind, name, _TABLES[kind])
+        return Found(find_adapter(kind, adapter_name(kind, snapshot), _table(kind)), snapshot)
+    adapter = find_adapter(kind, name, _table(kind))
     if scale == "mini" or not hasattr(adapter, "load_snapshot"): return Found(adapter, None)
     if kind == "generator": source = SOURCES[name]
     else: source = find_source(adapter.paper.hub_id, adapter.paper.revision)
