@@ -151,7 +151,7 @@ def test_evaluations_by_hand():
         with count_evaluations(toy) as cost:
             steer(toy, [RED, TWO], noise, list(directions), [0, 0.5, 1], **dials)
         return cost.generator_evaluations
-    asked(NoChange(TO_BLUE)) # the first run also measures the memory of a row, once a network
+    # the first run measures the memory of a row too, which is no evaluation
     # null and shifted: the null of a clip is shared in the first step
     assert asked(NoChange(TO_BLUE)) == (2 + 6) + 3 * (6 + 6)
     assert asked(VelocitySlider(TO_BLUE, start=0.0)) == 3 * 2 + 3 * 3 * 6  # null, source and plus

@@ -26,6 +26,7 @@ from transporter_nb.concepts.concept import (
 from ..world.contrasts import ContrastPair, parse_contrast
 from ..core.aliases import with_aliases
 from ..core.base import seeded_generator
+from ..core.memory import is_probe
 from ..models.generators.base import VideoGenerator
 from ..models.vlms.base import VideoLanguageModel
 
@@ -98,11 +99,8 @@ def count_evaluations(
     before = {name: vars(model).get(name) for name, model in asked.items()}
     def counting(method, field):
         def counted(*args, **kwargs):
-            setattr(
-                cost,
-                field,
-                getattr(cost, field) + len(args[0] if args else next(iter(kwargs.values()))),
-            )
+            rows = len(args[0] if args else next(iter(kwargs.values())))
+            if not is_probe(): setattr(cost, field, getattr(cost, field) + rows)
             return method(*args, **kwargs)
         return counted
     # both are there before either is counted
