@@ -84,6 +84,7 @@ _LEAST = {"n_frames": 1, "steps": 1, "batch_size": 1, "concept_steps": 0, "conce
 
 # %% ../../nbs/0_core/10_parameters.ipynb #665eb6a4
 _LOADING = {field.name: field.type for field in fields(LoadOptions)}
+_PLACED = {"device_map", "offload", "vae_tiling", "checkpointing"} # where weights lie
 _RUNNING = {field.name: field.type for field in fields(RunOptions) if field.name != "loading"}
 
 def _value_of(name, text):
@@ -126,11 +127,12 @@ def read_options(
                          f"'offload=parts, clip_size=17x320x320', got {options!r}.")
     values = {name: _value_of(name, text) for name, text in _parts(options).items()}
     loading = {name: value for name, value in values.items() if name in _LOADING}
+    if loading and not _PLACED & loading.keys(): loading["offload"] = "auto"
     running = {name: value for name, value in values.items() if name in _RUNNING}
     return RunOptions(LoadOptions(**loading) if loading else None, **running)
 
 # %% ../../nbs/0_core/10_parameters.ipynb #97a0da7a
-_SAME_RESULT = ("batch_size", "device_map", "offload", "vae_tiling", "checkpointing")
+_SAME_RESULT = {"batch_size", *_PLACED}
 
 def option_words(
     options:RunOptions, # Any
@@ -146,5 +148,6 @@ def option_words(
             if value == getattr(own, name) or (different and name in _SAME_RESULT): continue
             if name == "clip_size": value = "x".join(map(str, value))
             words.append(name if value is True else f"{name}={value}")
-    if options.loading == usual.loading and not different: words.insert(0, "offload=none")
+    placed = {word.partition("=")[0] for word in words} & _PLACED
+    if options.loading and not (placed or different): words.insert(0, "offload=none")
     return ", ".join(words)
