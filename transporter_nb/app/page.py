@@ -23,7 +23,7 @@ from ..core.base import repo_path
 from ..explain.exploration import split_changes
 from ..evaluate.faithfulness.plants import CUES, FAMILY, load_planted
 from ..core.hub import LoadOptions
-from ..core.parameters import read_options
+from ..core.parameters import RunOptions, read_options
 from ..explain.transporter import Transporter
 from ..models.registry import VLMS, find_adapter, shipped_vlm_names
 from transporter_nb.app.screen import (
@@ -41,7 +41,7 @@ def load_transporter(
     name:str, # A VLM with all its parts, or one of `MISLED`
     scale:str="mini", # `"mini"` or `"paper"`
     device:str="auto", # `"auto"`, `"cpu"` or `"cuda"`
-    options:LoadOptions|str|None=None, # As in `Transporter.load`
+    options:RunOptions|LoadOptions|str|None=None, # As in `Transporter.load`
 ) -> Transporter: # A misled VLM comes with the parts of the honest one, and no name to load it by
     "A Transporter as the page names it"
     if name not in MISLED:
@@ -90,7 +90,7 @@ class Explorer(w.VBox):
         l2v:Transporter|None=None, # The reader's own, in place of `vlm`, `scale` and `device`
         folder:str|Path="explanations", # For files; a relative one begins at `repo_path()`
         background:bool=True, # False computes in place, for scripts
-        options:LoadOptions|str|None=None, # At paper scale: see `Transporter.load`
+        options:RunOptions|LoadOptions|str|None=None, # At paper scale: see `Transporter.load`
     ):
         super().__init__()
         if l2v is None and vlm not in MISLED: find_adapter("vlm", vlm, VLMS)

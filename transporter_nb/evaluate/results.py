@@ -23,7 +23,7 @@ from matplotlib.transforms import Bbox
 from torch import Tensor
 
 from ..core.base import as_config, config_hash, repo_path, write_aside
-from ..core.parameters import check_parameters
+from ..core.parameters import check_parameters, option_words, read_options
 from ..explain.transporter import run_facts
 from ..world.video import encode_gif
 
@@ -84,10 +84,12 @@ def figure_stem(
         for key, value in ours.items()
         if given[key] != value
     ]
-    run = config_hash({
-        "name": name,
-        "parameters": {key: given[key] for key in ours},
-    })
+    parameters = {key: given[key] for key in ours}
+    # of the options only what changes a result: not where weights lie
+    if chosen := option_words(read_options(given.get("options")), different=True):
+        own.append(f"options={chosen!r}")
+        parameters["options"] = chosen
+    run = config_hash({"name": name, "parameters": parameters})
     if install and (own or stem):
         differs = ", ".join([*own, *[f"stem={stem!r}"] * bool(stem)])
         raise ValueError(

@@ -8,6 +8,7 @@ __all__ = ['part_path', 'find_coupling', 'Transporter', 'check_groups', 'check_r
 # %% ../../nbs/5_explain/09_transporter.ipynb #627c15d5
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from ..core.aliases import with_aliases
 from ..core.base import as_config, checkpoint_path, resolve_device, tensor_digest
 from ..core.hub import LoadOptions
 from ..core.memory import check_batch_size
-from ..core.parameters import read_options
+from ..core.parameters import RunOptions, option_words, read_options
 from ..coupling.network import CouplingNetwork
 from .answer_table import read_answers, way_answers
 from .budget import device_options
@@ -86,11 +87,12 @@ class Transporter:
         coupling:nn.Module|None=None, # Phi; None answers through decode and re-encode only
         bank:ConceptBank|None=None, # Concepts learned so far; None starts empty
         names:dict|None=None, # Of the loaded parts: `vlm`, `generator`, `scale`; kept in records
+        usual:RunOptions|None=None, # Rows at once and learning, where a call says nothing
     ):
         self.checked = Models(generator, vlm, coupling)
         self.generator, self.vlm, self.coupling = generator, vlm, coupling
         self.bank = ConceptBank() if bank is None else bank
-        self.names = names or {}
+        self.names, self.usual = names or {}, usual or RunOptions()
         check_concepts(list(self.bank.values()), generator, vlm)
         self.word_groups = WORD_GROUPS # words that may matter to a shaped concept
         self.measured = {} # the VLM's answers to them
@@ -110,6 +112,17 @@ def models(self:Transporter) -> Models: # As they are now
     return self.checked
 
 # %% ../../nbs/5_explain/09_transporter.ipynb #0e60cb7b
+def _usual(options, clip_size, n_frames):
+    "Options of a run, and sizes that were given beside them"
+    usual = read_options(options)
+    given = {"clip_size": clip_size and tuple(clip_size), "n_frames": n_frames}
+    return replace(usual, **{name: value for name, value in given.items() if value is not None})
+
+def _names(named, scale, usual):
+    "What a record keeps of the loading"
+    said = option_words(usual)
+    return {**named, "scale": scale} | ({"options": said} if said else {})
+
 @patch_to(Transporter, cls_method=True)
 def load(
     cls,
@@ -117,15 +130,15 @@ def load(
     generator:str="wan", # One of `generator_names()`, a folder, or "owner/name@revision"
     scale:str="mini", # Of names: "mini" (shipped) or "paper" (hub weights); a place is at "paper"
     device:str="auto", # `"auto"`, `"cpu"` or `"cuda"`
-    # At paper scale: types and places of the weights, see `core.hub`; or in words, such as
-    # "offload=parts, vae_tiling"; None or "auto" fits them to the device
-    options:LoadOptions|str|None=None,
+    # Of the run, see `core.parameters`; or in words, such as "offload=parts, clip_size=17x320x320";
+    # where the weights of the paper scale lie is fitted to the device unless it is said
+    options:RunOptions|LoadOptions|str|None=None,
     coupling:str|Path|None=None, # A file of Phi; None: that of this pair, or no Phi
-    clip_size:Sequence[int]|None=None, # At paper scale: frames, height and width (px) of a clip
-    n_frames:int|None=None, # At paper scale: frames of a clip that the VLM is shown
+    clip_size:Sequence[int]|None=None, # In place of the options' own
+    n_frames:int|None=None, # Likewise
 ) -> Transporter: # Ready to explain
     "Load all parts by name or place"
-    device, options = resolve_device(device), read_options(options)
+    device, usual = resolve_device(device), _usual(options, clip_size, n_frames)
     named = {"vlm": vlm, "generator": generator}
     if any(is_checkpoint(*item) for item in named.items()): scale = "paper"
     for kind, table in (("vlm", VLMS), ("generator", GENERATORS)):
@@ -133,13 +146,16 @@ def load(
     for kind, name in named.items():
         find_model(kind, name, scale) # whatever is wrong is said before weights are read
     path = find_coupling(vlm, generator, scale, coupling)
-    if options is None and scale == "paper" and vlm in VLMS: options = device_options(vlm, device)
-    given = scale, str(device), options
-    models = load_generator(generator, *given, clip_size), load_vlm(vlm, *given, n_frames)
+    loading = usual.loading
+    if loading is None and scale == "paper" and vlm in VLMS: loading = device_options(vlm, device)
+    given = scale, str(device), loading
+    wan = load_generator(generator, *given, usual.clip_size)
+    if usual.steps: wan.default_steps = usual.steps
+    models = wan, load_vlm(vlm, *given, usual.n_frames)
     phi = None if path is None else CouplingNetwork.from_pretrained(path, device)
     concepts = part_path("concepts", vlm, generator, scale)
     bank = ConceptBank.from_pretrained(concepts) if concepts.exists() else ConceptBank()
-    return cls(*models, phi, bank, {**named, "scale": scale})
+    return cls(*models, phi, bank, _names(named, scale, usual), usual)
 
 documented("l2v = Transporter.load(vlm='phi4')")(Transporter.load.__func__)
 
@@ -189,12 +205,19 @@ def shaped(
     return ShapedConcept(pair, self.measured[key], ShapingConfig(weight=weight), paper)
 
 # %% ../../nbs/5_explain/09_transporter.ipynb #5c036d9c
+@patch(as_prop=True)
+def concept_config(self:Transporter) -> ConceptConfig: # With the steps and seeds of `usual`
+    "How a concept is learned that the bank lacks"
+    changes = {"steps": self.usual.concept_steps, "n_seeds": self.usual.concept_seeds}
+    given = {name: value for name, value in changes.items() if value is not None}
+    return ConceptConfig.of(self.generator, **given)
+
 @patch
 def directions(
     self:Transporter,
     caption:str, # The source caption
     pairs:Sequence[ContrastPair], # The changes
-    config:ConceptConfig|None=None, # For concepts to be learned; None takes `ConceptConfig.of`
+    config:ConceptConfig|None=None, # For concepts to be learned; None takes `concept_config`
     progress:Progress=True, # Show what is learned, and how far it is; or a function to call with it
     vlm_weight:Real=0., # 0: eq. (8)'s concepts; 1: the VLM decides what they hold; between: both
 ) -> list[Direction]: # To be steered by, all with the same strength
@@ -212,6 +235,7 @@ def directions(
             if progress is True:
                 print(f"{pair.name!r} is not in the bank of {len(self.bank)} concepts; "
                       f"learning it from {caption!r}.")
+            config = config or self.concept_config
             found.append(self.bank.learn(self.models, pair, caption, config, progress))
     if not vlm_weight: return found
     if bent := [known.pair.name for known in found if hasattr(known, "offsets")]:
@@ -401,10 +425,11 @@ def explain(
     through:str="reencoded", # How `target_probability` is measured: `"reencoded"` or `"phi"`
     evaluations:int=BUDGET, # Clips that the search for an answer may take
     vlm_weight:Real=0., # 0: the paper's concept; 1: whatever moves this VLM's answer
-    batch_size:int|None=None, # Rows at once in every model; None: as many as free memory holds
+    batch_size:int|None=None, # Rows at once; None: those of `usual`, or as many as memory holds
 ) -> Explanation: # Videos, answers, captions, distances; one clip a strength or wanted answer
     "Videos that change only in what the VLM associates with a change of its answer (paper §3.4)"
     _check_subject(caption, seed)
+    batch_size = self.usual.batch_size if batch_size is None else batch_size
     strengths, wanted, evaluations, vlm_weight = check_request(
         strengths, target_probability, evaluations, vlm_weight)
     pairs, merged = self.changes(caption, change, target_caption)
