@@ -16,6 +16,7 @@ PORT ?= 8866
 EXPLORER ?= nbs/explorer.ipynb
 KERNELS ?= 4
 DEVICE ?= auto
+WORKERS ?= 2
 PYTHON ?= $(shell for p in python3.11 python3 python; do "$$p" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 BIN := .venv/bin
 READY := .venv/.ready
@@ -116,10 +117,11 @@ tidy: $(READY)
 	rm -rf "$$before"; echo "tidy: notebooks hold no machine metadata"
 
 notebooks: $(READY) # Run All in fresh kernels; cells marked gpu, weights or slow, and experiments, are skipped
-	OMP_NUM_THREADS=1 nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 nbdev_test --n_workers $(WORKERS)
 
+# Tests of a group share a worker and its fixtures; a group is a file unless a mark says otherwise, and long files begin first (tests/conftest.py).
 pytest: $(READY)
-	OMP_NUM_THREADS=1 pytest -q tests/
+	OMP_NUM_THREADS=1 pytest -q -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations=10 tests/
 
 browser: $(READY) # the explorer in a real browser, started for the purpose; needs chromium
 	OMP_NUM_THREADS=1 EXPLORER_BROWSER=required pytest -q tests/test_explorer.py

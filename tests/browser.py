@@ -12,7 +12,9 @@ PICTURES = ROOT / "runs" / "explorer"
 # pixels: the two widths that the explorer promises
 WIDTHS = {"desk": (1280, 900), "tablet": (820, 1100)}
 NOTEBOOK = Path(os.environ.get("EXPLORER_NOTEBOOK", ROOT / "nbs" / "explorer.ipynb"))
-OPENING = 120_000 # milliseconds; two busy cores import torch and load a VLM in a quarter of it
+# milliseconds until a test gives up: many times what two busy cores need; nothing waits longer than
+# it must
+OPENING, PATIENCE = 300_000, 120_000
 # nothing but this machine has an address
 CHROMIUM = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -125,7 +127,7 @@ def serve(
     command:list[str], # What starts the server
     home:Path, # Folder for its settings, log and runtime files; made when missing
     says:str, # Pattern of the address in what it prints; the first group is the address
-    seconds:float=60.,
+    seconds:float=240.,
     **environment, # Added to the fresh environment
 ) -> Server:
     "Start a server and wait until it prints its address"
@@ -442,7 +444,7 @@ class Explorer:
     def steered(self) -> str:
         return self.part("videos", "img.tnb-steered").first.get_attribute("src")
 
-    def wait(self, *states:str, timeout:float=60_000) -> "Explorer":
+    def wait(self, *states:str, timeout:float=PATIENCE) -> "Explorer":
         "Until the status says one of these"
         self.until(
             lambda: self.state in (states or ("ready",)), timeout,
@@ -451,7 +453,7 @@ class Explorer:
         )
         return self
 
-    def until(self, holds, timeout:float=30_000, complaint=lambda: "it does not come to pass"):
+    def until(self, holds, timeout:float=PATIENCE, complaint=lambda: "it does not come to pass"):
         "Until a condition read from the page holds"
         began = time.monotonic()
         while not holds():
@@ -472,7 +474,7 @@ class Explorer:
         self.handle(name, which).press(key)
         return self.asked(name, which)
 
-    def shown(self, which:int, strength:float, timeout:float=30_000) -> "Explorer":
+    def shown(self, which:int, strength:float, timeout:float=PATIENCE) -> "Explorer":
         """Until the video on screen has this strength for one concept, and nothing else is being
         made"""
         self.until(

@@ -564,7 +564,7 @@ def results(tmp_path_factory):
     with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
         try:
             code = subprocess.run(
-                [sys.executable, __file__, str(folder)], stdout=out, stderr=err, timeout=240,
+                [sys.executable, __file__, str(folder)], stdout=out, stderr=err, timeout=900,
             ).returncode
         except subprocess.TimeoutExpired: code = "time limit"
     lines = [json.loads(line) for line in (folder / "out").read_text().splitlines()]

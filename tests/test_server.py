@@ -19,6 +19,7 @@ from websockets.asyncio.client import connect
 
 from browser import serve_voila
 
+PATIENCE = 240 # Seconds until a test gives up
 LIMIT = 2 # kernels of the bounded server: the warm one and one more
 PAYLOAD = "tnb\"'><script>hacked()</script>"
 ELSEWHERE = r"""(?:src|href)=["'](?:https?:)?//""" # an address on another host
@@ -55,7 +56,7 @@ def ask(address:str, data:bytes|None=None) -> Page:
     "GET, or POST where there are data; redirects are followed"
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(urllib.request.Request(address, data), timeout=60) as answer:
+        with opener.open(urllib.request.Request(address, data), timeout=PATIENCE) as answer:
             return Page(answer.status, answer.read().decode(errors="replace"))
     except urllib.error.HTTPError as error:
         return Page(error.code, error.read().decode(errors="replace"))
@@ -91,11 +92,25 @@ def server(notebook, tmp_path_factory):
     server.stop()
 
 
+def start_bounded(folder, notebook):
+    "A server of few kernels, with its warm one"
+    server = serve_voila(folder, notebook, KERNELS=str(LIMIT))
+    assert within(PATIENCE, lambda: len(server.kernels()) == 1)
+    return server
+
+
 @pytest.fixture
 def bounded(notebook, tmp_path):
-    "A server of its own for each test, with its warm kernel"
-    server = serve_voila(tmp_path, notebook, KERNELS=str(LIMIT))
-    assert within(60, lambda: len(server.kernels()) == 1)
+    "A server of its own for each test that starts kernels"
+    server = start_bounded(tmp_path, notebook)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def untouched(notebook, tmp_path_factory):
+    "One for the tests that start none"
+    server = start_bounded(tmp_path_factory.mktemp("untouched"), notebook)
     yield server
     server.stop()
 
@@ -133,10 +148,10 @@ def test_the_page_is_served_as_the_file_says(server):
 
 
 @pytest.mark.parametrize("query", ["", "?token=", "?token=0123", f"?theme={quote(PAYLOAD)}"])
-def test_without_the_token_no_kernel_starts(bounded, query):
-    page = ask(f"{bounded.base}/{query}")
+def test_without_the_token_no_kernel_starts(untouched, query):
+    page = ask(f"{untouched.base}/{query}")
     assert page.kernel is None
-    assert len(bounded.kernels()) == 1
+    assert len(untouched.kernels()) == 1
 
 
 def test_one_page_too_many_is_refused_until_another_is_closed(bounded):
@@ -150,7 +165,7 @@ def test_one_page_too_many_is_refused_until_another_is_closed(bounded):
     again = ask(bounded.address)
     assert again.status == 200 and len(bounded.kernels()) == LIMIT
     for page in (pages[1], again): goodbye(bounded, page)
-    assert within(60, lambda: len(bounded.kernels()) == 1), "no page is kept warm again"
+    assert within(PATIENCE, lambda: len(bounded.kernels()) == 1), "no page is kept warm again"
     assert ask(bounded.address).status == 200
 
 

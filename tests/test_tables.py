@@ -51,7 +51,7 @@ def test_a_killed_table_loses_no_row_and_repeats_none(tmp_path, root):
         "stdout": subprocess.PIPE,
     }
     process = subprocess.Popen([*command, "2"], **settings)
-    patience = time.monotonic() + 120
+    patience = time.monotonic() + 600
     while not (tmp_path / "reached").exists():
         waiting = process.poll() is None and time.monotonic() < patience
         assert waiting, "the table never came to its third row"
@@ -185,7 +185,7 @@ def test_two_processes_at_the_same_row(tmp_path, root):
         for name in ("first", "second")
     ]
     try:
-        assert [process.wait(120) for process in both] == [0, 0]
+        assert [process.wait(600) for process in both] == [0, 0]
     finally:
         for process in both:
             process.kill()
