@@ -361,15 +361,15 @@ def shown_film(family, clip, n_frames):
     before, mark, after = PROMPTS[family]
     before = {"qwen2_5_vl": SYSTEM}.get(family, "") + before
     after = {"videollama3": "\n"}.get(family, "") + after  # the adapter's, inferred; see there
+    meta = VideoMetadata(total_num_frames=frames, fps=rate, duration=frames / rate)
+    which = processor.video_processor.sample_frames(meta, **words)
     out = processor(
-        videos=[film(frames, height, width)], text=[before + mark + after],
-        video_metadata=[VideoMetadata(total_num_frames=frames, fps=rate, duration=frames / rate)],
-        do_sample_frames=True, add_special_tokens=False, return_tensors="pt",
-        return_metadata=True, **words,
+        videos=[film(frames, height, width)], text=[before + mark + after], video_metadata=[meta],
+        do_sample_frames=True, add_special_tokens=False, return_tensors="pt", **words,
     )
     pixels = out["pixel_values"][0] if family == "smolvlm" else out["pixel_values_videos"]
     return pixels, processor.tokenizer.convert_ids_to_tokens(out["input_ids"][0]), {
-        "frames": [int(k) for k in out["video_metadata"][0].frames_indices],
+        "frames": [int(k) for k in which],
         "grid": out["video_grid_thw"].tolist() if "video_grid_thw" in out else None,
         "step": float(out["second_per_grid_ts"][0]) if "second_per_grid_ts" in out else None,
     }

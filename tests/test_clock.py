@@ -1,7 +1,10 @@
 """What published models are shown of a clip: frames, sizes, dates and prompts as their processors
 make them, for the clips of a generator and for those of a file"""
+import hashlib
 import json
+from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 from make_processor_fixtures import FIXTURE, PROMPTS, film, folded, small_tokenizer
@@ -10,6 +13,7 @@ from safetensors.torch import load_file
 
 from transporter_nb.concepts.bank import ConceptBank
 from transporter_nb.concepts.concept import Concept, ConceptConfig
+from transporter_nb.core.base import repo_path
 from transporter_nb.core.hub import Snapshot
 from transporter_nb.explain.transporter import Transporter
 from transporter_nb.models.generators.wan import WanConfig, hub_config
@@ -20,7 +24,9 @@ from transporter_nb.models.view import Models
 from transporter_nb.models.vlms.clock import PLANNED, Clock
 from transporter_nb.models.vlms.preprocessing import (
     FRAMES_TEXT, flatten_patches, paced_frames, stepped_frames)
+from transporter_nb.world import video
 from transporter_nb.world.contrasts import parse_contrast
+from transporter_nb.world.video import save_mp4
 
 ASKED = "what colour is it?"
 CLIPS = [(61, 16., 5), (61, 16., 32), (9, 2., 4), (180, 24., 8), (600, 29.97, 3)]
@@ -221,3 +227,22 @@ def test_explanations_are_asked_with_the_dates_of_the_generator(rate, monkeypatc
     text = FRAMES_TEXT["videollama3"].marks(seconds)
     assert asked and all("".join(mark[:9].split()) in "".join(one.split())
                          for one in asked for mark in text)
+
+
+def test_a_clip_from_a_file_is_asked_with_its_own_dates(tmp_path, monkeypatch):
+    "The cell of explain_clip.ipynb that reads the file"
+    notebook = nbformat.read(repo_path("nbs/explain_clip.ipynb"), 4)
+    cell, = [one.source for one in notebook.cells if "sampled = sample_video(" in one.source]
+    l2v, asked = Transporter(tiny_generator(frames=5), with_dates()), []
+    vlm, size = l2v.vlm, (48, 48)
+    monkeypatch.setattr(vlm, "caption", lambda tokens: asked.append(vlm.clock) or ["red"])
+    clip = save_mp4(tmp_path / "mine.mp4", torch.rand(20, 3, *size), fps=4, enlarge=1)
+    exec(cell, vars(video) | {
+        "hashlib": hashlib, "torch": torch, "Path": Path, "clip": str(clip), "made_from": None,
+        "vlm": "videollama3", "ours": {}, "install": False, "stem": "", "frames": 5, "size": size,
+        "where": "cpu", "wan": l2v.generator, "model": vlm, "l2v": l2v,
+        "figure_stem": lambda *given: "stem", "show_gif": lambda *given, **options: None,
+        "word_log_probs": lambda tokens, words: asked.append(vlm.clock) or [0.]})
+    assert [one[::2] for one in asked] == [(5, size)] * 2 # of 20 frames in 4.75 seconds
+    assert [one.rate for one in asked] == pytest.approx([4 / 4.75] * 2, rel=1e-3)
+    assert vlm.clock == l2v.generator.clock # generated clips come next
