@@ -286,6 +286,147 @@ def prompts(clip):
     return table
 
 
+# family, (frames, rate, height, width) of a clip, frames or steps shown (0: the processor's own
+# choice); Phi-4's clips are squares, as its adapter shows one crop of each frame
+SHOWN = [
+    ("gemma3", (61, 16., 40, 40), 5), ("gemma3", (12, 6., 48, 80), 3),
+    ("phi4", (61, 16., 40, 40), 5), ("phi4", (12, 6., 90, 90), 3),
+    ("videollama3", (61, 16., 40, 40), 5), ("videollama3", (30, 24., 48, 80), 4),
+    ("videollama3", (13, 6., 72, 40), 13),
+    ("qwen2_5_vl", (61, 16., 40, 40), 3), ("qwen2_5_vl", (30, 24., 48, 80), 2),
+    ("qwen2_5_vl", (25, 29.97, 90, 60), 4), ("qwen2_5_vl", (8, 6., 12, 12), 4),
+    ("smolvlm", (61, 16., 40, 40), 0), ("smolvlm", (150, 24., 48, 80), 0),
+    ("smolvlm", (700, 10., 30, 20), 0), ("smolvlm", (30, 6., 64, 40), 3),
+]
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"  # of Qwen's template
+SIZES = {  # of the processors here: side of the squares, patch, least and most pixels
+    "gemma3": (32, 4, None), "phi4": (56, 14, None), "videollama3": (56, 4, (16 * 16, 5 * 40 * 48)),
+    "qwen2_5_vl": (56, 4, (24 * 24, 48 * 64)), "smolvlm": (48, 4, None),
+}
+
+
+def film(frames, height, width):
+    """A clip of bytes (frames 3 height width) that is the same everywhere: edges, ramps, motion"""
+    import torch
+    k, c, y, x = torch.meshgrid(*map(torch.arange, (frames, 3, height, width)), indexing="ij")
+    return ((x * x // 3 + 5 * y * (c + 1) + 11 * k * (x > y)) % 256).byte()
+
+
+def folded(tokens):
+    """Tokens as text, runs of one token as their number"""
+    from itertools import groupby
+    runs = [(token, len(list(run))) for token, run in groupby(tokens)]
+    return "".join(token if n == 1 else f"{token}*{n} " for token, n in runs)
+
+
+def film_processor(family, n_frames):
+    """The full processor of a family whose frames are a video, and its words for frames"""
+    import transformers
+    square, patch, limits = SIZES[family]
+    bounds = dict(zip(("shortest_edge", "longest_edge"), limits or ()))
+    tokenizer, cut = small_tokenizer(), dict(size=bounds, patch_size=patch, merge_size=2)
+    tokenizer.image_token, tokenizer.video_token = {"smolvlm": ("<image>", "<video>")}.get(
+        family, ("<|image_pad|>", "<|video_pad|>"),
+    )
+    tokenizer.image_token_id, tokenizer.video_token_id = tokenizer.convert_tokens_to_ids(
+        [tokenizer.image_token, tokenizer.video_token]
+    )
+    if family == "smolvlm":
+        edge = {"longest_edge": square}
+        video = transformers.SmolVLMVideoProcessor(size=edge, max_image_size=edge)
+        words = {"fps": 1, "num_frames": 64} if n_frames == 0 else {
+            "num_frames": n_frames, "skip_secs": 0}
+        return transformers.SmolVLMProcessor(
+            image_processor=transformers.SmolVLMImageProcessor(), tokenizer=tokenizer,
+            video_processor=video, image_seq_len=(square // patch // 2)**2,
+        ), words
+    if family == "videollama3":
+        video = transformers.VideoLlama3VideoProcessor(**cut, use_token_compression=False)
+        still = transformers.VideoLlama3ImageProcessor()
+        kind, words = transformers.VideoLlama3Processor, {"num_frames": n_frames}
+    else:
+        video = transformers.Qwen2VLVideoProcessor(
+            **cut, temporal_patch_size=2, cap_pixels_per_frame=False)
+        still = transformers.Qwen2VLImageProcessor()
+        kind, words = transformers.Qwen2_5_VLProcessor, {"num_frames": 2 * n_frames}
+    return kind(image_processor=still, tokenizer=tokenizer, video_processor=video), words
+
+
+def shown_film(family, clip, n_frames):
+    """What a processor of videos makes of a film: it chooses, resizes, cuts and dates the frames"""
+    from transformers.video_utils import VideoMetadata
+    frames, rate, height, width = clip
+    processor, words = film_processor(family, n_frames)
+    if "num_frames" in words and family == "smolvlm" and n_frames: words["fps"] = rate
+    before, mark, after = PROMPTS[family]
+    before = {"qwen2_5_vl": SYSTEM}.get(family, "") + before
+    after = {"videollama3": "\n"}.get(family, "") + after  # the adapter's, inferred; see there
+    meta = VideoMetadata(total_num_frames=frames, fps=rate, duration=frames / rate)
+    which = processor.video_processor.sample_frames(meta, **words)
+    out = processor(
+        videos=[film(frames, height, width)], text=[before + mark + after], video_metadata=[meta],
+        do_sample_frames=True, add_special_tokens=False, return_tensors="pt", **words,
+    )
+    pixels = out["pixel_values"][0] if family == "smolvlm" else out["pixel_values_videos"]
+    return pixels, processor.tokenizer.convert_ids_to_tokens(out["input_ids"][0]), {
+        "frames": [int(k) for k in which],
+        "grid": out["video_grid_thw"].tolist() if "video_grid_thw" in out else None,
+        "step": float(out["second_per_grid_ts"][0]) if "second_per_grid_ts" in out else None,
+    }
+
+
+def shown_images(family, clip, n_frames):
+    """What a processor of images makes of frames that the adapter chose, evenly, and marked"""
+    import torch
+    import transformers
+    frames, _, height, width = clip
+    square, patch, _ = SIZES[family]
+    which = torch.linspace(0, frames - 1, n_frames).round().long().tolist()
+    tokenizer, size = small_tokenizer(), {"height": square, "width": square}
+    if family == "gemma3":
+        processor = transformers.Gemma3Processor(
+            transformers.Gemma3ImageProcessor(
+                size=size, resample=2, image_mean=[.5] * 3, image_std=[.5] * 3,
+            ), tokenizer, image_seq_length=(square // patch // 2)**2,
+        )
+    else:
+        tokenizer.image_token, tokenizer.audio_token = "<|image|>", "<|audio|>"
+        tokenizer.image_token_id, tokenizer.audio_token_id = tokenizer.convert_tokens_to_ids(
+            ["<|image|>", "<|audio|>"]
+        )
+        processor = transformers.Phi4MultimodalProcessor(
+            transformers.Phi4MultimodalImageProcessor(size=size, patch_size=patch, dynamic_hd=1),
+            transformers.Phi4MultimodalFeatureExtractor(), tokenizer,
+        )
+    before, mark, after = PROMPTS[family]
+    images = list(film(frames, height, width)[which])
+    text = "".join(f"Frame {k}: {mark}" for k in range(1, n_frames + 1))
+    out = processor(
+        images=[images] if family == "gemma3" else images, text=[before + text + after],
+        add_special_tokens=False, return_tensors="pt",
+    )
+    pixels = out["pixel_values"] if family == "gemma3" else out["image_pixel_values"][:, 1]
+    tokens = tokenizer.convert_ids_to_tokens(out["input_ids"][0])
+    return pixels, tokens, {"frames": which, "grid": None, "step": None}
+
+
+def films():
+    """Frames, grid, step, prompt and a part of the pixels of every film, by family"""
+    tensors, rows = {}, []
+    for family, clip, n_frames in SHOWN:
+        make = shown_images if family in ("gemma3", "phi4") else shown_film
+        pixels, tokens, facts = make(family, clip, n_frames)
+        name = f"shown.{len(rows)}"
+        stride = max(1, pixels.numel() // 400) | 1
+        tensors[name] = pixels.flatten()[::stride].contiguous()
+        square, patch, limits = SIZES[family]
+        rows.append(facts | {
+            "family": family, "clip": clip, "n_frames": n_frames, "square": square, "patch": patch,
+            "limits": limits, "pixels": list(pixels.shape), "part": name, "prompt": folded(tokens),
+        })
+    return tensors, rows
+
+
 def read_clip(path, n_frames=3, every=10):
     """Bytes (frames 3 height width), every tenth frame of a file"""
     import av
@@ -335,8 +476,10 @@ def main():
                 tensors[f"{case}.{part}"] = value.flatten()[::stride].contiguous()
         print("bytes", sum(t.numel() * t.element_size() for t in tensors.values()))
         import transformers
+        parts, rows = films()
+        tensors |= parts
         facts = {
-            "shapes": facts, "frames": frames(), "prompts": prompts(clip),
+            "shapes": facts, "frames": frames(), "prompts": prompts(clip), "shown": rows,
             "words": [__import__("num2words").num2words(n) for n in range(100)],
             "versions": {
                 "transformers": transformers.__version__, "torch": torch.__version__,

@@ -15,6 +15,8 @@ from transporter_nb.app import doctor
 from transporter_nb.core import hub
 from transporter_nb.core.hub import SOURCES, HubSource, LoadOptions, cached_folder
 from transporter_nb.explain.transporter import Transporter
+from transporter_nb.models.cache import model_digests
+from transporter_nb.models.pairing import COUPLING_PROBES, made_for
 from transporter_nb.models.registry import (
     MODEL_TYPES, VLMS, find_adapter, find_model, load_generator, load_vlm,
 )
@@ -120,6 +122,25 @@ def test_a_generator_of_any_size(folders, name, experts):
     assert torch.allclose(condition.embeds[:, :12], expected, atol=1e-5)
     latents = wan.noise([0])
     assert torch.allclose(wan.decode(latents), original.decode(latents), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_a_cache_needs_the_codec_alone(folders, name):
+    "Text encoder and autoencoder: the experts, nearly all of a Wan, are not read"
+    place = str(folders[name])
+    whole = load_generator(place, device="cpu", options=EXACT, clip_size=CLIP)
+    for options in (EXACT, LoadOptions(dtype="float32", offload="parts", checkpointing=True)):
+        codec = load_generator(place, device="cpu", options=options, clip_size=CLIP, codec=True)
+        assert not list(codec.transformer.parameters()) and codec.transformer_2 is None
+        latents = whole.encode(clip())
+        assert torch.equal(codec.encode(clip()), latents)
+        assert torch.equal(codec.decode(latents), whole.decode(latents))
+        assert torch.equal(codec.encode_prompt([RED]).embeds, whole.encode_prompt([RED]).embeds)
+        vlm = small("phi4").freeze()
+        assert model_digests(codec, vlm) == model_digests(whole, vlm) # the same cache
+        asked = codec, vlm, COUPLING_PROBES
+        assert made_for(*asked) == made_for(whole, vlm, COUPLING_PROBES)
+    assert load_generator("wan", codec=True).transformer is not None # the miniature comes whole
 
 
 def test_clips_of_a_release_have_a_size_without_being_asked(folders):

@@ -10,12 +10,13 @@ from transformers import PreTrainedTokenizerFast
 from transporter_nb.concepts.bank import ConceptBank
 from transporter_nb.concepts.concept import Concept, ConceptConfig
 from transporter_nb.evaluate.baselines.objectives import TargetToken
+from transporter_nb.evaluate.disagreement import answers_to, questions_between
 from transporter_nb.explain.answer_table import read_answers
 from transporter_nb.explain.certificate import vlm_reader
 from transporter_nb.explain.transporter import Transporter
 from transporter_nb.models.answers import (
-    answer_divergence, answer_gap, ask_pair, ask_words, pair_ids, pair_turns, word_answers,
-    word_log_probs,
+    answer_divergence, answer_gap, ask_pair, ask_words, finish_words, pair_ids, pair_turns,
+    word_answers, word_log_probs,
 )
 from transporter_nb.models.testing import LinearGenerator, tiny_vlm
 from transporter_nb.models.vlms.base import (
@@ -87,6 +88,34 @@ def test_words_of_one_piece_are_asked_as_before(vlm):
     assert pair_ids(vlm, pair, CAPTION).tolist() == [
         [vlm.token_id("large", "one"), vlm.token_id("small", "one")],
         [vlm.token_id(word, "one large red ball slides") for word in ("left", "right")]]
+
+
+def speaks(vlm, word, prefix):
+    "Logits of a model that says one word, piece by piece, and ends"
+    pieces = vlm.piece_ids(word, prefix)
+    after = torch.full((len(vlm.tokenizer),), pieces[0])
+    for piece, following in zip(pieces, [*pieces[1:], vlm.end_id]): after[piece] = following
+    def text_logits(tokens, text):
+        return 20. * torch.nn.functional.one_hot(after[text.token_ids], len(after))
+    return text_logits
+
+
+def test_first_pieces_become_the_words_that_the_vlm_would_say(vlm, monkeypatch):
+    prefix = "one large red ball slides left slowly over a"
+    turn, tokens = Turn(DESCRIBE, prefix), vlm.embed(clips(2))
+    for word in ("snowy", "stone", "large"):
+        monkeypatch.setattr(vlm, "text_logits", speaks(vlm, word, prefix), raising=False)
+        pieces = vlm.piece_ids(word, prefix)
+        assert finish_words(vlm, tokens, turn, pieces[:1]) == [pieces]
+
+
+@pytest.mark.parametrize("word, number", [("stone", 0), ("snowy", 1), ("sandy", -1), ("red", -1)])
+def test_a_question_is_answered_by_whole_words(vlm, monkeypatch, word, number):
+    asked = questions_between(vlm, [CAPTION], [CAPTION.replace("stone", "snowy")])
+    prefix = asked[0].asked.turn.prefix
+    assert len(asked[0].asked.pieces[0]) > 1 and len({p[0] for p in asked[0].asked.pieces}) == 1
+    monkeypatch.setattr(vlm, "text_logits", speaks(vlm, word, prefix), raising=False)
+    assert answers_to(vlm, vlm.embed(clips(1)), asked).tolist() == [number]
 
 
 def test_one_pass_answers_about_all_words(vlm, monkeypatch):

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from .concept import Direction
 from ..core.base import load_checkpoint, save_checkpoint, widen
-from ..models.answers import pair_turns
+from ..models.answers import (
+    Asked, answers_among, finish_words, pair_turns, word_columns)
 from ..models.generators.base import PromptCondition, VideoGenerator
 from ..models.pairing import made_for
 from ..models.view import Models
@@ -283,7 +284,7 @@ def answers_half_way(
     pair:ContrastPair, # The two ends
     caption:str, # Holds the source word
     seeds:Sequence[int], # One clip each
-    n_words:int=8, # Most probable words that are looked at (chosen)
+    n_words:int=8, # Most probable first tokens that are looked at (chosen)
     **dials, # `steps` and `guidance` of `generator.sample`
 ) -> dict[str, float]: # Most probable first; words that the generator can be asked for
     "How probable a VLM finds words half way between two others"
@@ -291,14 +292,18 @@ def answers_half_way(
     half = ConceptPath(pair).condition(generator, caption, torch.tensor([.5]))
     latents = generator.sample(half, seeds=list(seeds), **dials)
     tokens = models.view(latents, half).phi
-    turns = [pair_turns(pair, caption)] * len(tokens)
-    answers = vlm.turn_log_probs(tokens, turns)[:, 0].exp().mean(0)
+    turn = pair_turns(pair, caption)[0]
+    first = vlm.turn_log_probs(tokens, [[turn]] * len(tokens))[:, 0].exp().mean(0)
+    starts = first.topk(min(n_words, len(first))).indices.tolist()
+    pieces = finish_words(vlm, tokens, turn, starts)
+    answers = answers_among(vlm, tokens, [[Asked(turn, pieces)]] * len(tokens))[:, 0]
+    whole = answers[:, word_columns(pieces)].exp().mean(0).tolist()
     found = {}
-    for token in answers.topk(min(n_words, len(answers))).indices.tolist():
-        word = spoken(pair, caption, vlm.tokenizer.decode([token]).strip())
+    for k in sorted(range(len(pieces)), key=lambda k: -whole[k]):
+        word = spoken(pair, caption, vlm.tokenizer.decode(pieces[k]).strip())
         known = word in pair.words[0]
         if known or (word.isalpha() and asked_for(generator, pair, word, caption)):
-            found.setdefault(word, answers[token].item())
+            found.setdefault(word, whole[k])
     return found
 
 # %% ../../nbs/4_concepts/07_paths.ipynb #617f6802

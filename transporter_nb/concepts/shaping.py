@@ -238,7 +238,7 @@ def measure_answers(
             view = models.view(latents, condition)
             gap = clip_gaps(vlm, view.phi, pair, some, groups)
             if against is not None:
-                other = against.embed(view.videos)
+                other = replace(models, vlm=against, coupling=None).embed(view.videos)
                 gap = gap - clip_gaps(against, other, pair, some, groups)
             gaps.append(gap)
     return replace(fit_answers(texts, torch.cat(gaps), pair, groups), cost=cost)

@@ -189,7 +189,7 @@ def unsteered(
     generator, noise = l2v.generator, l2v.generator.noise([request.seed])
     latents = generator.sample(generator.encode_prompt([request.caption]), noise=noise)
     videos = l2v.models.decode(latents)
-    seen = l2v.vlm.embed(videos)
+    seen = l2v.models.embed(videos)
     return Unsteered(videos[0].cpu(), seen, l2v.vlm.caption(seen)[0])
 
 # %% ../../nbs/5_explain/13_exploration.ipynb #82a6b2b2

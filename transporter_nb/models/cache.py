@@ -215,6 +215,7 @@ def encode_clip(
 ) -> dict[str, Tensor]: # "latents", "target", "t" and "reencoded_0", "reencoded_1", ...
     "What is kept of one clip"
     dtype, video = DTYPES[settings.dtype], video.to(generator.device)
+    if generator.clock: vlm.set_clock(*generator.clock) # as Phi's clips are looked at
     latents = generator.encode(video)[0].to(dtype)
     kept = {"latents": latents, "target": vlm.embed(video)[0].to(dtype),
             "t": flow_times(key, settings)}

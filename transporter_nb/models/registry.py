@@ -210,9 +210,12 @@ def load_generator(
     device:str="auto", # "auto" (CUDA where there is one), "cpu" or "cuda"
     options:LoadOptions|None=None, # At paper scale: types and places of the weights
     clip_size:Sequence[int]|None=None, # At paper scale: frames, height and width (px) of a clip
+    codec:bool=False, # Of a checkpoint, text encoder and autoencoder alone; it generates nothing
 ) -> VideoGenerator: # Frozen, in evaluation mode
     "Load a video generator by name or place"
-    return _load("generator", name, scale, device, options, clip_size=clip_size)
+    # the codec of a miniature is not worth a file of its own
+    alone = codec and (scale == "paper" or is_checkpoint("generator", name)) or None
+    return _load("generator", name, scale, device, options, clip_size=clip_size, codec=alone)
 
 @documented("""
     vlm = load_vlm("phi4")
@@ -225,9 +228,12 @@ def load_vlm(
     device:str="auto", # "auto" (CUDA where there is one), "cpu" or "cuda"
     options:LoadOptions|None=None, # At paper scale: types and places of the weights
     n_frames:int|None=None, # At paper scale: frames of a clip that are shown
+    # At paper scale: most pixels of a shown frame, where its processor keeps the frame's shape, as
+    # Qwen2.5-VL's does; None: as many as the processor shows
+    max_pixels:int|None=None,
 ) -> VideoLanguageModel: # Frozen, in evaluation mode
     "Load a video-language model by name or place"
-    return _load("vlm", name, scale, device, options, n_frames=n_frames)
+    return _load("vlm", name, scale, device, options, n_frames=n_frames, max_pixels=max_pixels)
 
 # %% ../../nbs/2_models/18_registry.ipynb #e460a53e
 def _check_class(name:str, adapter) -> None:

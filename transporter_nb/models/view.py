@@ -86,7 +86,14 @@ class Models:
     # Phi, from the generator's latents to the VLM's tokens; None: decode and re-encode alone
     coupling: nn.Module|None = None
 
-    def __post_init__(self): check_parts(self.generator, self.vlm, self.coupling)
+    def __post_init__(self):
+        check_parts(self.generator, self.vlm, None)
+        self.on_time() # the VLM's tokens are counted for these clips
+        if self.coupling is not None: check_parts(self.generator, self.vlm, self.coupling)
+    def on_time(self) -> VideoLanguageModel: # The VLM
+        "Date the VLM's prompts for the clips of this generator"
+        if self.generator.clock: self.vlm.set_clock(*self.generator.clock)
+        return self.vlm
     def check_through(self,
         through:Any, # How the VLM's answer is measured
     ) -> str: # The same
@@ -121,7 +128,8 @@ def embed(
     batch_size:int|None=None, # As for `decode`
 ) -> Float[Tensor, "clips vlm_tokens vlm_dim"]: # Differentiable
     "The VLM's tokens of some clips"
-    def embedded(rows): return self.vlm.embed(videos[rows])
+    vlm = self.on_time()
+    def embedded(rows): return vlm.embed(videos[rows])
     return _in_batches(self.vlm, "embed", embedded, videos, batch_size)
 
 # %% ../../nbs/2_models/22_view.ipynb #ca803711
@@ -154,7 +162,7 @@ def _through_phi(self:Models, latents, condition, seen, t):
     if not self.looks_ahead(t):
         return self.coupling(latents, *text, seen, t).transported
     coming = self.coming(latents, t)
-    ahead = self.vlm.embed(self.decode(coming, batch_size=MOST_ROWS)) # as in training
+    ahead = self.on_time().embed(self.decode(coming, batch_size=MOST_ROWS)) # as in training
     return self.coupling(latents, *text, ahead, t, coming).transported
 
 @patch
@@ -171,7 +179,7 @@ def view(
     def seen(rows):
         time = t[rows] if isinstance(t, Tensor) and t.ndim else t
         videos = self.decode(latents[rows], batch_size=MOST_ROWS)
-        tokens = self.vlm.embed(videos)
+        tokens = self.on_time().embed(videos)
         phi = self._through_phi(latents[rows], condition.index(rows), tokens, time)
         return videos, tokens, phi
     what = "view", id(self.generator), id(self.coupling)

@@ -661,6 +661,12 @@ class SampledVideo(NamedTuple):
     video: Float[Tensor, "1 frames 3 height width"] # Values in [0, 1]
     times: Float[Tensor, "frames"] # Seconds after the first frame of the file at which each appears
 
+    @property
+    def rate(self) -> float|None: # None: all of one moment
+        "Frames a second of these frames, on average"
+        seconds = (self.times[-1] - self.times[0]).item()
+        return (len(self.times) - 1) / seconds if seconds > 0 else None
+
 def warn_of_damage(
     name:str, # Of the file
     damage:Damage, # From the second pass

@@ -129,6 +129,7 @@ class WanConfig:
     boundary_ratio:float|None=None # Noise level at which expert two takes over; None for one expert
     hub:str|None=None # Repository of the trained weights; None where they are shipped
     revision:str|None=None # Commit of that repository
+    frame_rate:float=6. # Frames a second of a clip (chosen for the miniature: as its films play)
 
     def __post_init__(self):
         errors = size_errors(self)
@@ -179,6 +180,7 @@ PAPER_FIELDS = dict( # Wan2.2-T2V-A14B, its published defaults
     frames=61, height=720, width=720, prompt_tokens=512,
     flow_shift=12.0, steps=40, guidance=(4.0, 3.0), boundary_ratio=0.875,
     hub=SOURCES["wan"].repo, revision=SOURCES["wan"].revision,
+    frame_rate=16., # its sample_fps
 )
 
 # %% ../../../nbs/2_models/02_generators.wan.ipynb #1612ae64
@@ -424,6 +426,9 @@ class WanGenerator(_WanParts):
         "Sizes without weights, see `blank_generator`"
         return blank_generator(**settings)
 
+    @property
+    def clock(self):
+        return self.config.frames, self.config.frame_rate, (self.config.height, self.config.width)
     def encode_prompt(self, prompts): return encode_words(self, prompts)
     def token_positions(self, prompt, start_char, end_char):
         return tokens_covering(self.tokenizer, prompt, start_char, end_char)
@@ -632,7 +637,7 @@ def put_on_device(
     "Put a generator on a machine as the options say"
     device = resolve_device(device) if str(device) != "meta" else torch.device("meta")
     experts = [e for e in (generator.transformer, generator.transformer_2)
-               if e is not None]
+               if e is not None and not isinstance(e, nn.Identity)]
     if options.vae_tiling:
         generator.vae.enable_tiling()
         generator.vae.enable_slicing()
@@ -680,7 +685,8 @@ def hub_config(
     frames, height, width = clip_size or (61, side // cell * cell, side // cell * cell)
     return WanConfig(**PAPER_FIELDS | run | dict(
         vae=vae, transformer=transformer, text=text, frames=frames, height=height, width=width,
-        hub=snapshot.place, revision=snapshot.revision))
+        hub=snapshot.place, revision=snapshot.revision,
+        frame_rate=float(index.get("frame_rate") or (24 if vae.is_residual else 16)))) # TI2V-5B: 24
 
 # %% ../../../nbs/2_models/02_generators.wan.ipynb #3128fa53
 @patch_to(WanGenerator, cls_method=True)
@@ -691,21 +697,25 @@ def load_snapshot(
     options:LoadOptions|None=None, # Types and places; None is bfloat16, everything on `device`
     clip_size:Sequence[int]|None=None, # Frames, height and width (px), see `hub_config`
     config:WanConfig|None=None, # In place of what `hub_config` reads
+    codec:bool=False, # Text encoder and autoencoder alone: for a cache, where nothing is generated
 ) -> WanGenerator: # Frozen
     "Load a released Wan from its folder, in its own sizes"
     options = options or LoadOptions()
     config = config or hub_config(snapshot, clip_size)
+    if codec: config = replace(config, boundary_ratio=None)
     tokenizer = AutoTokenizer.from_pretrained(snapshot.folder / "tokenizer")
     spread = {"device_map": options.device_map} if options.device_map else {}
     def network(kind, name, dtype, word="torch_dtype", **more):
         return kind.from_pretrained(snapshot.folder, subfolder=name, use_safetensors=True,
                                     **{word: DTYPES[dtype]}, **more)
     names = ("transformer", "transformer_2")[:1 if config.boundary_ratio is None else 2]
+    if codec: names = ()
     experts = [network(WanTransformer3DModel, name, options.dtype, **spread) for name in names]
     vae = network(AutoencoderKLWan, "vae", options.vae_dtype)
     text_encoder = network(UMT5EncoderModel, "text_encoder", options.dtype, "dtype", **spread)
     if options.device_map:
         vae = vae.to(resolve_device(device))
+    experts = experts or [nn.Identity()]
     generator = cls(config, vae, experts[0], text_encoder, tokenizer, *experts[1:])
     return put_on_device(generator.freeze(), options, device)
 

@@ -8,7 +8,8 @@ __all__ = ['DESCRIBE', 'SLOT_QUESTIONS', 'world_words', 'word_tokenizer', 'Turn'
 
 # %% ../../../nbs/2_models/05_vlms.base.ipynb #097cc7d3
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -105,6 +106,7 @@ class VideoLanguageModel(ABC, nn.Module):
     name: str # As in the registry
     tokenizer: PreTrainedTokenizerFast # Words to ids and back
     end_id: int # Ends an answer
+    clock: tuple|None = None # Frames, rate and size of the clips it is ready for; None: any
 
     @property
     @abstractmethod
@@ -140,6 +142,30 @@ class VideoLanguageModel(ABC, nn.Module):
         "A question in the VLM's chat format"
 
 # %% ../../../nbs/2_models/05_vlms.base.ipynb #e7d25b94
+@patch
+def set_clock(
+    self:VideoLanguageModel,
+    frames:int, # Of a clip
+    rate:float|int, # Frames a second
+    size:tuple[int, int]|None=None, # Height and width, px; None: as before
+) -> VideoLanguageModel: # The same object
+    "Get ready for clips of this length, rate and size; nothing to do where prompts hold no dates"
+    return self
+
+@patch
+@contextmanager
+def clocked(
+    self:VideoLanguageModel,
+    frames:int, # As for `set_clock`
+    rate:float|int, # Likewise
+    size:tuple[int, int]|None=None, # Likewise
+) -> Iterator[VideoLanguageModel]: # The same object
+    "Look at other clips for a while, such as those of a file"
+    before = self.clock
+    try: yield self.set_clock(frames, rate, size)
+    finally:
+        if before is not None: self.set_clock(*before)
+
 @patch
 def probe_clip(
     self:VideoLanguageModel,

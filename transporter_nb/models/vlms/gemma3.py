@@ -7,7 +7,7 @@ __all__ = ['Gemma3VLM']
 
 # %% ../../../nbs/2_models/09_vlms.gemma3.ipynb #7564b423
 import torch
-from fastcore.basics import patch
+from fastcore.basics import patch, patch_to
 from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
@@ -15,38 +15,7 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 from ...core.hub import SOURCES
 from .hub import (
     HubVLM, VLMSettings, additive_mask, text_sizes, vision_sizes)
-from .preprocessing import FRAMES_TEXT, normalise, take_frames
-
-# %% ../../../nbs/2_models/09_vlms.gemma3.ipynb #71fe61d7
-_PAPER_TEXT = dict( # as on the hub
-    hidden_size=3840, intermediate_size=15360, num_hidden_layers=48, num_attention_heads=16,
-    num_key_value_heads=8, head_dim=256, query_pre_attn_scalar=256, sliding_window=1024,
-    rope_parameters={
-        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}})
-_PAPER_VISION = dict( # likewise
-    model_type="siglip_vision_model", hidden_size=1152, intermediate_size=4304,
-    num_hidden_layers=27, num_attention_heads=16, image_size=896, patch_size=14,
-    vision_use_head=False)
-
-def _mini_config(
-    settings:VLMSettings, # Sizes
-    ids:dict[str, int], # Of the special tokens
-    vocab_size:int, # Tokens of the tokenizer
-) -> Gemma3Config:
-    "The class's configuration of a small model"
-    head_dim = settings.hidden_size // settings.n_heads
-    text = dict(
-        vocab_size=vocab_size, head_dim=head_dim, query_pre_attn_scalar=head_dim,
-        sliding_window=512, sliding_window_pattern=2, pad_token_id=ids["<pad>"],
-        bos_token_id=ids["<bos>"], eos_token_id=ids["<end_of_turn>"], **text_sizes(settings))
-    vision = dict(
-        model_type="siglip_vision_model", vision_use_head=False, image_size=settings.image_size,
-        **vision_sizes(settings))
-    return Gemma3Config(
-        text_config=text, vision_config=vision, image_token_index=ids["<image_soft_token>"],
-        mm_tokens_per_image=(settings.image_size // settings.patch_size // 2)**2,
-        boi_token_index=ids["<start_of_image>"], eoi_token_index=ids["<end_of_image>"])
+from .preprocessing import FRAMES_TEXT
 
 # %% ../../../nbs/2_models/09_vlms.gemma3.ipynb #8a528c6c
 class Gemma3VLM(HubVLM):
@@ -72,22 +41,47 @@ class Gemma3VLM(HubVLM):
     def tokens_per_frame(self) -> int: return self.model.config.mm_tokens_per_image
 
     @classmethod
-    def mini_config(
-        cls, settings:VLMSettings, ids:dict[str, int], vocab_size:int) -> Gemma3Config:
-        return _mini_config(settings, ids, vocab_size)
-    @classmethod
     def paper_config(cls) -> Gemma3Config: # As on the hub
         "The published configuration"
         return Gemma3Config(text_config=_PAPER_TEXT, vision_config=_PAPER_VISION,
                             mm_tokens_per_image=256)
 
-    def embed(
-        self, video:Float[Tensor, "batch frames 3 height width"],
-    ) -> Float[Tensor, "batch vlm_tokens vlm_dim"]:
-        frames = take_frames(video, self.settings.n_frames, self.settings.image_size)
-        images = normalise(frames).flatten(0, 1).to(self.model.dtype)
-        tokens = self.model.model.get_image_features(images).pooler_output
-        return tokens.reshape(len(video), self.n_tokens, self.vlm_dim)
+    def tower(self, images:Float[Tensor, "images 3 size size"], n:int,
+              ) -> Float[Tensor, "images tokens vlm_dim"]:
+        return self.model.model.get_image_features(images).pooler_output
+
+# %% ../../../nbs/2_models/09_vlms.gemma3.ipynb #71fe61d7
+_PAPER_TEXT = dict( # as on the hub
+    hidden_size=3840, intermediate_size=15360, num_hidden_layers=48, num_attention_heads=16,
+    num_key_value_heads=8, head_dim=256, query_pre_attn_scalar=256, sliding_window=1024,
+    rope_parameters={
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}})
+_PAPER_VISION = dict( # likewise
+    model_type="siglip_vision_model", hidden_size=1152, intermediate_size=4304,
+    num_hidden_layers=27, num_attention_heads=16, image_size=896, patch_size=14,
+    vision_use_head=False)
+
+@patch_to(Gemma3VLM, cls_method=True)
+def mini_config(
+    cls:type[Gemma3VLM],
+    settings:VLMSettings, # Sizes
+    ids:dict[str, int], # Of the special tokens
+    vocab_size:int, # Tokens of the tokenizer
+) -> Gemma3Config:
+    "The class's configuration of a small model"
+    head_dim = settings.hidden_size // settings.n_heads
+    text = dict(
+        vocab_size=vocab_size, head_dim=head_dim, query_pre_attn_scalar=head_dim,
+        sliding_window=512, sliding_window_pattern=2, pad_token_id=ids["<pad>"],
+        bos_token_id=ids["<bos>"], eos_token_id=ids["<end_of_turn>"], **text_sizes(settings))
+    vision = dict(
+        model_type="siglip_vision_model", vision_use_head=False, image_size=settings.image_size,
+        **vision_sizes(settings))
+    return Gemma3Config(
+        text_config=text, vision_config=vision, image_token_index=ids["<image_soft_token>"],
+        mm_tokens_per_image=(settings.image_size // settings.patch_size // 2)**2,
+        boi_token_index=ids["<start_of_image>"], eoi_token_index=ids["<end_of_image>"])
 
 # %% ../../../nbs/2_models/09_vlms.gemma3.ipynb #578c55d1
 @patch

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['WHOLE', 'VLMSettings', 'text_sizes', 'vision_sizes', 'visible_tokens', 'additive_mask', 'HubVLM', 'start_weights',
-           'put_on_device']
+           'put_on_device', 'with_pixels']
 
 # %% ../../../nbs/2_models/07_vlms.hub.ipynb #87c1dc58
-from abc import abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,15 +23,16 @@ from ...core.base import (check_scale, checkpoint_path, load_checkpoint, resolve
 from ...core.hub import DTYPES, LoadOptions, Snapshot, find_source, require
 from .base import (
     PackedTurns, VideoLanguageModel, word_tokenizer, world_words)
-from .clock import Dated
+from .clock import PLANNED, Dated, pixel_limits
+from .preprocessing import normalise, pick_frames
 from ...world.words import SIZE
 
 # %% ../../../nbs/2_models/07_vlms.hub.ipynb #18613f24
 @dataclass(frozen=True)
 class VLMSettings:
     "How a VLM is built and how it is shown a video"
-    n_frames: int # Frames taken from a video, evenly, first and last included
-    image_size: int # px; frames are resized to squares of this size
+    n_frames: int # Shown frames, or steps of two that share a patch; 0: as the processor chooses
+    image_size: int # px; frames are resized to squares of this size where `max_pixels` is 0
     patch_size: int # px
     hidden_size: int = 128 # Width of the language model, so `vlm_dim`
     n_layers: int = 4
@@ -42,6 +42,8 @@ class VLMSettings:
     vision_heads: int = 4
     hub_id: str = "" # Where the weights come from at paper scale
     revision: str = ""
+    min_pixels: int = 0 # Of a shown frame, at least
+    max_pixels: int = 0 # Of a shown frame, at most, which then keeps its shape; 0: a square
 
 # %% ../../../nbs/2_models/07_vlms.hub.ipynb #684fa429
 def text_sizes(
@@ -96,6 +98,7 @@ class HubVLM(Dated, VideoLanguageModel):
     end_token: str # Ends an answer
     marked: bool = True # Whether a mark dates each frame; not needed where positions do
     two_way: bool = False # Whether the tokens of one frame see each other in both directions
+    colours: tuple = ((.5,) * 3, (.5,) * 3) # Mean and deviation that the tower expects
     opening: str # Before all frames
     before_frame: str = "" # Between a frame's mark and its tokens
     after_frame: str = "" # After a frame's tokens
@@ -109,22 +112,21 @@ class HubVLM(Dated, VideoLanguageModel):
         self.model = model
         self.tokenizer = tokenizer
         self.end_id = tokenizer.convert_tokens_to_ids(self.end_token)
+        self.start_clock(marks)
         ids, blocks = self.lay_out(marks)
         self.register_buffer("preamble", torch.tensor(ids), persistent=False)
         self.register_buffer("blocks", torch.tensor(blocks), persistent=False)
-        self.start_clock(marks)
+        self.place()
+        if settings.hub_id: self.set_clock(*PLANNED)
     @property
-    def n_tokens(self) -> int: return self.settings.n_frames * self.tokens_per_frame
+    def n_tokens(self) -> int: return self.n_steps * self.tokens_per_frame
     @property
     def vlm_dim(self) -> int: return self.settings.hidden_size
-    @property
-    @abstractmethod
-    def tokens_per_frame(self) -> int: "How many image tokens a frame becomes"
-    @classmethod
-    @abstractmethod
-    def mini_config(
-        cls, settings:VLMSettings, ids:dict[str, int], vocab_size:int) -> PretrainedConfig:
-        "The configuration of a small model of the class; `ids` are those of the special tokens"
+    def embed(self, video:Float[Tensor, "batch frames 3 height width"], # In [0, 1]
+              ) -> Float[Tensor, "batch vlm_tokens vlm_dim"]:
+        frames = self.fit(pick_frames(video, self.follow(video)))
+        images = normalise(frames, *self.colours).flatten(0, 1).to(self.model.dtype)
+        return self.tower(images, len(video)).reshape(len(video), self.n_tokens, self.vlm_dim)
 
 # %% ../../../nbs/2_models/07_vlms.hub.ipynb #54af7098
 @patch
@@ -172,7 +174,7 @@ def probe_clip(
     self:HubVLM,
 ) -> Float[Tensor, "1 frames 3 height width"]: # In [0, 1]; enough frames for any rule of choice
     "A fixed clip that distinguishes one VLM from another"
-    n_frames = 4 * self.settings.n_frames
+    n_frames = 4 * (self.settings.n_frames or 8)
     clip = torch.rand(1, n_frames, 3, SIZE, SIZE, generator=seeded_generator(0))
     return clip.to(self.preamble.device)
 
@@ -228,7 +230,28 @@ def start_weights(
             if value.ndim == 2 and not value.any():
                 nn.init.normal_(value, std=len(value)**-0.5)
 
+@patch
+def tower(
+    self:HubVLM,
+    images:Float[Tensor, "images 3 height width"], # Of all clips, in the tower's colours
+    n:int, # Clips
+) -> Float[Tensor, "*rows vlm_dim"]: # Tokens, clip by clip
+    "Images through the vision tower and its connector"
+    raise NotImplementedError(f"{type(self).__name__} does not say how its class encodes images. "
+                              "Define the method tower.")
+
 # %% ../../../nbs/2_models/07_vlms.hub.ipynb #6730969b
+@patch_to(HubVLM, cls_method=True)
+def mini_config(
+    cls:type[HubVLM],
+    settings:VLMSettings, # Sizes
+    ids:dict[str, int], # Of the special tokens
+    vocab_size:int, # Tokens of the tokenizer
+) -> PretrainedConfig: # Of the class
+    "The configuration of a small model of the class"
+    raise NotImplementedError(f"{cls.__name__} does not state the configuration of a small model. "
+                              "Define the classmethod mini_config.")
+
 @patch_to(HubVLM, cls_method=True)
 def new(
     cls:type[HubVLM],
@@ -325,14 +348,27 @@ def put_on_device(
     vlm.blocks = vlm.blocks.to(device)
     return vlm
 
+def with_pixels(
+    settings:VLMSettings, # Of a checkpoint
+    max_pixels:int|None, # Most pixels of a shown frame; None: as its processor has it
+) -> VLMSettings: # Not more than the processor's
+    "Show frames in fewer pixels"
+    if max_pixels is None: return settings
+    if not settings.max_pixels or max_pixels < (2 * settings.patch_size)**2:
+        raise ValueError(
+            f"max_pixels limits frames that keep their shape, to {2 * settings.patch_size} x "
+            f"{2 * settings.patch_size} px or more, got {max_pixels!r} and "
+            f"{settings.max_pixels or 'squares'} of the processor. Leave it out.")
+    return replace(settings, max_pixels=min(max_pixels, settings.max_pixels))
+
 # %% ../../../nbs/2_models/07_vlms.hub.ipynb #ee117415
 @patch_to(HubVLM, cls_method=True)
 def hub_mark(
     cls:type[HubVLM],
     k:int, # Number of the frame, from 1
 ) -> str: # Plain words before a frame
-    "The mark of a frame in a prompt of the published model"
-    return f"Frame {k}: "
+    "The mark of a frame in a prompt of the published model, where it writes no dates"
+    return f"Frame {k}: " if cls.marked else ""
 
 @patch_to(HubVLM, cls_method=True)
 def read_settings(
@@ -349,8 +385,10 @@ def read_settings(
         value = next((value for value in values if value), None)
         return value[0] if isinstance(value, (list, tuple)) else value
     block = 2 * size("patch_size")
+    limits = pixel_limits(snapshot.folder)
     return replace(
-        settings, patch_size=size("patch_size"), hub_id=snapshot.place, revision=snapshot.revision,
+        settings, **limits, patch_size=size("patch_size"),
+        hub_id=snapshot.place, revision=snapshot.revision,
         image_size=size("crop_size", "image_size") or settings.image_size // block * block,
         hidden_size=text.hidden_size, n_layers=text.num_hidden_layers,
         n_heads=text.num_attention_heads, vision_size=size("hidden_size"),
@@ -415,13 +453,14 @@ def load_snapshot(
     device:str="auto", # A GPU that holds the model
     options:LoadOptions|None=None, # None is bfloat16, everything on `device`
     n_frames:int|None=None, # Shown of a clip; None is the adapter's own number
+    max_pixels:int|None=None, # Of a shown frame, where its processor keeps its shape; None: its own
     settings:VLMSettings|None=None, # As for `read_settings`
 ) -> HubVLM: # Frozen
     "Any checkpoint of the class, in its own sizes"
     options = options or LoadOptions()
     shown = settings or cls.paper
     shown = replace(shown, n_frames=n_frames or shown.n_frames)
-    settings = cls.read_settings(snapshot, shown)
+    settings = with_pixels(cls.read_settings(snapshot, shown), max_pixels)
     tokenizer = cls.read_tokenizer(snapshot)
     spread = {"device_map": options.device_map} if options.device_map else {}
     local = replace(settings, hub_id=str(snapshot.folder), revision="")
@@ -449,7 +488,7 @@ def blank(
     mini = check_scale(scale) == "mini"
     settings = cls.mini if mini else cls.paper
     numbers = range(1, settings.n_frames + 1)
-    marks = [(f"<|t{k}|>" if mini else cls.hub_mark(k)) if cls.marked else ""
+    marks = [f"<|t{k}|>" if mini and cls.marked else cls.hub_mark(k)
              for k in numbers]
     special = [*cls.special_tokens, *(marks if mini and cls.marked else [])]
     more_words = [] if mini else ["frame", *(f"{k}:" for k in numbers)]

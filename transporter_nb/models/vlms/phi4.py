@@ -18,7 +18,6 @@ from transformers import Phi4MultimodalConfig, Phi4MultimodalForCausalLM, PreTra
 
 from ...core.hub import SOURCES
 from .hub import HubVLM, VLMSettings, text_sizes, vision_sizes
-from .preprocessing import normalise, take_frames
 
 # %% ../../../nbs/2_models/08_vlms.phi4.ipynb #404994b4
 def image_tokens(
@@ -37,27 +36,6 @@ def image_tokens(
         separator = part.global_img_feature_extensor.expand(len(grid), 1, -1)
         tokens = torch.cat([view, separator, view], 1)
     return part.img_projection_down(nn.functional.gelu(part.img_projection_up(tokens)))
-
-# %% ../../../nbs/2_models/08_vlms.phi4.ipynb #d10c6961
-def _mini_config(
-    settings:VLMSettings, # Sizes
-    ids:dict[str, int], # Of the special tokens
-    vocab_size:int, # Tokens of the tokenizer
-) -> Phi4MultimodalConfig:
-    "The class's configuration of a small model"
-    vision = dict(
-        image_size=settings.image_size, crop_size=settings.image_size,
-        image_token_id=ids["<|image|>"], feature_layer=-1, **vision_sizes(settings))
-    audio = dict(
-        hidden_size=8, intermediate_size=8, num_blocks=1, num_attention_heads=1,
-        ext_pw_out_channel=8, depthwise_separable_out_channel=8, nemo_conv_channels=8,
-        input_size=8, bias_max_distance=8, audio_token_id=ids["<|audio|>"], feature_layer=-1)
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
-    return Phi4MultimodalConfig(
-        vocab_size=vocab_size, vision_config=vision, audio_config=audio, tie_word_embeddings=True,
-        original_max_position_embeddings=512, rope_parameters=rope,
-        pad_token_id=ids["<|pad|>"], bos_token_id=ids["<|user|>"], eos_token_id=[ids["<|end|>"]],
-        **text_sizes(settings))
 
 # %% ../../../nbs/2_models/08_vlms.phi4.ipynb #e66f680d
 class Phi4VLM(HubVLM):
@@ -80,18 +58,33 @@ class Phi4VLM(HubVLM):
         n = self.settings.image_size // self.settings.patch_size // 2
         return 2 * n * (n + 1) + 1
 
-    @classmethod
-    def mini_config(
-        cls, settings:VLMSettings, ids:dict[str, int], vocab_size:int) -> Phi4MultimodalConfig:
-        return _mini_config(settings, ids, vocab_size)
 
-    def embed(
-        self, video:Float[Tensor, "batch frames 3 height width"],
-    ) -> Float[Tensor, "batch vlm_tokens vlm_dim"]:
-        frames = take_frames(video, self.settings.n_frames, self.settings.image_size)
-        images = normalise(frames).flatten(0, 1)
-        tokens = image_tokens(self.model.model.embed_tokens_extend.image_embed, images)
-        return tokens.view(len(video), self.n_tokens, self.vlm_dim)
+    def tower(self, images:Float[Tensor, "images 3 size size"], n:int,
+              ) -> Float[Tensor, "images tokens vlm_dim"]:
+        return image_tokens(self.model.model.embed_tokens_extend.image_embed, images)
+
+# %% ../../../nbs/2_models/08_vlms.phi4.ipynb #d10c6961
+@patch_to(Phi4VLM, cls_method=True)
+def mini_config(
+    cls:type[Phi4VLM],
+    settings:VLMSettings, # Sizes
+    ids:dict[str, int], # Of the special tokens
+    vocab_size:int, # Tokens of the tokenizer
+) -> Phi4MultimodalConfig:
+    "The class's configuration of a small model"
+    vision = dict(
+        image_size=settings.image_size, crop_size=settings.image_size,
+        image_token_id=ids["<|image|>"], feature_layer=-1, **vision_sizes(settings))
+    audio = dict(
+        hidden_size=8, intermediate_size=8, num_blocks=1, num_attention_heads=1,
+        ext_pw_out_channel=8, depthwise_separable_out_channel=8, nemo_conv_channels=8,
+        input_size=8, bias_max_distance=8, audio_token_id=ids["<|audio|>"], feature_layer=-1)
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+    return Phi4MultimodalConfig(
+        vocab_size=vocab_size, vision_config=vision, audio_config=audio, tie_word_embeddings=True,
+        original_max_position_embeddings=512, rope_parameters=rope,
+        pad_token_id=ids["<|pad|>"], bos_token_id=ids["<|user|>"], eos_token_id=[ids["<|end|>"]],
+        **text_sizes(settings))
 
 # %% ../../../nbs/2_models/08_vlms.phi4.ipynb #0192af84
 @patch_to(Phi4VLM, cls_method=True)

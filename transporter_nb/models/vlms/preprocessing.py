@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'SLACK', 'FRAMES_TEXT', 'filter_weights', 'byte_product', 'resize', 'normalise',
-           'even_frames', 'stepped_frames', 'paced_frames', 'take_frames', 'round_to_blocks', 'fit_longest_edge',
-           'smol_squares', 'crop_grid', 'phi4_crops', 'flatten_patches', 'in_words', 'FramesText']
+           'even_frames', 'stepped_frames', 'paced_frames', 'pick_frames', 'take_frames', 'round_to_blocks',
+           'fit_longest_edge', 'smol_squares', 'crop_grid', 'phi4_crops', 'flatten_patches', 'in_words', 'FramesText']
 
 # %% ../../../nbs/2_models/04_vlms.preprocessing.ipynb #ed71fbe9
 import math
@@ -170,25 +170,29 @@ def _check_colours(video:Float[Tensor, "batch frames 3 height width"]) -> None:
                      "use (video + 1) / 2; clamp what a decoder overshoots; NaN comes from the "
                      "model before.")
 
-def take_frames(
+def pick_frames(
     video:Float[Tensor, "batch frames 3 height width"], # Colours in [0, 1], any number and size
-    n_frames:int, # How many to show
-    size:int, # px, of the shown frames
-    mode:str="bilinear", # Filter, as for `resize`
-    which:Sequence[int]|None=None, # Numbers of the frames, by the model's rule; `even_frames`
-) -> Float[Tensor, "batch n_frames 3 size size"]: # In [0, 1]; float32 for half precision
-    "The frames that a VLM is shown"
+    which:Sequence[int], # Numbers of the frames; one may stand twice
+) -> Float[Tensor, "batch n_frames 3 height width"]: # In [0, 1]; float32 for half precision
+    "Some frames of a video, refusing what is none"
     if video.ndim != 5 or video.shape[2] != 3 or not len(video):
         raise ValueError("a video is (batch >= 1, frames, 3, height, width), "
                          f"got {tuple(video.shape)}.")
-    which = even_frames(video.shape[1], n_frames) if which is None else list(which)
-    if len(which) != n_frames:
-        raise ValueError(f"this VLM looks at {n_frames} frames, got the numbers of {len(which)}.")
     if not video.is_floating_point():
         raise ValueError(f"a video has colours in [0, 1], got whole numbers ({video.dtype}). "
                          "Divide bytes by 255.")
     if not video.is_meta: _check_colours(video) # a meta tensor has no numbers
-    return resize(widen(video[:, which]), size, size, mode)
+    return widen(video[:, list(which)])
+
+def take_frames(
+    video:Float[Tensor, "batch frames 3 height width"], # As for `pick_frames`
+    n_frames:int, # How many to show
+    size:int, # px, of the shown frames
+    mode:str="bilinear", # Filter, as for `resize`
+) -> Float[Tensor, "batch n_frames 3 size size"]: # In [0, 1]; float32 for half precision
+    "The frames that a VLM is shown, from end to end of the clip, as squares"
+    which = even_frames(video.shape[1], n_frames) if video.ndim == 5 else ()
+    return resize(pick_frames(video, which), size, size, mode)
 
 # %% ../../../nbs/2_models/04_vlms.preprocessing.ipynb #355430db
 def round_to_blocks(

@@ -7,17 +7,49 @@ __all__ = ['SYSTEM', 'Qwen25VLM']
 
 # %% ../../../nbs/2_models/11_vlms.qwen25vl.ipynb #ffc96968
 import torch
-from fastcore.basics import patch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from fastcore.basics import patch_to
+from jaxtyping import Float
+from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from .clock import ThreeAxes
 from .hub import HubVLM, VLMSettings, text_sizes
-from .preprocessing import (
-    CLIP_MEAN, CLIP_STD, even_frames, flatten_patches, normalise, stepped_frames, take_frames)
+from .preprocessing import CLIP_MEAN, CLIP_STD, flatten_patches
+
+# %% ../../../nbs/2_models/11_vlms.qwen25vl.ipynb #0717e309
+# the chat template's, where a conversation brings no system turn of its own
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+
+class Qwen25VLM(ThreeAxes, HubVLM):
+    "`Qwen2_5_VLForConditionalGeneration` behind the common interface"
+    name = "qwen25vl"
+    model_class = Qwen2_5_VLForConditionalGeneration
+    marked, depth, choice, filter = False, 2, "stepped", "bicubic"
+    colours = CLIP_MEAN, CLIP_STD
+    mini = VLMSettings(n_frames=5, image_size=32, patch_size=8) # steps of two frames
+    paper = VLMSettings(
+        n_frames=8, image_size=336, patch_size=14, hidden_size=3584, n_layers=28, n_heads=28,
+        vision_size=1280, vision_layers=32, vision_heads=16,
+        min_pixels=56**2, max_pixels=16384 * 28**2, # preprocessor_config.json
+        hub_id="Qwen/Qwen2.5-VL-7B-Instruct", revision="main")
+    special_tokens = (
+        "<|endoftext|>", "<|unknown|>", "<|im_start|>", "<|im_end|>", "user", "assistant",
+        "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    image_token, end_token = "<|video_pad|>", "<|im_end|>"
+    opening, after_frames = "<|im_start|>user\n<|vision_start|>", "<|vision_end|>"
+    published_opening = SYSTEM + opening
+    closing = "<|im_end|>\n<|im_start|>assistant\n"
+
+    def tower(self, images:Float[Tensor, "images 3 height width"], n:int,
+              ) -> Float[Tensor, "n tokens vlm_dim"]:
+        patches = flatten_patches(images, self.settings.patch_size, self.merge, self.depth)
+        grid = self.grid(n).to(images.device)
+        return torch.stack(self.model.model.get_video_features(patches, grid).pooler_output)
 
 # %% ../../../nbs/2_models/11_vlms.qwen25vl.ipynb #c832e85c
-def _mini_config(
+@patch_to(Qwen25VLM, cls_method=True)
+def mini_config(
+    cls:type[Qwen25VLM],
     settings:VLMSettings, # Sizes
     ids:dict[str, int], # Of the special tokens
     vocab_size:int, # Tokens of the tokenizer
@@ -40,117 +72,3 @@ def _mini_config(
         text_config=text, vision_config=vision, tie_word_embeddings=True,
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"])
-
-# %% ../../../nbs/2_models/11_vlms.qwen25vl.ipynb #0717e309
-class Qwen25VLM(HubVLM):
-    "`Qwen2_5_VLForConditionalGeneration` behind the common interface"
-    name = "qwen25vl"
-    model_class = Qwen2_5_VLForConditionalGeneration
-    marked = False
-    mini = VLMSettings(n_frames=5, image_size=32, patch_size=8) # steps of two frames
-    paper = VLMSettings(
-        n_frames=8, image_size=336, patch_size=14, hidden_size=3584, n_layers=28, n_heads=28,
-        vision_size=1280, vision_layers=32, vision_heads=16,
-        hub_id="Qwen/Qwen2.5-VL-7B-Instruct", revision="main")
-    special_tokens = (
-        "<|endoftext|>", "<|unknown|>", "<|im_start|>", "<|im_end|>", "user", "assistant",
-        "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-    image_token, end_token = "<|video_pad|>", "<|im_end|>"
-    opening, after_frames = "<|im_start|>user\n<|vision_start|>", "<|vision_end|>"
-    closing = "<|im_end|>\n<|im_start|>assistant\n"
-
-    def __init__(self, *parts):
-        super().__init__(*parts)
-        self.place()
-
-    def grid(self, n:int) -> Int[Tensor, "n 3"]:
-        side = self.settings.image_size // self.settings.patch_size
-        return torch.tensor([[self.settings.n_frames, side, side]] * n)
-    @property
-    def tokens_per_frame(self) -> int:
-        return (self.settings.image_size // self.settings.patch_size // 2)**2
-    @classmethod
-    def hub_mark(cls, k:int) -> str: return ""
-    @classmethod
-    def mini_config(cls, settings:VLMSettings, ids:dict[str, int],
-                    vocab_size:int) -> Qwen2_5_VLConfig:
-        return _mini_config(settings, ids, vocab_size)
-    def embed(self, video:Float[Tensor, "batch frames 3 height width"],
-              ) -> Float[Tensor, "batch vlm_tokens vlm_dim"]:
-        return _embed(self, video)
-
-# %% ../../../nbs/2_models/11_vlms.qwen25vl.ipynb #6d327ced
-# the chat template's, where a conversation brings no system turn of its own
-SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-
-@patch
-def dated_text(
-    self:Qwen25VLM,
-    seconds:list[float], # When each shown frame stands in the clip
-    duration:float, # Seconds of the clip
-) -> tuple[str, list[str]]: # Before all frames; nothing before each
-    "The system turn; the positions hold the dates"
-    return SYSTEM + Qwen25VLM.opening, [""] * self.settings.n_frames
-
-@patch
-def shown_frames(
-    self:Qwen25VLM,
-    n_total:int, # Frames of the clip
-) -> list[int]: # Two a patch; where they do not suffice one less, and `embed` repeats the last
-    "Which frames of a clip the VLM is shown"
-    wanted = 2 * self.settings.n_frames
-    if n_total >= wanted and self.clock: return stepped_frames(n_total, wanted, depth=2)
-    return even_frames(n_total, wanted - 1)
-
-# %% ../../../nbs/2_models/11_vlms.qwen25vl.ipynb #c9d7988b
-@patch
-def place(self:Qwen25VLM):
-    "Positions of the preamble: seconds of the clip where it has a clock"
-    more = nn.functional.pad # one token of text after the preamble: where a turn begins
-    kinds = more(2 * (self.blocks >= 0).int(), (0, 1))[None] # 2: tokens of a video
-    ids = more(self.preamble, (0, 1))[None]
-    step = 1 # seconds of two frames that share a patch; a miniature's are as long as that
-    if self.clock: step = self.clock[0] / self.clock[1] / self.settings.n_frames
-    positions, _ = self.model.model.get_rope_index(
-        ids, kinds, video_grid_thw=self.grid(1), second_per_grid_ts=[step])
-    self.register_buffer("lead", positions[:, 0, :-1], persistent=False)
-    self.next_position = int(positions[0, 0, -1])
-
-@patch
-def set_clock(
-    self:Qwen25VLM,
-    frames:int, # Of a clip
-    rate:float, # Frames a second
-) -> Qwen25VLM: # The same object
-    "Prompt and positions for clips of this length and rate"
-    HubVLM.set_clock(self, frames, rate)
-    self.place()
-    return self
-
-# %% ../../../nbs/2_models/11_vlms.qwen25vl.ipynb #7d10c01f
-def _embed(
-    vlm:Qwen25VLM, # Whose tower encodes
-    video:Float[Tensor, "batch frames 3 height width"], # Colours in [0, 1]
-) -> Float[Tensor, "batch vlm_tokens vlm_dim"]:
-    "Pairs of frames through the tower, the last frame twice"
-    settings = vlm.settings
-    vlm.follow(video)
-    which = vlm.shown_frames(video.shape[1]) # by the model's rule
-    frames = take_frames(video, len(which), settings.image_size, "bicubic", which)
-    paired = torch.cat([frames, frames[:, -1:]], 1)[:, :2 * settings.n_frames]
-    images = normalise(paired, CLIP_MEAN, CLIP_STD).flatten(0, 1) # of the class's processor
-    patches = flatten_patches(images, settings.patch_size, merge=2, depth=2).to(vlm.model.dtype)
-    grid = vlm.grid(len(video)).to(patches.device)
-    return torch.stack(vlm.model.model.get_video_features(patches, grid).pooler_output)
-
-@patch
-def rope_positions(
-    self:Qwen25VLM,
-    positions:Int[Tensor, "batch tokens"], # Of each token in a prompt that held its turn alone
-) -> Int[Tensor, "3 batch tokens"]: # Time, height and width
-    "Positions in the form that the class takes"
-    n_before = len(self.preamble)
-    lead = self.lead.to(positions.device)
-    text = positions[:, n_before:] - n_before + self.next_position
-    before = lead[:, None].expand(-1, len(positions), -1)
-    return torch.cat([before, text.expand(3, -1, -1)], 2)

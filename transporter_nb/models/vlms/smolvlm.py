@@ -6,16 +6,50 @@
 __all__ = ['SmolVLM']
 
 # %% ../../../nbs/2_models/12_vlms.smolvlm.ipynb #4b1105d7
-from fastcore.basics import patch
+from fastcore.basics import patch_to
 from jaxtyping import Float
 from torch import Tensor
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
 from .hub import HubVLM, VLMSettings, text_sizes, vision_sizes
-from .preprocessing import FRAMES_TEXT, normalise, take_frames
+from .preprocessing import FRAMES_TEXT, smol_squares
+
+# %% ../../../nbs/2_models/12_vlms.smolvlm.ipynb #dc4791be
+class SmolVLM(HubVLM):
+    "`SmolVLMForConditionalGeneration` behind the common interface"
+    name, model_class = "smolvlm", SmolVLMForConditionalGeneration
+    mini = VLMSettings(n_frames=5, image_size=32, patch_size=8)
+    paper = VLMSettings( # frames: one a second
+        n_frames=0, image_size=384, patch_size=14, hidden_size=2048, n_layers=24, n_heads=32,
+        vision_size=1152, vision_layers=27, vision_heads=16,
+        hub_id="HuggingFaceTB/SmolVLM2-2.2B-Instruct", revision="main")
+    special_tokens = (
+        "<pad>", "<unk>", "<|im_start|>", "<end_of_utterance>", "User:", "Assistant:",
+        "<fake_token_around_image>", "<global-img>", "<image>")
+    image_token = "<image>"
+    end_token = "<end_of_utterance>"
+    opening, published_opening = "<|im_start|>User:", "<|im_start|>User: "
+    choice, dates = "paced", FRAMES_TEXT["smolvlm"]
+    before_frame = "<fake_token_around_image><global-img>"
+    after_frame = "<fake_token_around_image>"
+    after_frames, closing = "\n\n", "<end_of_utterance>\nAssistant:"
+
+    @property
+    def merge(self) -> int: return self.model.config.scale_factor
+    def fit(self, frames:Float[Tensor, "batch frames 3 height width"],
+            ) -> Float[Tensor, "batch frames 3 size size"]:
+        size = self.settings.image_size
+        squares = smol_squares(frames.flatten(0, 1), size, size)
+        return squares.reshape(*frames.shape[:3], size, size)
+    def tower(self, images:Float[Tensor, "images 3 size size"], n:int,
+              ) -> Float[Tensor, "images tokens vlm_dim"]:
+        model = self.model.model
+        return model.connector(model.vision_model(images).last_hidden_state)
 
 # %% ../../../nbs/2_models/12_vlms.smolvlm.ipynb #73ae68da
-def _mini_config(
+@patch_to(SmolVLM, cls_method=True)
+def mini_config(
+    cls:type[SmolVLM],
     settings:VLMSettings, # Sizes
     ids:dict[str, int], # Of the special tokens
     vocab_size:int, # Tokens of the tokenizer
@@ -29,54 +63,3 @@ def _mini_config(
     return SmolVLMConfig(
         text_config=text, vision_config=vision, image_token_id=ids["<image>"], scale_factor=2,
         tie_word_embeddings=True)
-
-# %% ../../../nbs/2_models/12_vlms.smolvlm.ipynb #dc4791be
-class SmolVLM(HubVLM):
-    "`SmolVLMForConditionalGeneration` behind the common interface"
-    name, model_class = "smolvlm", SmolVLMForConditionalGeneration
-    mini = VLMSettings(n_frames=5, image_size=32, patch_size=8)
-    paper = VLMSettings(
-        n_frames=8, image_size=384, patch_size=14, hidden_size=2048, n_layers=24, n_heads=32,
-        vision_size=1152, vision_layers=27, vision_heads=16,
-        hub_id="HuggingFaceTB/SmolVLM2-2.2B-Instruct", revision="main")
-    special_tokens = (
-        "<pad>", "<unk>", "<|im_start|>", "<end_of_utterance>", "User:", "Assistant:",
-        "<fake_token_around_image>", "<global-img>", "<image>")
-    image_token = "<image>"
-    end_token = "<end_of_utterance>"
-    opening = "<|im_start|>User:"
-    before_frame = "<fake_token_around_image><global-img>"
-    after_frame = "<fake_token_around_image>"
-    after_frames, closing = "\n\n", "<end_of_utterance>\nAssistant:"
-
-    @property
-    def tokens_per_frame(self) -> int:
-        side = self.settings.image_size // self.settings.patch_size
-        return (side // self.model.config.scale_factor)**2
-    @classmethod
-    def hub_mark(cls, k:int) -> str: return f"Frame {k}:" # replaced by dates, see `set_clock`
-    @classmethod
-    def mini_config(cls, settings:VLMSettings, ids:dict[str, int], vocab_size:int) -> SmolVLMConfig:
-        return _mini_config(settings, ids, vocab_size)
-    def embed(self, video:Float[Tensor, "batch frames 3 height width"],
-              ) -> Float[Tensor, "batch vlm_tokens vlm_dim"]:
-        settings = self.settings
-        which = self.follow(video)
-        frames = take_frames(video, settings.n_frames, settings.image_size, "lanczos", which)
-        images = normalise(frames).flatten(0, 1).to(self.model.dtype)
-        tower = self.model.model.vision_model
-        connector = self.model.model.connector
-        tokens = connector(tower(images).last_hidden_state)
-        return tokens.reshape(len(video), self.n_tokens, self.vlm_dim)
-
-# %% ../../../nbs/2_models/12_vlms.smolvlm.ipynb #779b92da
-@patch
-def dated_text(
-    self:SmolVLM,
-    seconds:list[float], # When each shown frame stands in the clip
-    duration:float, # Seconds of the clip
-) -> tuple[str, list[str]]: # Before all frames; before each frame
-    "The sentence about a clip, and the dates of its frames"
-    form = FRAMES_TEXT["smolvlm"]
-    marks = [mark.removesuffix(form.before) for mark in form.marks(seconds)]
-    return "<|im_start|>User: " + form.begin(len(seconds), duration), marks

@@ -7,46 +7,22 @@ __all__ = ['VideoLlama3VLM']
 
 # %% ../../../nbs/2_models/10_vlms.videollama3.ipynb #161cfdb2
 import torch
+from fastcore.basics import patch_to
 from jaxtyping import Float
 from torch import Tensor
 from transformers import VideoLlama3Config, VideoLlama3ForConditionalGeneration
 
 from ...core.hub import SOURCES
 from .hub import HubVLM, VLMSettings, text_sizes, vision_sizes
-from .preprocessing import (
-    FRAMES_TEXT, flatten_patches, normalise, stepped_frames, take_frames)
-
-# %% ../../../nbs/2_models/10_vlms.videollama3.ipynb #5e5610e0
-_PAPER_TEXT = dict( # as on the hub
-    model_type="qwen2", vocab_size=152064, hidden_size=3584, intermediate_size=18944,
-    num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
-    max_position_embeddings=32768, tie_word_embeddings=False,
-    rope_parameters={"rope_type": "default", "rope_theta": 1e6})
-_PAPER_VISION = dict( # likewise
-    model_type="video_llama_3_vision", hidden_size=1152, intermediate_size=4304,
-    num_hidden_layers=27, num_attention_heads=16, patch_size=14)
-
-def _mini_config(
-    settings:VLMSettings, # Sizes
-    ids:dict[str, int], # Of the special tokens
-    vocab_size:int, # Tokens of the tokenizer
-) -> VideoLlama3Config:
-    "The class's configuration of a small model"
-    text = dict(
-        model_type="qwen2", vocab_size=vocab_size, tie_word_embeddings=True,
-        pad_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"], bos_token_id=None,
-        **text_sizes(settings))
-    vision = dict(model_type="video_llama_3_vision", **vision_sizes(settings))
-    return VideoLlama3Config(
-        text_config=text, vision_config=vision, image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"], tie_word_embeddings=True)
+from .preprocessing import FRAMES_TEXT, flatten_patches
 
 # %% ../../../nbs/2_models/10_vlms.videollama3.ipynb #94a7b394
 class VideoLlama3VLM(HubVLM):
     "`VideoLlama3ForConditionalGeneration` behind the common interface"
     name = "videollama3"
     model_class = VideoLlama3ForConditionalGeneration
-    merge = 2
+    choice, filter, shared_pixels = "stepped", "bicubic", True
+    dates = FRAMES_TEXT["videollama3"]
     mini = VLMSettings(n_frames=5, image_size=32, patch_size=8)
     paper = VLMSettings(
         n_frames=16, image_size=336, patch_size=14,
@@ -61,41 +37,40 @@ class VideoLlama3VLM(HubVLM):
     opening, after_frames = "<|im_start|>user\n", "\n"
     closing = "<|im_end|>\n<|im_start|>assistant\n"
 
-    @property
-    def tokens_per_frame(self) -> int:
-        return (self.settings.image_size // self.settings.patch_size // self.merge)**2
-    @classmethod
-    def mini_config(
-        cls, settings:VLMSettings, ids:dict[str, int], vocab_size:int) -> VideoLlama3Config:
-        return _mini_config(settings, ids, vocab_size)
     @classmethod
     def paper_config(cls) -> VideoLlama3Config: # As on the hub
         "The published configuration"
         return VideoLlama3Config(text_config=_PAPER_TEXT, vision_config=_PAPER_VISION)
-    @classmethod
-    def hub_mark(cls, k:int) -> str: return f"Frame {k}:" # replaced by dates, see `set_clock`
-    def dated_text(self, seconds:list[float], duration:float) -> tuple[str, list[str]]:
-        return VideoLlama3VLM.opening, FRAMES_TEXT["videollama3"].marks(seconds)
-    def shown_frames(self, n_total:int) -> list[int]:
-        return stepped_frames(n_total, self.settings.n_frames)
-    def embed(self, video:Float[Tensor, "batch frames 3 height width"],
-              ) -> Float[Tensor, "batch vlm_tokens vlm_dim"]:
-        return _embed(self, video)
+    def tower(self, images:Float[Tensor, "images 3 height width"], n:int,
+              ) -> Float[Tensor, "rows vlm_dim"]:
+        patches = flatten_patches(images, self.settings.patch_size, self.merge)
+        merge = torch.tensor([self.merge] * n, device=images.device)
+        grid = self.grid(n).to(images.device)
+        return torch.cat(self.model.model.get_video_features(patches, grid, merge).pooler_output)
 
-# %% ../../../nbs/2_models/10_vlms.videollama3.ipynb #cf38b197
-def _embed(
-    vlm:VideoLlama3VLM, # Whose tower encodes
-    video:Float[Tensor, "batch frames 3 height width"], # Colours in [0, 1]
-) -> Float[Tensor, "batch vlm_tokens vlm_dim"]:
-    "Patches of the shown frames, block by block, through the tower"
-    settings = vlm.settings
-    # the processor's choice at paper scale; the miniature gets first and last
-    which = vlm.follow(video)
-    frames = take_frames(video, settings.n_frames, settings.image_size, "bicubic", which)
-    images = normalise(frames).flatten(0, 1).to(vlm.model.dtype)
-    patches = flatten_patches(images, settings.patch_size, vlm.merge)
-    side = settings.image_size // settings.patch_size
-    grid = torch.tensor([[len(images), side, side]], device=images.device)
-    merge = torch.tensor([vlm.merge], device=images.device)
-    tokens = vlm.model.model.get_video_features(patches, grid, merge).pooler_output
-    return torch.cat(tokens).reshape(len(video), vlm.n_tokens, vlm.vlm_dim)
+# %% ../../../nbs/2_models/10_vlms.videollama3.ipynb #5e5610e0
+_PAPER_TEXT = dict( # as on the hub
+    model_type="qwen2", vocab_size=152064, hidden_size=3584, intermediate_size=18944,
+    num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+    max_position_embeddings=32768, tie_word_embeddings=False,
+    rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+_PAPER_VISION = dict( # likewise
+    model_type="video_llama_3_vision", hidden_size=1152, intermediate_size=4304,
+    num_hidden_layers=27, num_attention_heads=16, patch_size=14)
+
+@patch_to(VideoLlama3VLM, cls_method=True)
+def mini_config(
+    cls:type[VideoLlama3VLM],
+    settings:VLMSettings, # Sizes
+    ids:dict[str, int], # Of the special tokens
+    vocab_size:int, # Tokens of the tokenizer
+) -> VideoLlama3Config:
+    "The class's configuration of a small model"
+    text = dict(
+        model_type="qwen2", vocab_size=vocab_size, tie_word_embeddings=True,
+        pad_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"], bos_token_id=None,
+        **text_sizes(settings))
+    vision = dict(model_type="video_llama_3_vision", **vision_sizes(settings))
+    return VideoLlama3Config(
+        text_config=text, vision_config=vision, image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"], tie_word_embeddings=True)
