@@ -12,13 +12,15 @@ __all__ = ['ENCODER_CHUNK', 'SPECIAL_TOKENS', 'WAN_MEAN', 'WAN_STD', 'PAPER_FIEL
            'load_hub', 'widen_kept', 'blank_generator']
 
 # %% ../../../nbs/2_models/02_generators.wan.ipynb #f06f1f08
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from inspect import signature
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from threading import RLock
 
-import torch
+import diffusers, torch, transformers
 from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
@@ -32,6 +34,8 @@ from transformers import (AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBas
 from ...core.base import (as_config, check_scale, checkpoint_path, load_checkpoint,
                                  resolve_device, save_checkpoint, tensor_digest, widen)
 from .base import PromptCondition, VideoGenerator, per_clip
+from .caching import CACHE_LOCK, StepCache
+from ..quantizing import quantized
 from ...core.hints import did_you_mean
 from ...core.hub import DTYPES, SOURCES, LoadOptions, Snapshot, find_source, require
 from ...core.snapshots import read_json
@@ -239,7 +243,7 @@ def compute_dtype(
     "The type in which a network computes"
     kept = set(kept_in_float32(network, torch.float16))
     types = [value.dtype for name, value in network.named_parameters()
-             if kept.isdisjoint(name.split("."))]
+             if kept.isdisjoint(name.split(".")) and value.is_floating_point()] # not of nf4
     return types[0] if types else next(network.parameters()).dtype
 
 def run_expert(
@@ -391,6 +395,9 @@ class _WanParts(VideoGenerator):
         self.default_guidance = config.guidance
         self.boundary = None if config.boundary_ratio is None else 1 - config.boundary_ratio
         self.runs_on = None # Where it computes when its weights wait elsewhere, see `place`
+        self.step_cache = None # Words for a `StepCache` in every `generation`; None for none
+        self.steps_run = None # The `StepCache` of the generation that is under way
+        self.step_counts = {} # Of the last one that ended
 
     @property
     def device(self) -> torch.device:
@@ -416,7 +423,9 @@ class WanGenerator(_WanParts):
              options:LoadOptions|None=None) -> "WanGenerator":
         "Trained weights, frozen: the shipped miniature, or the hub's, placed as `options` say"
         if check_scale(scale) == "mini":
-            return load_files(device=device)
+            generator = load_files(device=device)
+            generator.step_cache = options and options.cache # the other options are of releases
+            return generator
         return load_hub(device=device, options=options)
 
     @classmethod
@@ -475,6 +484,23 @@ def check_latents(
             f"latents must be (batch, {channels}, frames, height, width) with the last three "
             f"multiples of {tuple(patch)}, got {tuple(shape)}. Use generator.noise.")
 
+def _expert_velocity(generator, expert, *given):
+    "One call of an expert; in a generation with a step cache, through the cache"
+    if generator.step_cache is None: return run_expert(expert, *given)
+    with CACHE_LOCK: # a generation of another thread has its hooks in the expert
+        if generator.steps_run is None: return run_expert(expert, *given)
+        with generator.steps_run.called(expert, *given[1:]): return run_expert(expert, *given)
+
+@patch
+@contextmanager
+def generation(self:WanGenerator) -> Iterator[None]: # Around steps without gradients
+    "The steps inside may share what `step_cache` allows; `steer` enters it, `sample` does not"
+    if self.step_cache is None: return (yield)
+    experts = [part for part in (self.transformer, self.transformer_2) if part is not None]
+    with StepCache(experts, self.step_cache) as self.steps_run:
+        try: yield
+        finally: self.step_counts, self.steps_run = dict(self.steps_run.counts), None
+
 def wan_velocity(
     generator:WanGenerator, # One or two experts
     latents:Float[Tensor, "batch channels latent_frames latent_height latent_width"], # z_t
@@ -491,12 +517,13 @@ def wan_velocity(
     early = t <= (1 if generator.boundary is None else generator.boundary)
     experts = generator.transformer, generator.transformer_2
     if bool(early.all()):
-        return run_expert(experts[0], latents, embeds, timestep)
+        return _expert_velocity(generator, experts[0], latents, embeds, timestep)
     if not bool(early.any()):
-        return run_expert(experts[1], latents, embeds, timestep)
+        return _expert_velocity(generator, experts[1], latents, embeds, timestep)
     out = torch.empty_like(latents)
     for expert, rows in zip(experts, (early, ~early)):
-        velocity = run_expert(expert, latents[rows], embeds[rows], timestep[rows])
+        own = latents[rows], embeds[rows], timestep[rows]
+        velocity = _expert_velocity(generator, expert, *own)
         out = out.index_put((rows.nonzero().view(-1),), velocity)
     return out
 
@@ -638,7 +665,8 @@ def put_on_device(
         generator.vae.enable_slicing()
     if options.checkpointing:
         for expert in experts: expert.enable_gradient_checkpointing()
-    if options.offload == "none":
+    generator.step_cache = options.cache
+    if options.offload in ("none", "auto"):
         return generator if options.device_map else generator.to(device)
     generator.runs_on = device
     resident = []
@@ -697,13 +725,16 @@ def load_snapshot(
     config = config or hub_config(snapshot, clip_size)
     tokenizer = AutoTokenizer.from_pretrained(snapshot.folder / "tokenizer")
     spread = {"device_map": options.device_map} if options.device_map else {}
+    small, place = partial(quantized, options), resolve_device(device)
     def network(kind, name, dtype, word="torch_dtype", **more):
         return kind.from_pretrained(snapshot.folder, subfolder=name, use_safetensors=True,
                                     **{word: DTYPES[dtype]}, **more)
     names = ("transformer", "transformer_2")[:1 if config.boundary_ratio is None else 2]
-    experts = [network(WanTransformer3DModel, name, options.dtype, **spread) for name in names]
+    lesser = spread | small(diffusers, place)
+    experts = [network(WanTransformer3DModel, name, options.dtype, **lesser) for name in names]
     vae = network(AutoencoderKLWan, "vae", options.vae_dtype)
-    text_encoder = network(UMT5EncoderModel, "text_encoder", options.dtype, "dtype", **spread)
+    lesser = spread | small(transformers, place)
+    text_encoder = network(UMT5EncoderModel, "text_encoder", options.dtype, "dtype", **lesser)
     if options.device_map:
         vae = vae.to(resolve_device(device))
     generator = cls(config, vae, experts[0], text_encoder, tokenizer, *experts[1:])
