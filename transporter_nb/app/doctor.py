@@ -4,22 +4,23 @@
 
 # %% auto #0
 __all__ = ['NEEDED', 'OPTIONAL', 'Fact', 'version_of', 'installed', 'main_memory', 'devices', 'plan_device', 'weights',
-           'snapshots', 'cost', 'next_command', 'examine', 'main']
+           'snapshots', 'options_here', 'cost', 'next_command', 'examine', 'main']
 
 # %% ../../nbs/7_app/06_doctor.ipynb #6fefcd88
-import argparse, os, platform, shutil, sys
+import argparse, os, platform, shutil
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 import torch
 
-from ..core.base import checkpoint_path
-from ..core.hub import SOURCES, hub_cache
+from ..core.base import checkpoint_path, resolve_device
+from ..core.hub import SOURCES, LoadOptions, hub_cache
 from ..core.snapshots import files_in
+from ..explain.budget import device_options, published_bytes, spoken_options
 from ..explain.plan import DEVICES, OPTIONS, in_gib, plan, spoken
 from ..models.registry import (
-    CHECKPOINTS, GENERATORS, VLMS, find_model, generator_names, is_checkpoint, vlm_names)
+    CHECKPOINTS, GENERATORS, find_model, generator_names, is_checkpoint, vlm_names)
 
 # %% ../../nbs/7_app/06_doctor.ipynb #c170612e
 NEEDED = ("torch", "transformers", "diffusers", "tokenizers", "safetensors", "accelerate",
@@ -112,23 +113,35 @@ def snapshots() -> list[Fact]: # One line a listed repository, and the disk
     return [*facts, Fact("disk", f"{free / 1e9:,.1f} GB free for the hub's cache")]
 
 # %% ../../nbs/7_app/06_doctor.ipynb #f04f6d1a
+def options_here(
+    vlm:str, generator:str, scale:str, # As for `Transporter.load`
+) -> list[Fact]: # What is chosen, and what quantisation would save
+    "The options that `Transporter.load` takes here by itself"
+    if scale == "mini": return [Fact("options", "none needed, the miniature fits everywhere")]
+    device = resolve_device("auto")
+    chosen = device_options(vlm, device, generator)
+    eighth, plain = (sum(published_bytes(vlm, generator, LoadOptions(quantize=word)))
+                     for word in ("int8", None))
+    return [Fact("options", f"by default: {spoken_options(chosen)}"),
+            Fact("options", f"with quantize=int8: weights of {in_gib(eighth)} in the place of "
+                            f"{in_gib(plain)} GiB; answers change")]
+
 def cost(
     vlm:str, # As for `find_model`
     generator:str, # As for `find_model`
     scale:str, # "mini" or "paper", of names
-) -> list[Fact]: # Memory and time of a first explanation
+) -> list[Fact]: # Memory, options and time of a first explanation
     "What a first explanation needs on this machine"
-    listed = generator == "wan" and vlm in VLMS and (scale == "mini" or vlm in SOURCES)
-    if not listed:
-        return [Fact("cost", "not computed: plan covers wan with the VLMs of its list; all weights "
-                             "together, in bfloat16, should stay below the free memory")]
-    needs = plan("explain_clip", vlm, scale, plan_device())
+    try: needs = plan("explain_clip", vlm, scale, plan_device(), generator=generator)
+    except (OSError, ValueError) as error:
+        return [Fact("cost", f"not computed: {error}")]
     memory = ", ".join(f"{name} {in_gib(float(needs.need(*choice)))} GiB"
                        for name, choice in OPTIONS.items())
     fitting = [name for name, choice in OPTIONS.items() if needs.fits(*choice)]
     fix = "" if fitting else "take a smaller model, such as generator wan-1.3b, or a larger device"
     return [Fact("memory", f"{memory}; on {needs.device.name} fits: "
                            f"{', '.join(fitting) or 'nothing'}", fix),
+            *options_here(vlm, generator, needs.scale),
             Fact("time", f"{spoken(needs.hours('clips'))} for the clips of a first explanation, "
                          f"{spoken(needs.hours('concepts'))} for a concept not yet in the bank")]
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WAN_FILES', 'SOURCES', 'LINE', 'REPOSITORY', 'DTYPES', 'QUANTIZERS', 'STEP_CACHES', 'HubSource', 'missing_files',
            'cached_folder', 'hub_cache', 'cached_revisions', 'duration', 'require', 'find_source', 'Snapshot',
-           'is_folder', 'is_place', 'open_place', 'read_step_cache', 'LoadOptions']
+           'is_folder', 'is_place', 'open_place', 'open_sizes', 'read_step_cache', 'LoadOptions']
 
 # %% ../../nbs/0_core/03_hub.ipynb #053bd872
 import re, shutil
@@ -213,6 +213,26 @@ def open_place(
                                 "'owner/name'.")
     fix = "Copy the folder again, or write it again with `save_pretrained`."
     return Snapshot(check_snapshot(folder, fix), name, "")
+
+# %% ../../nbs/0_core/03_hub.ipynb #f00d0021
+def open_sizes(
+    name:str, # As for `open_place`
+    cache:str|Path|None=None, # The hub cache; None is the usual one
+) -> Snapshot: # Its configuration is there; its weights need not be
+    "The snapshot at a place of which only the sizes are read"
+    if is_folder(name): source, folder = None, Path(name).expanduser()
+    else:
+        repo, _, revision = name.partition("@")
+        source = find_source(repo, revision or None)
+        folder = cached_folder(source, cache)
+    for part in ("config.json", "model_index.json"):
+        if folder and (folder / part).is_file():
+            return Snapshot(folder, name.partition("@")[0], source.revision if source else "")
+    how = "Copy them there." if source is None else (
+        f"Fetch them, a few kB:  hf download {source.repo} --revision {source.revision} "
+        '--include "*.json"')
+    raise FileNotFoundError("sizes are read from config.json or model_index.json, and "
+                            f"{name} has neither on this machine. {how}")
 
 # %% ../../nbs/0_core/03_hub.ipynb #a2ced735
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -187,7 +187,8 @@ def unsteered(
 ) -> Unsteered: # One clip
     "The clip and the caption before anything changes"
     generator, noise = l2v.generator, l2v.generator.noise([request.seed])
-    latents = generator.sample(generator.encode_prompt([request.caption]), noise=noise)
+    condition = generator.encode_prompt([request.caption])
+    with generator.generation(): latents = generator.sample(condition, noise=noise)
     videos = l2v.models.decode(latents)
     seen = l2v.models.embed(videos)
     return Unsteered(videos[0].cpu(), seen, l2v.vlm.caption(seen)[0])

@@ -21,10 +21,11 @@ from ..concepts.concept import ConceptConfig
 from ..core.base import check_scale
 from ..core.hub import LINE, SOURCES, LoadOptions, duration
 from ..core.memory import rows_at_once
+from ..core.parameters import read_options
 from ..coupling.training import CouplingTraining
 from .budget import fitted_options, kept_bytes, spoken_options
 from .stages import STAGES, blank_generator, stage_cost
-from ..models.registry import VLMS, find_adapter
+from ..models.registry import VLMS, find_adapter, is_checkpoint
 from ..world.contrasts import PAPER_CONTRASTS
 
 # %% ../../nbs/5_explain/12_plan.ipynb #deac4bbf
@@ -113,13 +114,15 @@ def _concept_calls(n, steps, config):
 def stage_calls(
     figure:str, # One of `FIGURES`
     scale:str, # "mini" or "paper"
+    generator:str="wan", # As for `find_model`
 ) -> dict[str, dict[str, int]]: # For clips, concepts and training: how often each stage runs
     "How often each stage runs"
     if figure not in FIGURES:
         raise ValueError(f"figure must be one of {list(FIGURES)}, got {figure!r}.")
     work, n = FIGURES[figure], len(PAPER_CONTRASTS)
     if (figure, scale) == ("gallery", "paper"): work = Work(4 * n, n, 4) # its list is longer
-    steps = blank_generator(scale, [], "meta", LoadOptions()).default_steps
+    whole = blank_generator(scale, [], "meta", LoadOptions(), generator=generator)
+    steps = whole.default_steps
     training = getattr(CouplingTraining, scale)()
     data = {"encode": COUPLING_CLIPS, "decode": COUPLING_CLIPS, "look": 2 * COUPLING_CLIPS}
     return {
@@ -137,26 +140,25 @@ class Plan:
     vlm: str
     scale: str
     device: Device
-    options: LoadOptions # Type; offloading, tiling and checkpointing are columns
+    options: LoadOptions # Types and `quantize`; offloading, tiling and checkpointing are columns
     parameters: dict # Network -> number
     download: dict # Source -> bytes
     stages: dict # Stage -> (cost, cost with tiling or checkpointing, or None)
     calls: dict # Kind of work -> stage -> how often
     kept: dict = field(default_factory=dict) # Bytes a clip of a sweep keeps, from `kept_bytes`
+    weights: dict = field(default_factory=dict) # Network -> bytes, as it is loaded
+    generator: str = "wan"
 
     @property
     def resident(self) -> int: # Bytes of both experts, text encoder, autoencoder, VLM, coupling
         "All weights of a figure, at once"
-        kinds = {"autoencoder": self.options.vae_dtype, "coupling": "float32"}
-        sizes = {name: 4 if kinds.get(name, self.options.dtype) == "float32" else 2
-                 for name in self.parameters}
-        return sum(n * sizes[name] for name, n in self.parameters.items())
+        return sum(self.weights.values())
 
 # %% ../../nbs/5_explain/12_plan.ipynb #0a4d5e03
 @patch
 def peak(self:Plan,
     stage:str, # One of `STAGES`
-    offload:bool=False, # Only the weights of the stage are on the device
+    offload:bool|str=False, # Only the weights of the stage are on the device; or "layers"
     saving:bool=False, # With tiling or checkpointing, where the stage has them
 ) -> int: # Bytes
     "Peak memory of a stage"
@@ -164,19 +166,26 @@ def peak(self:Plan,
     cost = saver if saving and saver is not None else plain
     if stage == "coupling_step": return cost.peak # the coupling is trained alone
     kept = self.kept.get(_KEEPS.get(stage), 0) * FIGURES[self.figure].sweep
-    return cost.peak + kept + (0 if offload else max(self.resident - cost.weights, 0))
+    if not offload: return cost.peak + kept + max(self.resident - cost.weights, 0)
+    moved = offload == "layers" or stage in ("look", "answer")
+    held = 0 if stage == "coupling" else self.weights.get("coupling", 0)
+    return cost.peak - (cost.weights - cost.layer if moved else 0) + kept + held
 
 @patch
-def need(self:Plan, offload:bool=False, saving:bool=False) -> int: # Bytes
+def need(self:Plan, offload:bool|str=False, saving:bool=False) -> int: # Bytes
     "Peak memory of the figure and its concepts, the training of the coupling left out"
     stages = [stage for stage in self.stages if stage != "coupling_step"]
     return max(self.peak(stage, offload, saving) for stage in stages)
 
 @patch
-def fits(self:Plan, offload:bool=False, saving:bool=False) -> bool: # In 94 % of memory (assumed)
+def fits(self:Plan,
+    offload:bool|str=False, # As for `peak`
+    saving:bool=False, # Likewise
+) -> bool: # In 94 % of the device's memory (assumed)
     "Whether an option is enough for the figure"
     return self.need(offload, saving) <= .94 * self.device.memory * 2**30
 
+# %% ../../nbs/5_explain/12_plan.ipynb #f00d0011
 @patch
 def hours(self:Plan,
     kind:str, # "clips", "concepts" or "training of the coupling"
@@ -199,7 +208,7 @@ _ROWS = {"velocity": 2} # a guided step is two rows; of other stages a call is o
 @patch
 def rows(self:Plan,
     stage:str, # Of an explanation
-    offload:bool=False, # As for `peak`
+    offload:bool|str=False, # As for `peak`
     saving:bool=False, # Likewise
 ) -> int: # At least one
     "Rows that run at once, as `explain` chooses them"
@@ -212,18 +221,23 @@ def rows(self:Plan,
 @patch
 def default(self:Plan) -> LoadOptions: # What `Transporter.load` takes without options
     "The options of loading that fit the device"
-    sizes = {"autoencoder": self.options.vae_dtype, "coupling": "float32"}
     weights = []
-    for name, n in self.parameters.items():
-        two = name == "experts" # they come and go one by one
-        size = n * (4 if sizes.get(name, self.options.dtype) == "float32" else 2)
-        weights += [size // 2] * 2 if two else [size]
-    return fitted_options(weights, self.device.memory * 2**30)
+    for name, size in self.weights.items(): # two experts come and go one by one
+        weights += [size // 2] * 2 if name == "experts" else [size]
+    fitted = fitted_options(weights, self.device.memory * 2**30)
+    return replace(fitted, quantize=self.options.quantize, cache=self.options.cache)
+
+@patch(as_prop=True)
+def default_choice(self:Plan) -> tuple[bool|str, bool]: # As `need` takes them
+    "Offload and saving of `default`"
+    options = self.default()
+    return {"none": False, "parts": True}.get(options.offload, "layers"), options.vae_tiling
 
 # %% ../../nbs/5_explain/12_plan.ipynb #83d4efdd
 OPTIONS = { # name -> offload, saving
     "all on device": (False, False), "all, saving": (False, True),
     "offload parts": (True, False), "offload, saving": (True, True),
+    "layers, saving": ("layers", True),
 }
 
 def spoken(
@@ -257,12 +271,12 @@ def stage_table(self:Plan) -> list[list[str]]: # Header first
 @patch
 def _sweep_note(self:Plan) -> str:
     "The longest explanation: what it keeps, what runs at once, and the default options"
-    sweep, options = FIGURES[self.figure].sweep, self.default()
-    choice = options.offload != "none", options.vae_tiling
+    sweep, options, choice = FIGURES[self.figure].sweep, self.default(), self.default_choice
     rows = ", ".join(f"{stage} {self.rows(stage, *choice)}" for stage in _KEEPS
                      if stage in self.stages)
+    room = "" if self.fits(*choice) else ", more than there is"
     return (f"options by default: {spoken_options(options)}, which needs "
-            f"{in_gib(self.need(*choice))} GiB; an explanation of {sweep} clips keeps "
+            f"{in_gib(self.need(*choice))} GiB{room}; an explanation of {sweep} clips keeps "
             f"{in_gib(sweep * self.kept.get('seen', 0))} GiB, and runs rows at once: {rows}")
 
 # %% ../../nbs/5_explain/12_plan.ipynb #c757e516
@@ -294,6 +308,7 @@ def notes(self:Plan) -> list[str]: # One sentence each
     needs = ", ".join(f"{name} {in_gib(self.need(*choice))} GiB"
                       for name, choice in OPTIONS.items())
     dtypes = f"autoencoder {self.options.vae_dtype}, coupling float32"
+    if self.options.quantize: dtypes += f", linear layers {self.options.quantize}"
     found = [
         f"parameters: {sizes}; all weights in {self.options.dtype} ({dtypes}): "
         f"{in_gib(self.resident)} GiB",
@@ -307,7 +322,8 @@ def notes(self:Plan) -> list[str]: # One sentence each
 # %% ../../nbs/5_explain/12_plan.ipynb #6bad30a8
 @patch
 def _title(self:Plan) -> str:
-    return f"Plan of {self.figure} with {self.vlm}, scale {self.scale}, on {self.device.name}"
+    models = self.vlm if self.generator == "wan" else f"{self.vlm} and {self.generator}"
+    return f"Plan of {self.figure} with {models}, scale {self.scale}, on {self.device.name}"
 
 @patch
 def __repr__(self:Plan) -> str: # For a terminal
@@ -325,42 +341,64 @@ def _repr_html_(self:Plan) -> str: # For a notebook
     return f"<b>{self._title()}</b><table>{line(head, 'th')}{body}</table><ul>{notes}</ul>"
 
 # %% ../../nbs/5_explain/12_plan.ipynb #4fdce8d4
-def _both_costs(stage, vlm, scale, options, target):
+def _both_costs(stage, vlm, scale, options, target, generator):
     "Cost of a stage, and with tiling or checkpointing where it has them"
     savers = {"decode": "vae_tiling", "encode": "vae_tiling", "concept": "checkpointing"}
-    plain = stage_cost(stage, vlm, scale, options, target)
-    if stage not in savers: return plain, None
-    return plain, stage_cost(stage, vlm, scale, replace(options, **{savers[stage]: True}), target)
-def _network_sizes(stages, vlm, n_experts):
-    "Network -> parameters"
-    sizes = {stage: plain.parameters for stage, (plain, _) in stages.items()}
+    def cost(**saving):
+        return stage_cost(stage, vlm, scale, replace(options, **saving), target, generator)
+    return cost(), cost(**{savers[stage]: True}) if stage in savers else None
+
+def _networks(stages, vlm, n_experts, what):
+    "Network -> parameters, or bytes"
+    sizes = {stage: getattr(plain, what) for stage, (plain, _) in stages.items()}
     experts = "experts" if n_experts > 1 else "transformer"
     return {"text encoder": sizes["text"], experts: n_experts * sizes["velocity"],
             "autoencoder": sizes["decode"], vlm: sizes["look"], "coupling": sizes["coupling"]}
 
+def _check_sizes(vlm, scale):
+    "Refuse a VLM whose sizes at the paper's scale are nowhere"
+    if is_checkpoint("vlm", vlm): return
+    find_adapter("vlm", vlm, VLMS)
+    if scale == "mini" or vlm in SOURCES: return
+    known = ", ".join(name for name in VLMS if name in SOURCES)
+    raise ValueError(
+        f"at scale 'paper' the sizes of {known} are known, got {vlm!r}: its adapter has no "
+        "`paper_config` yet. Choose one of them, give a folder or a repository, or scale='mini'.")
+
+def _to_download(names):
+    "Repository -> bytes, of models that we list"
+    sources = [SOURCES[name] for name in names if name in SOURCES]
+    sources += [source for source in SOURCES.values()
+                if any(name.partition("@")[0] == source.repo for name in names)]
+    return {source.repo: source.size for source in sources}
+
+# %% ../../nbs/5_explain/12_plan.ipynb #b1d9a7c4
 def plan(
     figure:str="fig7", # One of `FIGURES`
-    vlm:str="gemma3", # One of `vlm_names()`
-    scale:str="paper", # "paper" or "mini"
+    vlm:str="gemma3", # A name, a folder or a repository; its sizes suffice
+    scale:str="paper", # Of names: "paper" or "mini"
     device:str="H100", # One of `DEVICES`, or "cpu"
     dtype:str|None=None, # "bfloat16" or "float32"; None: the first at paper scale, else the second
+    generator:str="wan", # A name, a folder or a repository; its sizes suffice
+    options:LoadOptions|str|None=None, # Of these `quantize`, `cache` and the types count
 ) -> Plan: # Prints itself
     "The needs of a figure, before anything is loaded"
-    scale, machine, calls = check_scale(scale), device_named(device), stage_calls(figure, scale)
-    options = LoadOptions(dtype=dtype or ("float32" if scale == "mini" else "bfloat16"))
-    find_adapter("vlm", vlm, VLMS)
-    if scale == "paper" and vlm not in SOURCES:
-        known = ", ".join(name for name in VLMS if name in SOURCES)
-        raise ValueError(
-            f"at scale 'paper' the sizes of {known} are known, got {vlm!r}: its adapter has no "
-            "`paper_config` yet. Choose one of them, or scale='mini'.")
-    asked = vlm, scale, options, "cpu" if device == "cpu" else "cuda"
+    if is_checkpoint("vlm", vlm) or is_checkpoint("generator", generator): scale = "paper"
+    machine, scale = device_named(device), check_scale(scale)
+    calls = stage_calls(figure, scale, generator)
+    usual = LoadOptions(dtype=dtype or ("float32" if scale == "mini" else "bfloat16"))
+    given = read_options(options).loading or usual
+    chosen = replace(usual, quantize=given.quantize, cache=given.cache, vae_dtype=given.vae_dtype,
+                     dtype=dtype or given.dtype if scale == "paper" else usual.dtype)
+    _check_sizes(vlm, scale)
+    asked = vlm, scale, chosen, "cpu" if device == "cpu" else "cuda", generator
     stages = {stage: _both_costs(stage, *asked) for stage in STAGES}
-    guidance = blank_generator(scale, [], "meta", options).default_guidance # one for each expert
-    parameters = _network_sizes(stages, vlm, 1 if type(guidance) is float else 2)
-    named = [name for name in ("wan", vlm) if scale == "paper" and name in SOURCES]
-    download = {SOURCES[name].repo: SOURCES[name].size for name in named}
-    found = parameters, download, stages, calls, kept_bytes(vlm, scale)
-    return Plan(figure, vlm, scale, machine, options, *found)
+    whole = blank_generator(scale, [], "meta", chosen, generator=generator)
+    n = 1 if type(whole.default_guidance) is float else 2 # one for each expert
+    parameters, weights = (_networks(stages, vlm, n, what) for what in ("parameters", "weights"))
+    download = _to_download([generator, vlm]) if scale == "paper" else {}
+    kept = kept_bytes(vlm, scale, generator, chosen.cache)
+    return Plan(figure, vlm, scale, machine, chosen, parameters, download, stages, calls, kept,
+                weights, generator)
 
 documented("plan('fig7', vlm='gemma3', device='H100')")(plan)

@@ -290,12 +290,14 @@ class _Walk(NamedTuple):
     def run(self, noise:Tensor, start_step:int, copies:int) -> Tensor:
         "Finished latents, one row a clip and strength"
         split, grid = self.split(start_step), self.times.tolist()
-        states = integrate(self.plain, noise, self.times, 0, split)
+        with self.generator.generation(): # of its own: other rows follow
+            states = integrate(self.plain, noise, self.times, 0, split)
         wide = states.repeat_interleave(copies, 0)
         if split == len(grid) - 1: return wide
         # the one step at which the strengths of a clip share their state
         wide = wide + (grid[split + 1] - grid[split]) * self.swept(states, grid[split])
-        return integrate(self.swept, wide, self.times, split + 1)
+        with self.generator.generation():
+            return integrate(self.swept, wide, self.times, split + 1)
 
 # %% ../../nbs/5_explain/01_steering.ipynb #579ec6d9
 @with_aliases

@@ -30,7 +30,7 @@ from ..core.memory import check_batch_size
 from ..core.parameters import RunOptions, option_words, read_options
 from ..coupling.network import CouplingNetwork
 from .answer_table import read_answers, way_answers
-from .budget import device_options
+from .budget import placed_options
 from .calibration import (
     BUDGET, Calibration, calibrate, check_evaluations, check_probabilities, target_answer)
 from .changes import pair_between, plain_pair, transforms
@@ -143,11 +143,11 @@ def load(
     if any(is_checkpoint(*item) for item in named.items()): scale = "paper"
     for kind, table in (("vlm", VLMS), ("generator", GENERATORS)):
         if not is_checkpoint(kind, named[kind]): find_adapter(kind, named[kind], table)
-    for kind, name in named.items():
-        find_model(kind, name, scale) # whatever is wrong is said before weights are read
+    # whatever is wrong is said before weights are read
+    found = {kind: find_model(kind, name, scale).snapshot for kind, name in named.items()}
     path = find_coupling(vlm, generator, scale, coupling)
     loading = usual.loading
-    if loading is None and scale == "paper" and vlm in VLMS: loading = device_options(vlm, device)
+    if scale == "paper": loading = placed_options(named, found, device, loading)
     given = scale, str(device), loading
     wan = load_generator(generator, *given, usual.clip_size)
     if usual.steps: wan.default_steps = usual.steps

@@ -8,7 +8,8 @@ __all__ = ['Guidance', 'PromptCondition', 'per_clip', 'mix', 'predict_data', 'ch
 
 # %% ../../../nbs/2_models/01_generators.base.ipynb #51e1df6e
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import isfinite
 from numbers import Real
@@ -379,3 +380,9 @@ def sample(
 def freeze(self:VideoGenerator) -> VideoGenerator: # The same generator, in evaluation mode
     "Stop gradients to every parameter"
     return self.eval().requires_grad_(False)
+
+@patch
+@contextmanager
+def generation(self:VideoGenerator) -> Iterator[None]: # Around steps without gradients
+    "Around the steps of one generation, for adapters that share something between steps"
+    yield

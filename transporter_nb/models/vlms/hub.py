@@ -10,7 +10,7 @@ __all__ = ['WHOLE', 'VLMSettings', 'text_sizes', 'vision_sizes', 'visible_tokens
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
+import torch, transformers
 from accelerate import cpu_offload
 from fastcore.basics import patch, patch_to
 from jaxtyping import Bool, Float, Int
@@ -21,6 +21,7 @@ from transformers import (AutoTokenizer, PretrainedConfig, PreTrainedModel, PreT
 from ...core.base import (check_scale, checkpoint_path, load_checkpoint, resolve_device,
                                  save_checkpoint, seeded_generator)
 from ...core.hub import DTYPES, LoadOptions, Snapshot, find_source, require
+from ..quantizing import quantized
 from .base import (
     PackedTurns, VideoLanguageModel, word_tokenizer, world_words)
 from .clock import PLANNED, Dated, pixel_limits
@@ -340,9 +341,10 @@ def put_on_device(
 ) -> HubVLM: # The same object
     "Put a VLM on a machine as the options say"
     device = resolve_device(device)
-    if options.offload == "none" and not options.device_map:
+    stays = options.offload in ("none", "auto")
+    if stays and not options.device_map:
         return vlm.to(device)
-    if options.offload != "none":
+    if not stays:
         cpu_offload(vlm.model, device, preload_module_classes=WHOLE)
     vlm.preamble = vlm.preamble.to(device)
     vlm.blocks = vlm.blocks.to(device)
@@ -464,6 +466,7 @@ def load_snapshot(
     tokenizer = cls.read_tokenizer(snapshot)
     spread = {"device_map": options.device_map} if options.device_map else {}
     local = replace(settings, hub_id=str(snapshot.folder), revision="")
+    spread |= quantized(options, transformers, resolve_device(device))
     model = cls.load_hub_model(local, dtype=DTYPES[options.dtype], **spread)
     marks = [cls.hub_mark(k)
              for k in range(1, settings.n_frames + 1)]
@@ -483,10 +486,11 @@ def blank(
     scale:str="paper", # "paper": published sizes; "mini": the miniature's
     device:str="meta", # Where; "meta" allocates nothing
     options:LoadOptions|None=None, # Its type; None is bfloat16
+    snapshot:Snapshot|None=None, # Of another checkpoint of the class: its configuration is read
 ) -> HubVLM: # Frozen, of random or no numbers
     "The class in published sizes, or the miniature's, without its weights"
-    mini = check_scale(scale) == "mini"
-    settings = cls.mini if mini else cls.paper
+    mini = check_scale(scale) == "mini" and snapshot is None
+    settings = cls.mini if mini else cls.read_settings(snapshot) if snapshot else cls.paper
     numbers = range(1, settings.n_frames + 1)
     marks = [f"<|t{k}|>" if mini and cls.marked else cls.hub_mark(k)
              for k in numbers]
@@ -494,7 +498,8 @@ def blank(
     more_words = [] if mini else ["frame", *(f"{k}:" for k in numbers)]
     tokenizer = word_tokenizer([*world_words(), *more_words], special)
     ids = {token: k for k, token in enumerate(cls.special_tokens)}
-    config = cls.mini_config(settings, ids, len(tokenizer)) if mini else cls.paper_config()
+    if snapshot: config = cls.model_class.config_class.from_pretrained(snapshot.folder)
+    else: config = cls.mini_config(settings, ids, len(tokenizer)) if mini else cls.paper_config()
     attention = "eager" if mini else "sdpa"
     dtype = DTYPES[(options or LoadOptions()).dtype]
     with torch.device(device):

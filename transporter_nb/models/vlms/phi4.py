@@ -25,7 +25,7 @@ def image_tokens(
     images:Float[Tensor, "images 3 size size"], # In [-1, 1], of one crop
 ) -> Float[Tensor, "images tokens vlm_dim"]: # Crop, separator, overview
     "Tokens that the language model receives in place of images"
-    images = images.to(part.img_projection_up.weight.dtype)
+    images = images.to(part.sub_img_feature_extensor.dtype) # a matrix may be quantised
     side = images.shape[-1] // part.config.vision_config.patch_size
     mask = images.new_ones(len(images), side, side, dtype=torch.bool)
     features = part.get_img_features(images, attention_mask=mask)
