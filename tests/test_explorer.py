@@ -537,6 +537,7 @@ def run_all(page) -> Explorer:
     return Explorer(page).wait(timeout=OPENING)
 
 
+@pytest.mark.xdist_group("jupyterlab")  # a browser and a server of its own
 def test_in_jupyterlab_with_a_kernel_restarted(context, lab):
     watch = Watch()
     page = watch(context.new_page())

@@ -71,6 +71,7 @@ def backend(request):
     return Backend("triton", "cuda")
 
 
+@pytest.mark.xdist_group("triton")
 def test_triton_in_its_interpreter():
     pytest.importorskip("triton")
     if INTERPRETED: pytest.skip("this is that process")

@@ -233,11 +233,15 @@ from transporter_nb.app.widgets import Explorer
 
 explorer = Explorer(l2v=Transporter.load("phi4"))
 """
+FEW = """
+from transporter_nb.app import clips
+clips.stops = lambda step: [0., 1.5]
+""" # clips are made ahead before the work that is meant begins
 AT_WORK = { # what runs when Python ends
     "clips": "time.sleep(1)",
-    "certificate": "assert explorer.maker.join(250); explorer.certify(); time.sleep(.3)",
+    "certificate": "assert explorer.maker.join(600); explorer.certify(); time.sleep(.3)",
     "learning": """
-assert explorer.maker.join(250)
+assert explorer.maker.join(600)
 explorer.set.word.value, explorer.set.into.value = "stone", "snowy"
 explorer.add()
 import psutil
@@ -251,7 +255,7 @@ import torch
 def job():
     values, until = torch.eye(300), time.monotonic() + 8
     while time.monotonic() < until: values = torch.tanh(values @ values)
-assert explorer.maker.join(250)
+assert explorer.maker.join(600)
 explorer.desk.ask(job)
 time.sleep(.5)
 """,
@@ -260,7 +264,8 @@ time.sleep(.5)
 
 def end_while(work:str, folder:Path) -> subprocess.CompletedProcess:
     "A Python of its own that opens an explorer and ends while it works"
-    ended = subprocess.run([sys.executable, "-c", OPEN + AT_WORK[work] + "\nprint('end')"],
+    before = "" if work == "clips" else FEW
+    ended = subprocess.run([sys.executable, "-c", before + OPEN + AT_WORK[work] + "\nprint('end')"],
                            capture_output=True, text=True, timeout=900, cwd=folder)
     assert ended.returncode == 0, f"status {ended.returncode}: {ended.stderr[-500:]}"
     assert ended.stdout.split()[-1] == "end"
@@ -268,19 +273,26 @@ def end_while(work:str, folder:Path) -> subprocess.CompletedProcess:
     return ended
 
 
+leaving = pytest.mark.xdist_group("leaving") # processes of their own: no fixture is shared
+
+
+@leaving
 @pytest.mark.parametrize("turn", range(3)) # how threads take turns is a matter of chance
 def test_python_ends_in_order_while_clips_are_made(turn, busy, tmp_path):
     end_while("clips", tmp_path)
 
 
+@leaving
 def test_python_waits_for_a_job_however_long_it_takes(tmp_path):
     end_while("long job", tmp_path)
 
 
+@leaving
 def test_python_ends_in_order_while_a_certificate_is_made(busy, tmp_path):
     end_while("certificate", tmp_path)
 
 
+@leaving
 def test_python_ends_in_order_while_a_concept_is_learned(busy, tmp_path):
     children = end_while("learning", tmp_path).stdout.split()[:-1]
     assert children, "the concept was not being learned"
@@ -302,7 +314,7 @@ def test_a_closed_explorer_ends_a_certificate_at_its_next_step(explorer):
         wait_until(lambda: steps, "no certificate is made")
         explorer.close()
         gate.set()
-        assert explorer.desk.join(250)
+        assert explorer.desk.join(600)
         assert len(steps) == 1, f"{len(steps)} steps, one was running"
     finally: del generator.velocity
 
