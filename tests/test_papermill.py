@@ -84,6 +84,7 @@ WRONG |= {
     ("fig7", "nonsense", "3"): r"takes no parameter 'nonsense'.*Its parameters: vlm",
     ("explain", "caption_", "x"): r"takes no parameter 'caption_'. Did you mean 'caption'",
     ("train_mini", "step", "3"): r"takes no parameter 'step'. Did you mean 'steps'",
+    ("train_mini", "scale", "paper"): r"takes no parameter 'scale'",
     ("fig7", "options", "ofload=parts"): r"Did you mean 'offload'",
     ("table1", "scale", "paper"): r"runs at scale 'mini' only, got 'paper'",
     ("table3", "scale", "paper"): r"runs at scale 'mini' only, got 'paper'",
