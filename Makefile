@@ -117,7 +117,7 @@ tidy: $(READY)
 	rm -rf "$$before"; echo "tidy: notebooks hold no machine metadata"
 
 notebooks: $(READY) # Run All in fresh kernels; cells marked gpu, weights or slow, and experiments, are skipped
-	OMP_NUM_THREADS=1 nbdev_test --n_workers $(WORKERS)
+	OMP_NUM_THREADS=1 nbdev_test --n_workers $(WORKERS) --timing | sed -n 1,11p # the slowest ten
 
 # Tests of a group share a worker and its fixtures; a group is a file unless a mark says otherwise, and long files begin first (tests/conftest.py).
 pytest: $(READY)
