@@ -99,7 +99,7 @@ def refused(tmp_path_factory):
     cases, answers = folder / "cases.json", folder / "answers.json"
     cases.write_text(json.dumps([command(key, folder) for key in WRONG]))
     before = figures()
-    run(sys.executable, ROOT / "tests" / "refusals.py", cases, answers, timeout=1800)
+    run(sys.executable, ROOT / "tests" / "refusals.py", cases, answers, timeout=3600)
     assert before == figures(), "a refused run wrote a figure"
     return dict(zip(WRONG, json.loads(answers.read_text()), strict=True))
 
