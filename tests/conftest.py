@@ -11,17 +11,16 @@ from jaxtyping import install_import_hook
 install_import_hook("transporter_nb", "beartype.beartype")  # before the first import of the package
 
 
-# Groups that take above half a minute, the longest first: what is long and comes last leaves one of
-# two workers without work
+# Files that take above half a minute, and folders, the longest first: what is long and comes last
+# leaves one of two workers without work
 LONG = (
-    "rehearsal", "test_explorer", "test_widgets", "test_results", "leaving", "test_transport",
-    "test_contract", "test_low_precision", "test_papermill", "triton", "jupyterlab", "test_docs",
-    "test_train_paper", "test_smollm2", "test_server",
+    "rehearsal", "test_explorer", "test_widgets", "test_results", "test_leaving", "test_transport",
+    "test_contract", "test_low_precision", "test_papermill", "test_triton", "test_jupyterlab",
+    "test_docs", "test_train_paper", "test_smollm2", "test_server",
 )
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "xdist_group(name): tests of a group share a worker")
     config.addinivalue_line("filterwarnings", "error")
     # libraries speaking to each other
     for line in (
@@ -31,18 +30,12 @@ def pytest_configure(config):
 
 
 def place(item):
-    "Where a test's group, or its folder, stands in `LONG`"
-    names = item.get_closest_marker("xdist_group").args[0], item.path.parent.name
+    "Where a test's file, or its folder, stands in `LONG`"
+    names = item.path.stem, item.path.parent.name
     return min((LONG.index(name) for name in names if name in LONG), default=len(LONG))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    "A file is a group, whose tests share models and servers; a mark makes a group of a part"
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-    items.sort(key=place)
+def pytest_collection_modifyitems(items): items.sort(key=place)
 
 
 @pytest.fixture
