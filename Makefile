@@ -117,14 +117,14 @@ tidy: $(READY)
 	rm -rf "$$before"; echo "tidy: notebooks hold no machine metadata"
 
 notebooks: $(READY) # Run All in fresh kernels; cells marked gpu, weights or slow, and experiments, are skipped
-	OMP_NUM_THREADS=1 nbdev_test --n_workers $(WORKERS)
+	OMP_NUM_THREADS=1 nbdev_test --n_workers $(WORKERS) --timing | sed -n 1,11p # the slowest ten
 
-# Tests of a group share a worker and its fixtures; a group is a file unless a mark says otherwise, and long files begin first (tests/conftest.py).
+# Tests of a file share a worker, and so models, servers and a browser; long files begin first (tests/conftest.py).
 pytest: $(READY)
-	OMP_NUM_THREADS=1 pytest -q -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations=10 tests/
+	OMP_NUM_THREADS=1 pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10 tests/
 
 browser: $(READY) # the explorer in a real browser, started for the purpose; needs chromium
-	OMP_NUM_THREADS=1 EXPLORER_BROWSER=required pytest -q tests/test_explorer.py
+	OMP_NUM_THREADS=1 EXPLORER_BROWSER=required pytest -q tests/test_explorer.py tests/test_jupyterlab.py
 
 clean: ## remove the environment and every cache
 	rm -rf .venv out.ipynb build dist _docs *.egg-info .pytest_cache .hypothesis .import_linter_cache

@@ -11,13 +11,16 @@ from jaxtyping import install_import_hook
 install_import_hook("transporter_nb", "beartype.beartype")  # before the first import of the package
 
 
-# Of the files that take above half a minute, the longest first: what is long and comes last leaves
-# one of two workers without work
-LONG = ()
+# Files that take above half a minute, and folders, the longest first: what is long and comes last
+# leaves one of two workers without work
+LONG = (
+    "rehearsal", "test_explorer", "test_widgets", "test_results", "test_leaving", "test_transport",
+    "test_contract", "test_low_precision", "test_papermill", "test_triton", "test_jupyterlab",
+    "test_docs", "test_train_paper", "test_smollm2", "test_server",
+)
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "xdist_group(name): tests of a group share a worker")
     config.addinivalue_line("filterwarnings", "error")
     # libraries speaking to each other
     for line in (
@@ -26,14 +29,13 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", line)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    "A file is a group, whose tests share models and servers; a mark makes another group of a part"
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-    place = {name: k for k, name in enumerate(LONG)}
-    items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
+def place(item):
+    "Where a test's file, or its folder, stands in `LONG`"
+    names = item.path.stem, item.path.parent.name
+    return min((LONG.index(name) for name in names if name in LONG), default=len(LONG))
+
+
+def pytest_collection_modifyitems(items): items.sort(key=place)
 
 
 @pytest.fixture

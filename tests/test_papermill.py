@@ -84,6 +84,7 @@ WRONG |= {
     ("fig7", "nonsense", "3"): r"takes no parameter 'nonsense'.*Its parameters: vlm",
     ("explain", "caption_", "x"): r"takes no parameter 'caption_'. Did you mean 'caption'",
     ("train_mini", "step", "3"): r"takes no parameter 'step'. Did you mean 'steps'",
+    ("train_mini", "scale", "paper"): r"takes no parameter 'scale'",
     ("fig7", "options", "ofload=parts"): r"Did you mean 'offload'",
     ("table1", "scale", "paper"): r"runs at scale 'mini' only, got 'paper'",
     ("table3", "scale", "paper"): r"runs at scale 'mini' only, got 'paper'",
@@ -98,7 +99,7 @@ def refused(tmp_path_factory):
     cases, answers = folder / "cases.json", folder / "answers.json"
     cases.write_text(json.dumps([command(key, folder) for key in WRONG]))
     before = figures()
-    run(sys.executable, ROOT / "tests" / "refusals.py", cases, answers, timeout=1800)
+    run(sys.executable, ROOT / "tests" / "refusals.py", cases, answers, timeout=3600)
     assert before == figures(), "a refused run wrote a figure"
     return dict(zip(WRONG, json.loads(answers.read_text()), strict=True))
 

@@ -8,7 +8,6 @@ import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import inf, nan
-from pathlib import Path
 
 import ot
 import pytest
@@ -69,25 +68,6 @@ def backend(request):
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU here; test_triton_in_its_interpreter runs it without one")
     return Backend("triton", "cuda")
-
-
-def test_triton_in_its_interpreter():
-    pytest.importorskip("triton")
-    if INTERPRETED: pytest.skip("this is that process")
-    chosen = (
-        "triton and (equals_the_oracle or equal_the_oracle or nan-targets or regularisation or "
-        "of_pot or rebuild)"
-    )
-    run = subprocess.run(
-        [
-            sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen,
-            __file__,
-        ],
-        cwd=Path(__file__).parents[1], env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True, text=True,
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from transporter_nb.concepts.bank import ConceptBank
 from transporter_nb.concepts.concept import Concept, ConceptConfig
@@ -22,7 +22,7 @@ from transporter_nb.models.testing import LinearGenerator, tiny_vlm
 from transporter_nb.models.vlms.base import (
     DESCRIBE, PackedTurns, Turn, VideoLanguageModel, pack_turns, world_words,
 )
-from transporter_nb.models.vlms.smollm2 import find_language_model, load_language_model
+from transporter_nb.models.vlms.smollm2 import FILE, find_language_model
 from transporter_nb.world.contrasts import MINI_CONTRASTS, PAPER_CONTRASTS, ContrastPair
 from transporter_nb.world.words import SLOTS, Scene, caption
 
@@ -200,8 +200,9 @@ class Speller(VideoLanguageModel):
 def speller(request):
     "The tokenizers at hand: a real one, and two so small that every word has pieces"
     if request.param == "SmolLM2":
-        if find_language_model() is None: pytest.skip("make language was not run")
-        return Speller(load_language_model()[1])
+        folder = find_language_model()
+        if folder is None: pytest.skip("make language was not run")
+        return Speller(AutoTokenizer.from_pretrained(folder, gguf_file=FILE))
     marked = request.param.startswith("words") # a sign for the blank, as in Gemma's
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Metaspace() if marked else pre_tokenizers.ByteLevel(
