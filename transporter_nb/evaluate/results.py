@@ -168,7 +168,7 @@ def save_figure(
         if pdf:
             figure.savefig(asides[".pdf"], format="pdf", metadata={"CreationDate": None})
         if moving is not None:
-            asides[".gif"].write_bytes(encode_gif(moving, fps=5, enlarge=1))
+            asides[".gif"].write_bytes(encode_gif(moving, fps=5., enlarge=1))
         asides[".json"].write_text(record, encoding="utf-8")
         paths[-1].unlink(missing_ok=True)
     return paths
