@@ -1,4 +1,4 @@
-"""One hub cache with every release, for the whole session"""
+"""One hub cache with every release, for the whole session; results stay in a folder of the test"""
 import matplotlib
 
 matplotlib.use("Agg")
@@ -7,6 +7,7 @@ import pytest
 from huggingface_hub import constants
 
 import releases
+from transporter_nb.evaluate import results
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +17,13 @@ def snapshots(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "HF_HUB_CACHE", str(cache))
         yield releases.publish(cache, tmp_path_factory.mktemp("aside"))
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch):
+    """A working directory, and a repository that holds no results"""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "repository").mkdir()
+    monkeypatch.setattr(
+        results, "repo_path", lambda *parts: tmp_path.joinpath("repository", *parts))
+    return tmp_path

@@ -2,7 +2,6 @@
 random weights a few numbers wide"""
 import json
 import shutil
-from dataclasses import replace
 
 from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -23,6 +22,9 @@ TEXTS = [DESCRIBE, "two large red cones slide left slowly over a blue floor of s
          *(entry.caption for entry in PAPER_CONTRASTS.values()),
          *(entry.pair.apply(entry.caption) for entry in PAPER_CONTRASTS.values())]
 READS_TEXT = ("attn2.to_v", "attn2.to_out", "text_embedder") # of Wan's transformer
+RED = "A close up shot of a red bowling ball hitting the pins in a bowling alley"
+# small clips and few steps, as a reader asks for them
+WORDS = "clip_size=5x32x32, n_frames=2, steps=2, concept_steps=2, concept_seeds=2"
 PIECES = 1000 # of a VLM's vocabulary, the 256 bytes included
 IMAGE_PROCESSORS = { # class of the family's published processor
     "phi4": "Phi4MultimodalImageProcessor", "gemma3": "Gemma3ImageProcessor",

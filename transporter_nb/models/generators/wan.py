@@ -34,7 +34,7 @@ from ...core.base import (as_config, check_scale, checkpoint_path, load_checkpoi
 from .base import PromptCondition, VideoGenerator, per_clip
 from ...core.hints import did_you_mean
 from ...core.hub import DTYPES, SOURCES, LoadOptions, Snapshot, find_source, require
-from ...core.snapshots import read_json
+from ...core.snapshots import read_json, run_settings
 from ...world.words import FRAMES, SIZE, SLOTS
 
 # %% ../../../nbs/2_models/02_generators.wan.ipynb #43d1e123
@@ -677,8 +677,11 @@ def hub_config(
     width = transformer.num_attention_heads * transformer.attention_head_dim
     side = 720 if two or width >= 3072 else 480 # model cards: 1536 numbers, 480 px
     cell = vae.scale_factor_spatial * max(transformer.patch_size[1:])
-    frames, height, width = clip_size or (61, side // cell * cell, side // cell * cell)
-    return WanConfig(**PAPER_FIELDS | run | dict(
+    own = {name: tuple(value) if isinstance(value, list) else value
+           for name, value in run_settings(snapshot.folder).items()} # of `export_snapshot`
+    usual = own.pop("clip_size", (61, side // cell * cell, side // cell * cell))
+    frames, height, width = clip_size or usual
+    return WanConfig(**PAPER_FIELDS | run | own | dict(
         vae=vae, transformer=transformer, text=text, frames=frames, height=height, width=width,
         hub=snapshot.place, revision=snapshot.revision))
 
