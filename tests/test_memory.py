@@ -136,7 +136,7 @@ def test_a_plan_counts_the_sweep():
 
 
 def test_options_are_words_anywhere():
-    assert read_options("offload=parts, vae_tiling").offload == "parts"
+    assert read_options("offload=parts, vae_tiling").loading.offload == "parts"
     with pytest.raises(ValueError, match="Did you mean 'offload'"):
         Transporter.load("phi4", options="ofload=parts")
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from ..core.base import as_config, config_hash, repo_path, write_aside
 from ..core.parameters import check_parameters, option_words, read_options
 from ..explain.transporter import run_facts
+from ..models.registry import model_key
 from ..world.video import encode_gif
 
 # %% ../../nbs/6_evaluate/18_results.ipynb #f7899c24
@@ -96,7 +97,8 @@ def figure_stem(
             f"install=True replaces the shipped {name}, whose parameters are the defaults, "
             f"got {differs}. Leave out install, or the others.")
     if install: return Stem(repo_path("figures", name), run, True)
-    path = Path(str(stem) or name + f"_{run[:6]}" * bool(own)).absolute()
+    # a VLM may be named by a folder or repository
+    path = Path(str(stem) or model_key(name) + f"_{run[:6]}" * bool(own)).absolute()
     if path.parent.resolve().is_relative_to(repo_path("figures").resolve()):
         raise ValueError(
             f"{path.parent} holds what the repository ships, and only -p install True "
@@ -168,7 +170,7 @@ def save_figure(
         if pdf:
             figure.savefig(asides[".pdf"], format="pdf", metadata={"CreationDate": None})
         if moving is not None:
-            asides[".gif"].write_bytes(encode_gif(moving, fps=5, enlarge=1))
+            asides[".gif"].write_bytes(encode_gif(moving, fps=5., enlarge=1))
         asides[".json"].write_text(record, encoding="utf-8")
         paths[-1].unlink(missing_ok=True)
     return paths

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from fastcore.basics import listify, patch, patch_to
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.docstrings import documented
 from ..concepts.bank import ConceptBank
@@ -414,7 +414,8 @@ def explain(
     caption:str, # Describes the video; must hold the source words
     change:str|ContrastPair|Sequence|None=None, # "red -> blue", "two+small -> one+large", or a list
     target_caption:str|None=None, # In place of `change`: the caption that it shall become
-    strengths:int|Sequence|None=None, # How many from 0 to 1 (None: 9); or numbers to 1.5; or rows
+    # How many from 0 to 1 (None: 9); or numbers to 1.5; or rows
+    strengths:int|Sequence|Tensor|None=None,
     seed:int=0, # Of the noise that all clips start from
     start_step:int=0, # Before this step the source prompt leads
     frame_window:Sequence[int]|None=None, # First frame modulated and one past the last; None: all

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['word_vector', 'split_prompts', 'LinearGenerator', 'tiny_config', 'tiny_generator', 'tiny_settings', 'tiny_vlm',
-           'save_snapshot']
+           'save_snapshot', 'export_snapshot']
 
 # %% ../../nbs/2_models/23_testing.ipynb #c7f768c9
+import json
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,13 +19,14 @@ from torch import Tensor, nn
 
 from ..core.base import seeded_generator
 from ..core.docstrings import documented
+from ..core.snapshots import RUN_FILE
 from .generators.base import PromptCondition, VideoGenerator
 from transporter_nb.models.generators.wan import (
     WanConfig, WanGenerator, WanTextConfig, WanTransformerConfig, WanVAEConfig,
 )
 from .registry import VLMS, find_adapter
 from .vlms.base import VideoLanguageModel
-from .vlms.hub import VLMSettings
+from .vlms.hub import HubVLM, VLMSettings
 
 # %% ../../nbs/2_models/23_testing.ipynb #17921836
 def word_vector(
@@ -185,4 +187,37 @@ def save_snapshot(
         return folder
     model.model.save_pretrained(folder, max_shard_size=shard_size)
     model.tokenizer.save_pretrained(folder)
+    return folder
+
+# %% ../../nbs/2_models/23_testing.ipynb #29627b9e
+def _run_facts(model):
+    "What a model needs to be run as it was taught"
+    if isinstance(model, WanGenerator):
+        config = model.config
+        run = {name: getattr(config, name)
+               for name in ("prompt_tokens", "flow_shift", "steps", "guidance")}
+        return run | {"clip_size": (config.frames, config.height, config.width)}
+    return {"n_frames": model.settings.n_frames, "image_size": model.settings.image_size,
+            "marks": model.marks}
+
+def export_snapshot(
+    model:VideoGenerator|VideoLanguageModel, # A miniature of Wan, or of a VLM of transformers
+    folder:str|Path, # Made where it is absent; must hold nothing
+    shard_size:str="5GB", # Of the weights of a file, at most, unless one tensor is larger
+) -> Path: # For `load_generator`, `load_vlm` and `Transporter.load`
+    "Write a miniature as a release, with the settings that it is run with"
+    folder = Path(folder)
+    if not isinstance(model, (WanGenerator, HubVLM)):
+        raise ValueError("a snapshot is made of a WanGenerator or of a VLM of transformers, got "
+                         f"{type(model).__name__}. Load one with load_generator() or load_vlm().")
+    if isinstance(model, HubVLM) and model.clock is not None:
+        raise ValueError(f"{model.settings.hub_id} is a release already. Copy its folder.")
+    if any(value.is_meta for value in model.parameters()):
+        raise ValueError(f"the weights of this {type(model).__name__} are not in memory. Load it "
+                         "without offload.")
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"a snapshot needs an empty folder, and {folder} holds files. Give "
+                              "another folder.")
+    save_snapshot(model, folder, shard_size)
+    (folder / RUN_FILE).write_text(json.dumps(_run_facts(model), indent=1), encoding="utf-8")
     return folder

@@ -37,7 +37,7 @@ from .caching import StepCached
 from ..quantizing import quantized
 from ...core.hints import did_you_mean
 from ...core.hub import DTYPES, SOURCES, LoadOptions, Snapshot, find_source, require
-from ...core.snapshots import read_json
+from ...core.snapshots import read_json, run_settings
 from ...world.words import FRAMES, SIZE, SLOTS
 
 # %% ../../../nbs/2_models/02_generators.wan.ipynb #43d1e123
@@ -406,7 +406,9 @@ class _WanParts(StepCached, VideoGenerator):
 
     @property
     def experts(self) -> list[nn.Module]: # One or two, the first one for high noise
-        return [part for part in (self.transformer, self.transformer_2) if part is not None]
+        both = self.transformer, self.transformer_2
+        return [part for part in both if part is not None and not isinstance(part, nn.Identity)]
+
     @property
     def device(self) -> torch.device:
         return self.runs_on or next(self.parameters()).device
@@ -701,8 +703,11 @@ def hub_config(
     width = transformer.num_attention_heads * transformer.attention_head_dim
     side = 720 if two or width >= 3072 else 480 # model cards: 1536 numbers, 480 px
     cell = vae.scale_factor_spatial * max(transformer.patch_size[1:])
-    frames, height, width = clip_size or (61, side // cell * cell, side // cell * cell)
-    return WanConfig(**PAPER_FIELDS | run | dict(
+    own = {name: tuple(value) if isinstance(value, list) else value
+           for name, value in run_settings(snapshot.folder).items()} # of `export_snapshot`
+    usual = own.pop("clip_size", (61, side // cell * cell, side // cell * cell))
+    frames, height, width = clip_size or usual
+    return WanConfig(**PAPER_FIELDS | run | own | dict(
         vae=vae, transformer=transformer, text=text, frames=frames, height=height, width=width,
         hub=snapshot.place, revision=snapshot.revision,
         frame_rate=float(index.get("frame_rate") or (24 if vae.is_residual else 16)))) # TI2V-5B: 24

@@ -21,6 +21,7 @@ from transformers import (AutoTokenizer, PretrainedConfig, PreTrainedModel, PreT
 from ...core.base import (check_scale, checkpoint_path, load_checkpoint, resolve_device,
                                  save_checkpoint, seeded_generator)
 from ...core.hub import DTYPES, LoadOptions, Snapshot, find_source, require
+from ...core.snapshots import run_settings
 from ..quantizing import quantized
 from .base import (
     PackedTurns, VideoLanguageModel, word_tokenizer, world_words)
@@ -460,8 +461,13 @@ def load_snapshot(
 ) -> HubVLM: # Frozen
     "Any checkpoint of the class, in its own sizes"
     options = options or LoadOptions()
-    shown = settings or cls.paper
-    shown = replace(shown, n_frames=n_frames or shown.n_frames)
+    own, shown = run_settings(snapshot.folder), settings or cls.paper
+    taught = own.get("n_frames", shown.n_frames)
+    if own and n_frames not in (None, taught):
+        raise ValueError(f"{snapshot.place} was taught with {taught} frames, got "
+                         f"n_frames={n_frames}. Leave it out.")
+    shown = replace(shown, n_frames=n_frames or taught,
+                    image_size=own.get("image_size", shown.image_size))
     settings = with_pixels(cls.read_settings(snapshot, shown), max_pixels)
     tokenizer = cls.read_tokenizer(snapshot)
     spread = {"device_map": options.device_map} if options.device_map else {}
@@ -470,6 +476,8 @@ def load_snapshot(
     model = cls.load_hub_model(local, dtype=DTYPES[options.dtype], **spread)
     marks = [cls.hub_mark(k)
              for k in range(1, settings.n_frames + 1)]
+    if own: # its prompt has no clock
+        settings, marks = replace(settings, hub_id="", revision=""), own["marks"]
     return put_on_device(cls(settings, model, tokenizer, marks).freeze(), options, device)
 
 # %% ../../../nbs/2_models/07_vlms.hub.ipynb #7818a3e5
