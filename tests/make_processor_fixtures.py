@@ -313,10 +313,10 @@ def film(frames, height, width):
 
 
 def folded(tokens):
-    """Tokens as text, runs of one token as their number"""
+    """Tokens as text, runs of a special token as their number"""
     from itertools import groupby
     runs = [(token, len(list(run))) for token, run in groupby(tokens)]
-    return "".join(token if n == 1 else f"{token}*{n} " for token, n in runs)
+    return "".join(f"{token}*{n} " if n > 1 < len(token) else token * n for token, n in runs)
 
 
 def film_processor(family, n_frames):
