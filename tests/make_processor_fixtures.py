@@ -301,7 +301,8 @@ SHOWN = [
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"  # of Qwen's template
 SIZES = {  # of the processors here: side of the squares, patch, least and most pixels
     # Phi-4: its processor counts tokens for 448 px alone
-    "gemma3": (32, 4, None), "phi4": (448, 14, None), "videollama3": (56, 4, (16 * 16, 5 * 40 * 48)),
+    "gemma3": (32, 4, None), "phi4": (448, 14, None),
+    "videollama3": (56, 4, (16 * 16, 5 * 40 * 48)),
     "qwen2_5_vl": (56, 4, (24 * 24, 48 * 64)), "smolvlm": (48, 4, None),
 }
 
