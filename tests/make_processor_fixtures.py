@@ -300,7 +300,9 @@ SHOWN = [
 ]
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"  # of Qwen's template
 SIZES = {  # of the processors here: side of the squares, patch, least and most pixels
-    "gemma3": (32, 4, None), "phi4": (56, 14, None), "videollama3": (56, 4, (16 * 16, 5 * 40 * 48)),
+    # Phi-4: its processor counts tokens for 448 px alone
+    "gemma3": (32, 4, None), "phi4": (448, 14, None),
+    "videollama3": (56, 4, (16 * 16, 5 * 40 * 48)),
     "qwen2_5_vl": (56, 4, (24 * 24, 48 * 64)), "smolvlm": (48, 4, None),
 }
 
@@ -313,10 +315,10 @@ def film(frames, height, width):
 
 
 def folded(tokens):
-    """Tokens as text, runs of one token as their number"""
+    """Tokens as text, runs of a special token as their number"""
     from itertools import groupby
     runs = [(token, len(list(run))) for token, run in groupby(tokens)]
-    return "".join(token if n == 1 else f"{token}*{n} " for token, n in runs)
+    return "".join(f"{token}*{n} " if n > 1 < len(token) else token * n for token, n in runs)
 
 
 def film_processor(family, n_frames):

@@ -218,8 +218,10 @@ def test_explanations_are_asked_with_the_dates_of_the_generator(rate, monkeypatc
     l2v.bank = ConceptBank([Concept(
         parse_contrast("red -> blue"), torch.randn(1, 8), ConceptConfig(placement="word"))])
     whole = vlm.text_logits
-    monkeypatch.setattr(vlm, "text_logits",
-                        lambda *given: asked.append(vlm.tokenizer.decode(vlm.preamble)) or whole(*given))
+    def listened(*given):
+        asked.append(vlm.tokenizer.decode(vlm.preamble))
+        return whole(*given)
+    monkeypatch.setattr(vlm, "text_logits", listened)
     with vlm.clocked(9, 2.): pass # whatever was looked at before
     l2v.explain("one large red ball slides left slowly over a stone floor", "red -> blue",
                 strengths=2, progress=False)

@@ -109,7 +109,7 @@ class VisionReader:
         if layers and self.blocks is None: self.blocks = vision_layers(self.vlm)
         with watch(self.blocks or []) as kept:
             embeddings = self.vlm.embed(video)
-        axes = (len(video), self.vlm.settings.n_frames, -1)
+        axes = (len(video), self.vlm.n_steps, -1)
         look = Look(embeddings, [output.reshape(*axes, output.shape[-1]) for output in kept])
         self.last = (video, video._version, wanted, look)
         return look
