@@ -24,7 +24,7 @@ from ..core.memory import rows_at_once
 from ..core.parameters import read_options
 from ..coupling.training import CouplingTraining
 from .budget import fitted_options, kept_bytes, spoken_options
-from .stages import STAGES, blank_generator, stage_cost
+from .stages import QUANTIZED, STAGES, blank_generator, stage_cost
 from ..models.registry import VLMS, find_adapter, is_checkpoint
 from ..world.contrasts import PAPER_CONTRASTS
 
@@ -167,9 +167,10 @@ def peak(self:Plan,
     if stage == "coupling_step": return cost.peak # the coupling is trained alone
     kept = self.kept.get(_KEEPS.get(stage), 0) * FIGURES[self.figure].sweep
     if not offload: return cost.peak + kept + max(self.resident - cost.weights, 0)
+    if stage == "coupling": return cost.peak + kept
     moved = offload == "layers" or stage in ("look", "answer")
-    held = 0 if stage == "coupling" else self.weights.get("coupling", 0)
-    return cost.peak - (cost.weights - cost.layer if moved else 0) + kept + held
+    away = cost.weights - cost.layer if moved else 0
+    return cost.peak - away + kept + self.weights.get("coupling", 0)
 
 @patch
 def need(self:Plan, offload:bool|str=False, saving:bool=False) -> int: # Bytes
@@ -344,6 +345,8 @@ def _repr_html_(self:Plan) -> str: # For a notebook
 def _both_costs(stage, vlm, scale, options, target, generator):
     "Cost of a stage, and with tiling or checkpointing where it has them"
     savers = {"decode": "vae_tiling", "encode": "vae_tiling", "concept": "checkpointing"}
+    options = replace(options, cache=None) # counted in `kept`
+    if stage not in QUANTIZED: options = replace(options, quantize=None)
     def cost(**saving):
         return stage_cost(stage, vlm, scale, replace(options, **saving), target, generator)
     return cost(), cost(**{savers[stage]: True}) if stage in savers else None

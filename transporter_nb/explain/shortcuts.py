@@ -44,7 +44,7 @@ class CacheEffect(NamedTuple):
         span = self.exact.max() - self.exact.min()
         return (f"{self.cache} saves {self.saved:.0%} of the generation's time "
                 f"({before:.2f} s to {after:.2f} s, {self.computed[1]} of {self.computed[0]} "
-                f"evaluations in full), and moves the VLM's answer by {self.moved:.3f} at most; "
+                f"evaluations in full), and moves the VLM's answer by {self.moved:.2g} at most; "
                 f"the strengths move it by {span:.3f}. Videos differ by {self.pixels:.4f}.")
 
 # %% ../../nbs/5_explain/17_shortcuts.ipynb #7e3ca8db
