@@ -267,7 +267,7 @@ class _Walk(NamedTuple):
     steered: PromptCondition|None # From `shifted_prompts`
     terms: list[PushTerm] # From `push_terms`
     weights: Tensor|None # From `window_weights`
-    times: Tensor # From `generator.times`
+    times: Tensor # Of `generator`
     batch_size: int|None # Rows of the network at once
 
     def plain(self, latents:Tensor, t:float) -> Tensor:
@@ -277,8 +277,7 @@ class _Walk(NamedTuple):
 
     def swept(self, latents:Tensor, t:float) -> Tensor:
         "Velocity of all strengths"
-        grid = self.times.tolist()
-        acting = [term for term in self.terms if t >= grid[term.first_step]]
+        acting = [term for term in self.terms if t >= self.times[term.first_step].item()]
         return steered_velocity(self.generator, latents, self.steered, self.source, self.null, t,
                                 self.guidance, self.weights, acting, self.batch_size)
 
@@ -294,8 +293,8 @@ class _Walk(NamedTuple):
             states = integrate(self.plain, noise, self.times, 0, split)
         wide = states.repeat_interleave(copies, 0)
         if split == len(grid) - 1: return wide
-        # the one step at which the strengths of a clip share their state
-        wide = wide + (grid[split + 1] - grid[split]) * self.swept(states, grid[split])
+        step = grid[split + 1] - grid[split] # the one at which a clip's strengths share their state
+        wide = wide + step * self.swept(states, grid[split])
         with self.generator.generation():
             return integrate(self.swept, wide, self.times, split + 1)
 

@@ -17,7 +17,6 @@ import torch
 from fastcore.basics import listify, patch, patch_to
 from torch import Tensor, nn
 
-from ..core.docstrings import documented
 from ..concepts.bank import ConceptBank
 from ..concepts.concept import ConceptConfig, Direction
 from ..concepts.learning import Progress
@@ -111,7 +110,7 @@ def models(self:Transporter) -> Models: # As they are now
         self.checked = Models(*parts)
     return self.checked
 
-# %% ../../nbs/5_explain/09_transporter.ipynb #0e60cb7b
+# %% ../../nbs/5_explain/09_transporter.ipynb #a7d94602
 def _usual(options, clip_size, n_frames):
     "Options of a run, and sizes that were given beside them"
     usual = read_options(options)
@@ -123,6 +122,7 @@ def _names(named, scale, usual):
     said = option_words(usual)
     return {**named, "scale": scale} | ({"options": said} if said else {})
 
+# %% ../../nbs/5_explain/09_transporter.ipynb #0e60cb7b
 @patch_to(Transporter, cls_method=True)
 def load(
     cls,
@@ -156,8 +156,6 @@ def load(
     concepts = part_path("concepts", vlm, generator, scale)
     bank = ConceptBank.from_pretrained(concepts) if concepts.exists() else ConceptBank()
     return cls(*models, phi, bank, _names(named, scale, usual), usual)
-
-documented("l2v = Transporter.load(vlm='phi4')")(Transporter.load.__func__)
 
 # %% ../../nbs/5_explain/09_transporter.ipynb #6f2e7432
 def _is_group(group):
@@ -446,4 +444,8 @@ def explain(
     for note in calibration.misses() if calibration else (): warnings.warn(note, stacklevel=4)
     return self._explanation(caption, merged, run, directions, settings, batch_size)
 
+# %% ../../nbs/5_explain/09_transporter.ipynb #7573c2e0
+from ..core.docstrings import documented
+
+documented("l2v = Transporter.load(vlm='phi4')")(Transporter.load.__func__)
 documented("l2v.explain('one large red ball slides ...', 'red -> blue')")(Transporter.explain)

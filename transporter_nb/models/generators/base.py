@@ -191,8 +191,7 @@ class VideoGenerator(nn.Module, ABC):
     def token_positions(self, prompt:str, start_char:int, end_char:int) -> list[int]:
         "Which tokens of the encoded prompt cover the characters `start_char ... end_char-1`"
     @abstractmethod
-    def velocity(
-        self,
+    def velocity(self,
         latents:Float[Tensor, "batch channels latent_frames latent_height latent_width"],
         condition:PromptCondition, # As many rows as latents, or one
         t:float|Float[Tensor, "batch"], # Flow time in [0, 1]

@@ -114,7 +114,6 @@ def _size_rules(config): # Name of a size -> (its value, the value it must have)
 
 # %% ../../../nbs/2_models/02_generators.wan.ipynb #d219dd22
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>") # ids 0, 1, 2; the first two as in T5
-
 @dataclass(frozen=True)
 class WanConfig:
     "Everything needed to build a Wan generator and to run it the usual way"
@@ -123,8 +122,8 @@ class WanConfig:
     text:WanTextConfig=field(default_factory=WanTextConfig)
     words:tuple=() # Vocabulary of the word-level tokenizer; empty: the tokenizer is the hub's
     frames:int=FRAMES # Frames of a clip
-    height:int=SIZE # Pixels
-    width:int=SIZE # Pixels
+    height:int=SIZE # px
+    width:int=SIZE # px
     prompt_tokens:int=12 # Every prompt is padded to these: 11 words and the end token
     flow_shift:float=1.0 # > 1 spends more steps near noise; 1 spaces them evenly
     steps:int=12 # Euler steps of a sample
@@ -149,7 +148,7 @@ def size_errors(config:WanConfig) -> list[str]: # One sentence a broken rule
     rules = _size_rules(config)
     errors = [f"{name} must be {wanted}, got {got}"
               for name, (got, wanted) in rules.items() if got != wanted]
-    n_words, size = len(config.words), config.text.vocab_size
+    size, n_words = config.text.vocab_size, len(config.words)
     least = n_words + len(SPECIAL_TOKENS)
     if size >= least: return errors
     return [*errors, f"text.vocab_size must be at least {least} for {n_words} words, got {size}"]
@@ -442,7 +441,6 @@ class WanGenerator(_WanParts):
     def blank(cls, **settings) -> "WanGenerator":
         "Sizes without weights, see `blank_generator`"
         return blank_generator(**settings)
-
     @property
     def clock(self):
         return self.config.frames, self.config.frame_rate, (self.config.height, self.config.width)
@@ -497,6 +495,7 @@ def check_latents(
             f"latents must be (batch, {channels}, frames, height, width) with the last three "
             f"multiples of {tuple(patch)}, got {tuple(shape)}. Use generator.noise.")
 
+# %% ../../../nbs/2_models/02_generators.wan.ipynb #129b86c3
 def _expert_velocity(generator, expert, *given):
     "One call of an expert; in a generation with a step cache, through the cache"
     with generator.stepping(expert, *given[1:]): return run_expert(expert, *given)
@@ -746,6 +745,7 @@ def load_snapshot(
     generator = cls(config, vae, experts[0], text_encoder, tokenizer, *experts[1:])
     return put_on_device(generator.freeze(), options, device)
 
+# %% ../../../nbs/2_models/02_generators.wan.ipynb #a9176736
 def load_hub(
     config:WanConfig|None=None, # With `hub` and `revision`; None is the paper's
     device:str|torch.device="auto", # Where the generator computes

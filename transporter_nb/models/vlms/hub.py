@@ -449,6 +449,7 @@ def load_hub_model(
                      f"{cls.model_class.__name__}, first {missing[0]}: they would be random. "
                      "Save the whole model with `save_pretrained`, not a part of it.")
 
+# %% ../../../nbs/2_models/07_vlms.hub.ipynb #614c8aa2
 @patch_to(HubVLM, cls_method=True)
 def load_snapshot(
     cls:type[HubVLM],
