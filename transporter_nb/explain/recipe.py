@@ -95,6 +95,8 @@ def papermill_line(
                          f"from {len(sources)}. Use the Python cell.")
     window = "" if request.frame_window is None else ":".join(map(str, request.frame_window))
     given = {key: names[key] for key in ("vlm", "scale") if key in names}
+    more = {"generator": "wan", "options": ""}
+    given |= {key: names[key] for key in more if names.get(key, more[key]) != more[key]}
     given |= {"caption": request.caption, "change": "; ".join(request.changes)}
     given |= {"strengths": "; ".join(f"{value:g}" for value in row), "seed": request.seed}
     given |= {"start_step": request.start_step, "frame_window": window}
