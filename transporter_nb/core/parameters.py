@@ -8,7 +8,7 @@ __all__ = ['INJECTED', 'assigned_names', 'check_parameters', 'only_mini', 'RunOp
 # %% ../../nbs/0_core/10_parameters.ipynb #7f3e1205
 import ast
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from .base import check_scale
@@ -115,10 +115,8 @@ def _parts(text):
     return parts
 
 # %% ../../nbs/0_core/10_parameters.ipynb #dbf146b0
-def read_options(
-    options:RunOptions|LoadOptions|str|None, # As they are; words; or None or "auto" for no choice
-) -> RunOptions: # Its `loading` is None where no word is about the loading
-    "Options of a run, as objects or in words"
+def _read(options):
+    "Options of a run from any of their forms"
     if options is None: return RunOptions()
     if isinstance(options, RunOptions): return options
     if isinstance(options, LoadOptions): return RunOptions(options)
@@ -130,6 +128,14 @@ def read_options(
     if loading and not _PLACED & loading.keys(): loading["offload"] = "auto"
     running = {name: value for name, value in values.items() if name in _RUNNING}
     return RunOptions(LoadOptions(**loading) if loading else None, **running)
+
+def read_options(
+    options:RunOptions|LoadOptions|str|None, # As they are; words; or None or "auto" for no choice
+    **beside, # Fields of `RunOptions` that were given beside them; None for those that were not
+) -> RunOptions: # Its `loading` is None where no word is about the loading
+    "Options of a run, as objects or in words"
+    given = {name: value for name, value in beside.items() if value is not None}
+    return replace(_read(options), **given)
 
 # %% ../../nbs/0_core/10_parameters.ipynb #97a0da7a
 _SAME_RESULT = {"batch_size", *_PLACED}

@@ -8,7 +8,6 @@ __all__ = ['part_path', 'find_coupling', 'Transporter', 'check_groups', 'check_r
 # %% ../../nbs/5_explain/09_transporter.ipynb #627c15d5
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -111,12 +110,6 @@ def models(self:Transporter) -> Models: # As they are now
     return self.checked
 
 # %% ../../nbs/5_explain/09_transporter.ipynb #a7d94602
-def _usual(options, clip_size, n_frames):
-    "Options of a run, and sizes that were given beside them"
-    usual = read_options(options)
-    given = {"clip_size": clip_size and tuple(clip_size), "n_frames": n_frames}
-    return replace(usual, **{name: value for name, value in given.items() if value is not None})
-
 def _names(named, scale, usual):
     "What a record keeps of the loading"
     said = option_words(usual)
@@ -138,7 +131,9 @@ def load(
     n_frames:int|None=None, # Likewise
 ) -> Transporter: # Ready to explain
     "Load all parts by name or place"
-    device, usual = resolve_device(device), _usual(options, clip_size, n_frames)
+    size = None if clip_size is None else tuple(clip_size)
+    usual = read_options(options, clip_size=size, n_frames=n_frames)
+    device = resolve_device(device)
     named = {"vlm": vlm, "generator": generator}
     if any(is_checkpoint(*item) for item in named.items()): scale = "paper"
     for kind, table in (("vlm", VLMS), ("generator", GENERATORS)):
@@ -389,6 +384,7 @@ def _check_subject(caption, seed):
 def _check_dials(self:Transporter, seed, strengths, dials, through):
     "Noise; strengths, evenly from 0 to 1 where a number of them is given"
     self.models.check_through(through)
+    if dials["batch_size"] is None: dials["batch_size"] = self.usual.batch_size
     noise = self.generator.noise([seed])
     if isinstance(strengths, int): strengths = torch.linspace(0, 1, strengths)
     check_run(self.generator, noise, 1, dials["start_step"], dials["steps"])
@@ -412,8 +408,7 @@ def explain(
     caption:str, # Describes the video; must hold the source words
     change:str|ContrastPair|Sequence|None=None, # "red -> blue", "two+small -> one+large", or a list
     target_caption:str|None=None, # In place of `change`: the caption that it shall become
-    # How many from 0 to 1 (None: 9); or numbers to 1.5; or rows
-    strengths:int|Sequence|Tensor|None=None,
+    strengths:int|Sequence|Tensor|None=None, # How many from 0 to 1 (None: 9); numbers to 1.5; rows
     seed:int=0, # Of the noise that all clips start from
     start_step:int=0, # Before this step the source prompt leads
     frame_window:Sequence[int]|None=None, # First frame modulated and one past the last; None: all
@@ -428,7 +423,6 @@ def explain(
 ) -> Explanation: # Videos, answers, captions, distances; one clip a strength or wanted answer
     "Videos that change only in what the VLM associates with a change of its answer (paper §3.4)"
     _check_subject(caption, seed)
-    batch_size = self.usual.batch_size if batch_size is None else batch_size
     strengths, wanted, evaluations, vlm_weight = check_request(
         strengths, target_probability, evaluations, vlm_weight)
     pairs, merged = self.changes(caption, change, target_caption)
@@ -439,10 +433,10 @@ def explain(
     def steered(rows): return steer(self.generator, caption, noise, directions, rows, **dials)
     if wanted is None: run, calibration = steered(_with_zero(strengths, len(directions))), None
     else: run, calibration = self.answered(steered, wanted, merged, caption, through, evaluations,
-                                           batch_size)
+                                           dials["batch_size"])
     settings = self._settings(seed, dials, vlm_weight, pairs, directions, calibration, through)
     for note in calibration.misses() if calibration else (): warnings.warn(note, stacklevel=4)
-    return self._explanation(caption, merged, run, directions, settings, batch_size)
+    return self._explanation(caption, merged, run, directions, settings, dials["batch_size"])
 
 # %% ../../nbs/5_explain/09_transporter.ipynb #7573c2e0
 from ..core.docstrings import documented

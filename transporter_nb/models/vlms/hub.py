@@ -365,6 +365,15 @@ def with_pixels(
     return replace(settings, max_pixels=min(max_pixels, settings.max_pixels))
 
 # %% ../../../nbs/2_models/07_vlms.hub.ipynb #ee117415
+def _as_taught(snapshot, own, shown, n_frames):
+    "Settings with the frames and pixels that were asked for, or that an exported model was taught"
+    taught = own.get("n_frames", shown.n_frames)
+    if own and n_frames not in (None, taught):
+        raise ValueError(f"{snapshot.place} was taught with {taught} frames, got "
+                         f"n_frames={n_frames}. Leave it out.")
+    size = own.get("image_size", shown.image_size)
+    return replace(shown, n_frames=n_frames or taught, image_size=size)
+
 @patch_to(HubVLM, cls_method=True)
 def hub_mark(
     cls:type[HubVLM],
@@ -463,12 +472,7 @@ def load_snapshot(
     "Any checkpoint of the class, in its own sizes"
     options = options or LoadOptions()
     own, shown = run_settings(snapshot.folder), settings or cls.paper
-    taught = own.get("n_frames", shown.n_frames)
-    if own and n_frames not in (None, taught):
-        raise ValueError(f"{snapshot.place} was taught with {taught} frames, got "
-                         f"n_frames={n_frames}. Leave it out.")
-    shown = replace(shown, n_frames=n_frames or taught,
-                    image_size=own.get("image_size", shown.image_size))
+    shown = _as_taught(snapshot, own, shown, n_frames)
     settings = with_pixels(cls.read_settings(snapshot, shown), max_pixels)
     tokenizer = cls.read_tokenizer(snapshot)
     spread = {"device_map": options.device_map} if options.device_map else {}

@@ -15,6 +15,8 @@ from fastcore.basics import patch_to
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import Phi4MultimodalConfig, Phi4MultimodalForCausalLM, PreTrainedModel
+from transformers.models.phi4_multimodal.modeling_phi4_multimodal import (
+    Phi4MultimodalVisionAttention)
 
 from ...core.hub import SOURCES
 from .hub import HubVLM, VLMSettings, text_sizes, vision_sizes
@@ -52,6 +54,11 @@ class Phi4VLM(HubVLM):
         "<|pad|>", "<|unknown|>", "<|user|>", "<|assistant|>", "<|end|>", "<|image|>", "<|audio|>")
     image_token, end_token = "<|image|>", "<|end|>"
     opening, closing = "<|user|>", "<|end|><|assistant|>"
+
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        for module in self.model.modules(): # the class says True, and `sdpa` then hides patches
+            if isinstance(module, Phi4MultimodalVisionAttention): module.is_causal = False
 
     @property
     def tokens_per_frame(self) -> int: # Two views of n rows of n + 1, and one separator
@@ -99,7 +106,7 @@ def load_hub_model(cls:type[Phi4VLM],
                       "adapter was merged, wrong for a copy of the published model.", stacklevel=2)
         return model
     where = {"subfolder": "vision-lora"}
-    model.load_adapter(settings.hub_id, adapter_name="vision", adapter_kwargs=where)
+    model.load_adapter(settings.hub_id, adapter_name="frames", adapter_kwargs=where)
     return model
 
 # %% ../../../nbs/2_models/08_vlms.phi4.ipynb #20f420d8
