@@ -296,8 +296,7 @@ class _Walk(NamedTuple):
         if split == len(grid) - 1: return wide
         # the one step at which the strengths of a clip share their state
         wide = wide + (grid[split + 1] - grid[split]) * self.swept(states, grid[split])
-        with self.generator.generation():
-            return integrate(self.swept, wide, self.times, split + 1)
+        with self.generator.generation(): return integrate(self.swept, wide, self.times, split + 1)
 
 # %% ../../nbs/5_explain/01_steering.ipynb #579ec6d9
 @with_aliases
