@@ -515,14 +515,12 @@ def wan_velocity(
     timestep = to_timestep(t)
     early = t <= (1 if generator.boundary is None else generator.boundary)
     experts = generator.transformer, generator.transformer_2
-    if bool(early.all()):
-        return _expert_velocity(generator, experts[0], latents, embeds, timestep)
-    if not bool(early.any()):
-        return _expert_velocity(generator, experts[1], latents, embeds, timestep)
+    given = latents, embeds, timestep
+    if bool(early.all()): return _expert_velocity(generator, experts[0], *given)
+    if not bool(early.any()): return _expert_velocity(generator, experts[1], *given)
     out = torch.empty_like(latents)
     for expert, rows in zip(experts, (early, ~early)):
-        own = latents[rows], embeds[rows], timestep[rows]
-        velocity = _expert_velocity(generator, expert, *own)
+        velocity = _expert_velocity(generator, expert, *(part[rows] for part in given))
         out = out.index_put((rows.nonzero().view(-1),), velocity)
     return out
 

@@ -365,15 +365,6 @@ def with_pixels(
     return replace(settings, max_pixels=min(max_pixels, settings.max_pixels))
 
 # %% ../../../nbs/2_models/07_vlms.hub.ipynb #ee117415
-def _as_taught(snapshot, own, shown, n_frames):
-    "Settings with the frames and pixels that were asked for, or that an exported model was taught"
-    taught = own.get("n_frames", shown.n_frames)
-    if own and n_frames not in (None, taught):
-        raise ValueError(f"{snapshot.place} was taught with {taught} frames, got "
-                         f"n_frames={n_frames}. Leave it out.")
-    size = own.get("image_size", shown.image_size)
-    return replace(shown, n_frames=n_frames or taught, image_size=size)
-
 @patch_to(HubVLM, cls_method=True)
 def hub_mark(
     cls:type[HubVLM],
@@ -459,6 +450,15 @@ def load_hub_model(
                      "Save the whole model with `save_pretrained`, not a part of it.")
 
 # %% ../../../nbs/2_models/07_vlms.hub.ipynb #614c8aa2
+def _as_taught(snapshot, own, shown, n_frames):
+    "Settings with the frames and pixels that were asked for, or that an exported model was taught"
+    taught = own.get("n_frames", shown.n_frames)
+    if own and n_frames not in (None, taught):
+        raise ValueError(f"{snapshot.place} was taught with {taught} frames, got "
+                         f"n_frames={n_frames}. Leave it out.")
+    size = own.get("image_size", shown.image_size)
+    return replace(shown, n_frames=n_frames or taught, image_size=size)
+
 @patch_to(HubVLM, cls_method=True)
 def load_snapshot(
     cls:type[HubVLM],
