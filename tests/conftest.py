@@ -14,9 +14,9 @@ install_import_hook("transporter_nb", "beartype.beartype")  # before the first i
 # Files that take above half a minute, and folders, the longest first: what is long and comes last
 # leaves one of two workers without work
 LONG = (
-    "rehearsal", "test_explorer", "test_widgets", "test_results", "test_leaving", "test_transport",
-    "test_contract", "test_low_precision", "test_papermill", "test_triton", "test_jupyterlab",
-    "test_docs", "test_train_paper", "test_smollm2", "test_server",
+    "rehearsal", "test_widgets", "test_explorer", "test_leaving", "test_results", "test_tables",
+    "test_jupyterlab", "test_shaping", "test_captions", "test_comparison", "test_server",
+    "test_train_paper", "test_smollm2", "test_triton", "test_memory", "test_papermill",
 )
 
 
