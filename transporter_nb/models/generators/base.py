@@ -181,8 +181,7 @@ class VideoGenerator(nn.Module, ABC):
     boundary:float|None = None # Flow time after which a second expert takes over; None with one
     default_steps:int = 12 # Euler steps of a sample where the caller names none
     default_guidance:float|tuple[float, float] = 2.0 # Guidance where the caller names none
-    # Frames of a clip, frames a second, and (height, width) in px; None: it states none
-    clock:tuple[int, float, tuple[int, int]]|None = None
+    clock:tuple|None = None # Frames of a clip, frames a second, (height, width) in px; None: unsaid
 
     @abstractmethod
     def encode_prompt(self, prompts:list[str]) -> PromptCondition:

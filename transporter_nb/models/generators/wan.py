@@ -134,8 +134,7 @@ class WanConfig:
     frame_rate:float=6. # Frames a second of a clip (chosen for the miniature: as its films play)
 
     def __post_init__(self):
-        errors = size_errors(self)
-        if errors:
+        if errors := size_errors(self):
             raise ValueError("; ".join(errors) + ". These follow from the other sizes.")
     @classmethod
     def mini(cls, words:Sequence[str]|None=None, **changes) -> "WanConfig":
@@ -721,8 +720,7 @@ def load_snapshot(
     codec:bool=False, # Text encoder and autoencoder alone: for a cache, where nothing is generated
 ) -> WanGenerator: # Frozen
     "Load a released Wan from its folder, in its own sizes"
-    options = options or LoadOptions()
-    config = config or hub_config(snapshot, clip_size)
+    options, config = options or LoadOptions(), config or hub_config(snapshot, clip_size)
     if codec: config = replace(config, boundary_ratio=None)
     tokenizer = AutoTokenizer.from_pretrained(snapshot.folder / "tokenizer")
     spread = {"device_map": options.device_map} if options.device_map else {}
@@ -730,8 +728,8 @@ def load_snapshot(
     def network(kind, name, dtype, word="torch_dtype", **more):
         return kind.from_pretrained(snapshot.folder, subfolder=name, use_safetensors=True,
                                     **{word: DTYPES[dtype]}, **more)
-    names = ("transformer", "transformer_2")[:1 if config.boundary_ratio is None else 2]
-    if codec: names = ()
+    n_experts = 0 if codec else 1 if config.boundary_ratio is None else 2
+    names = ("transformer", "transformer_2")[:n_experts]
     lesser = spread | small(diffusers, place)
     experts = [network(WanTransformer3DModel, name, options.dtype, **lesser) for name in names]
     vae = network(AutoencoderKLWan, "vae", options.vae_dtype)
