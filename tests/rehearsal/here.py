@@ -41,6 +41,8 @@ def run(notebook, out, **parameters):
     with warnings.catch_warnings():
         # a backend without a screen warns at plt.show
         warnings.filterwarnings("ignore", message="FigureCanvasAgg is non-interactive")
+        # random weights may say any bytes
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         try:
             papermill.execute_notebook(
                 str(notebook), str(out), parameters, engine_name="here", kernel_name="python3",

@@ -7,7 +7,7 @@ from transporter_nb.core.base import checkpoint_path
 from transporter_nb.core.hub import LoadOptions
 from transporter_nb.explain.transporter import Transporter
 from transporter_nb.models.registry import VLMS, load_generator, load_vlm, shipped_vlm_names
-from transporter_nb.models.testing import export_snapshot, tiny_vlm
+from transporter_nb.models.testing import LinearGenerator, export_snapshot, tiny_vlm
 from transporter_nb.models.vlms.base import DESCRIBE
 from transporter_nb.world.video import demo_video
 
@@ -77,8 +77,8 @@ def test_what_cannot_be_exported_is_refused(both, tmp_path):
     (tmp_path / "mine.txt").touch()
     with pytest.raises(FileExistsError, match="needs an empty folder"):
         export_snapshot(mini.vlm, tmp_path)
-    with pytest.raises(ValueError, match="got CouplingNetwork"):
-        export_snapshot(mini.coupling, tmp_path / "phi")
+    with pytest.raises(ValueError, match="got LinearGenerator"):
+        export_snapshot(LinearGenerator(), tmp_path / "linear")
     away = load_generator(exported.names["generator"], device="cpu",
                           options=LoadOptions(offload="layers"))
     with pytest.raises(ValueError, match="not in memory"): export_snapshot(away, tmp_path / "wan")

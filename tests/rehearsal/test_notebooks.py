@@ -32,7 +32,7 @@ FIGURES = { # notebook: its parameters
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_a_figure_is_drawn_at_paper_scale(snapshots, desk, name):
+def test_a_figure_is_drawn_at_paper_scale(snapshots, desk, decided, name):
     options = WORDS.replace("steps=2, c", "steps=4, c") if name == "fig4" else WORDS
     given = dict(scale="paper", device="cpu", options=options, **FIGURES[name])
     here.run(NBS / f"{name}.ipynb", desk / "out.ipynb", **given)
