@@ -63,7 +63,7 @@ def test_a_kernel_gets_options_as_words(snapshots, desk):
     assert len(list(desk.glob("fig5_videollama3_*.png"))) == 1
 
 
-# --------------------------------------------------------------------------------- from clips to Phi
+# ------------------------------------------------------------------------------ from clips to Phi
 CLIPS = "clip_size=5x32x32, n_frames=2"
 TRAINING = dict(scale="paper", vlm="gemma3", generator="wan-1.3b", device="cpu", steps=10,
                 batch_size=2, accumulation=1, projections=3, width=32, layers=2, save_every=3,
