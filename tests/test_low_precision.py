@@ -208,7 +208,7 @@ def test_offloading_changes_nothing(name, offload):
 
 def test_the_vision_adapter_of_phi4_is_loaded(load_vlm_from_hub):
     names = [name for name, _ in load_vlm_from_hub("phi4", LoadOptions()).model.named_parameters()]
-    assert any("lora_A.vision" in name for name in names)
+    assert any("lora_A.frames" in name for name in names)
 
 
 @pytest.mark.parametrize("dtype", LOW)

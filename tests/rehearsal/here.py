@@ -4,6 +4,7 @@ import warnings
 
 import matplotlib.pyplot as plt
 import papermill
+import torch
 from papermill.engines import Engine, papermill_engines
 
 
@@ -47,5 +48,7 @@ def run(notebook, out, **parameters):
             papermill.execute_notebook(
                 str(notebook), str(out), parameters, engine_name="here", kernel_name="python3",
                 progress_bar=False)
-        finally: plt.close("all")
+        finally:
+            plt.close("all")
+            torch.set_grad_enabled(True) # a notebook may have turned gradients off, as for itself
     return InThisProcess.last

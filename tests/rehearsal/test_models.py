@@ -95,7 +95,8 @@ def test_offloaded_weights_explain_alike(snapshots, vlm, offload):
     for l2v in (here, away): l2v.bank = small_bank(here)
     one, other = (l2v.explain(RED, CHANGE, strengths=[1.], progress=False) for l2v in (here, away))
     assert torch.allclose(one.videos, other.videos, atol=1e-4)
-    assert torch.allclose(one.phi.target, other.phi.target, rtol=.02)
+    # logits of bfloat16 have steps of up to 6 % of a probability (between 8 and 16: .0625)
+    assert torch.allclose(one.phi.target, other.phi.target, rtol=.07)
     assert math.isclose(one.distance[0], other.distance[0], rel_tol=.02)
 
 

@@ -108,7 +108,7 @@ def draw_answer(
     width:float, # Inches, for words and bar together
     middle:float, # Inches from the bottom to the middle of the thick bar
     colour:str, # Of the target word
-    font_size:float=7.5, # Points
+    font_size:float|int=7.5, # Points
 ):
     "One tug-of-war between two words"
     word = .37 * width # chosen: "quickly 0.99" in bold 7.5 pt takes 0.75 of 2.1 inches
@@ -182,7 +182,7 @@ def inch_text(
     left:float, # Inches from its left edge
     bottom:float, # Inches from its lower edge
     text:str, # The letters
-    font_size:float=7., # Points
+    font_size:float|int=7., # Points
     **style, # As for `Figure.text`
 ):
     "Text at a place measured in inches"
@@ -299,7 +299,7 @@ def page_size(
     return layout.width, rows + .05 + .125 * len(footer.split("\n")) * bool(footer)
 
 def draw_page(
-    figure:Figure, # Of the size that `page_size` gives
+    figure:FigureBase, # Of the size that `page_size` gives
     panels:Sequence[Panel], # From the top
     layout:Layout=Layout(), # Sizes
     frames:Sequence[int]|None=None, # Which frames; None takes five
@@ -343,7 +343,7 @@ def draw_marked(
     bottom:float, # Inches from its lower edge to the line the letters stand on
     text:str, # A caption
     marks:Mapping[str, str], # Words to mark, with the colour of each
-    font_size:float=8., # Points
+    font_size:float|int=8., # Points
 ) -> float: # Inches from the left edge at which the line ends
     "One line of text with some of its words marked"
     measure, pen = text_to_path.get_text_width_height_descent, left
@@ -371,7 +371,7 @@ def draw_choices(
     ax:Axes, # Wide enough for the words
     choices:Sequence[Choice], # From the left
     colours:Mapping[str, str]|None=None, # Of the bars after, by word; others are dark grey
-    font_size:float=7., # Points
+    font_size:float|int=7., # Points
 ):
     "Bars over the words of a slot, before and after"
     colours = colours or {}

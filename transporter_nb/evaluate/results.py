@@ -196,7 +196,7 @@ def draw_failures(
 def save_claims(
     figure:Figure, # As `save_figure` saved it
     stem:Stem|str|Path, # As for `save_figure`
-    claims:Mapping[str, bool], # Expectation -> whether it held
+    claims:Mapping[str, Any], # Expectation -> whether it held, as a truth value of any kind
 ) -> list[str]: # Those that did not hold
     "Report what was expected: printed, in the record, and on the page where it failed"
     claims = {text: bool(held) for text, held in claims.items()}

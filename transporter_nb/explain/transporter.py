@@ -23,6 +23,7 @@ from ..concepts.shaping import (
     WORD_GROUPS, ShapedConcept, ShapingConfig, measure_answers, with_word, word_of)
 from ..core.aliases import with_aliases
 from ..core.base import as_config, checkpoint_path, resolve_device, tensor_digest
+from ..core.docstrings import documented
 from ..core.hub import LoadOptions
 from ..core.memory import check_batch_size
 from ..core.parameters import RunOptions, option_words, read_options
@@ -109,12 +110,6 @@ def models(self:Transporter) -> Models: # As they are now
         self.checked = Models(*parts)
     return self.checked
 
-# %% ../../nbs/5_explain/09_transporter.ipynb #a7d94602
-def _names(named, scale, usual):
-    "What a record keeps of the loading"
-    said = option_words(usual)
-    return {**named, "scale": scale} | ({"options": said} if said else {})
-
 # %% ../../nbs/5_explain/09_transporter.ipynb #0e60cb7b
 @patch_to(Transporter, cls_method=True)
 def load(
@@ -151,6 +146,8 @@ def load(
     concepts = part_path("concepts", vlm, generator, scale)
     bank = ConceptBank.from_pretrained(concepts) if concepts.exists() else ConceptBank()
     return cls(*models, phi, bank, _names(named, scale, usual), usual)
+
+documented("l2v = Transporter.load(vlm='phi4')")(Transporter.load.__func__)
 
 # %% ../../nbs/5_explain/09_transporter.ipynb #6f2e7432
 def _is_group(group):
@@ -316,6 +313,11 @@ def answered(
     return run, calibration
 
 # %% ../../nbs/5_explain/09_transporter.ipynb #d035f81a
+def _names(named, scale, usual):
+    "What a record keeps of the loading"
+    said = option_words(usual)
+    return {**named, "scale": scale} | ({"options": said} if said else {})
+
 def _concept_facts(direction):
     "A concept's pair, settings and digest, as far as it has them"
     vectors = getattr(direction, "vectors", None)
@@ -438,8 +440,4 @@ def explain(
     for note in calibration.misses() if calibration else (): warnings.warn(note, stacklevel=4)
     return self._explanation(caption, merged, run, directions, settings, dials["batch_size"])
 
-# %% ../../nbs/5_explain/09_transporter.ipynb #7573c2e0
-from ..core.docstrings import documented
-
-documented("l2v = Transporter.load(vlm='phi4')")(Transporter.load.__func__)
 documented("l2v.explain('one large red ball slides ...', 'red -> blue')")(Transporter.explain)

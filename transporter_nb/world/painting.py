@@ -7,6 +7,7 @@ __all__ = ['compiled', 'darken', 'blend', 'paint_thing', 'paint_limb', 'inside',
            'paint']
 
 # %% ../../nbs/1_world/07_painting.ipynb #38e95ac8
+from collections.abc import Callable
 import math
 from typing import no_type_check
 
@@ -22,7 +23,9 @@ from transporter_nb.world.drawing import (
 from .scenes import COLUMNS
 
 # %% ../../nbs/1_world/07_painting.ipynb #8f1d3442
-def compiled(function):
+def compiled(
+    function:Callable, # A loop in the part of Python that numba knows
+) -> Callable: # The same, compiled
     "Compile a loop over pixels, once for each machine"
     settings = dict(nogil=True, error_model="numpy", fastmath={"contract", "nsz"})
     # a cell of a notebook is compiled afresh: the file of a cell changes with every kernel

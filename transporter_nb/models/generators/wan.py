@@ -8,8 +8,8 @@ __all__ = ['ENCODER_CHUNK', 'SPECIAL_TOKENS', 'WAN_MEAN', 'WAN_STD', 'PAPER_FIEL
            'world_words', 'config_from_dict', 'to_timestep', 'flow_times', 'kept_in_float32', 'compute_dtype',
            'run_expert', 'word_tokenizer', 'tokenize', 'tokens_covering', 'check_clip', 'build_vae',
            'build_transformer', 'build_text_encoder', 'WanGenerator', 'latent_size', 'encode_words', 'check_latents',
-           'wan_velocity', 'latent_scale', 'encode_video', 'decode_latents', 'part_tensors', 'fit_tensors',
-           'load_files', 'OneAtATime', 'put_on_device', 'hub_config', 'load_hub', 'widen_kept', 'blank_generator']
+           'wan_velocity', 'latent_scale', 'encode_video', 'decode_latents', 'part_tensors', 'load_hub', 'fit_tensors',
+           'load_files', 'OneAtATime', 'put_on_device', 'hub_config', 'widen_kept', 'blank_generator']
 
 # %% ../../../nbs/2_models/02_generators.wan.ipynb #f06f1f08
 from collections.abc import Mapping, Sequence
@@ -590,6 +590,17 @@ def save(
     return [save_checkpoint(_part_path(folder, part), part_tensors(self, part), config)
             for part in parts]
 
+def load_hub(
+    config:WanConfig|None=None, # With `hub` and `revision`; None is the paper's
+    device:str|torch.device="auto", # Where the generator computes
+    options:LoadOptions|None=None, # Types and places; None is bfloat16, everything on `device`
+) -> WanGenerator: # Frozen
+    "Load Wan's released weights from the local hub cache"
+    config = config or WanConfig.paper()
+    folder = require(find_source(config.hub, config.revision))
+    snapshot = Snapshot(folder, config.hub, config.revision)
+    return WanGenerator.load_snapshot(snapshot, device, options, config=config)
+
 # %% ../../../nbs/2_models/02_generators.wan.ipynb #5854684e
 def fit_tensors(
     generator:WanGenerator, # Built in the sizes of the file
@@ -740,18 +751,6 @@ def load_snapshot(
     experts = experts or [nn.Identity()]
     generator = cls(config, vae, experts[0], text_encoder, tokenizer, *experts[1:])
     return put_on_device(generator.freeze(), options, device)
-
-# %% ../../../nbs/2_models/02_generators.wan.ipynb #a9176736
-def load_hub(
-    config:WanConfig|None=None, # With `hub` and `revision`; None is the paper's
-    device:str|torch.device="auto", # Where the generator computes
-    options:LoadOptions|None=None, # Types and places; None is bfloat16, everything on `device`
-) -> WanGenerator: # Frozen
-    "Load Wan's released weights from the local hub cache"
-    config = config or WanConfig.paper()
-    folder = require(find_source(config.hub, config.revision))
-    snapshot = Snapshot(folder, config.hub, config.revision)
-    return WanGenerator.load_snapshot(snapshot, device, options, config=config)
 
 # %% ../../../nbs/2_models/02_generators.wan.ipynb #d8e054bc
 PARTS = ("text_encoder", "transformer", "transformer_2", "vae")
