@@ -305,7 +305,7 @@ def draw_page(
     frames:Sequence[int]|None=None, # Which frames; None takes five
     mode:str="bicubic", # How frames are enlarged: `"bicubic"`, or `"nearest"` to see the pixels
     footer:str=READ_ME, # Below everything
-) -> Figure: # The same figure
+) -> FigureBase: # The same figure
     "Draw panels below each other"
     shown = len(frames or choose_frames(len(panels[0].rows[0].clip)))
     total = page_size(panels, layout, shown, footer)[1]
