@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Progress', 'counted', 'VelocityDifference', 'velocity_difference', 'PartialSamples', 'partial_samples',
-           'divergence_over_seeds', 'flow_loss', 'share_missing', 'fit_vectors', 'Gathered', 'gather',
+           'divergence_over_seeds', 'flow_loss', 'share_missing', 'fit_vectors', 'Gathered', 'gather', 'SameAnswer',
            'check_divergence', 'learn_concept']
 
 # %% ../../nbs/4_concepts/02_learning.ipynb #57f09d53
@@ -296,6 +296,9 @@ def gather(
     return _gathered(generator, pair, texts, states, divergences, seeds, config.placement)
 
 # %% ../../nbs/4_concepts/02_learning.ipynb #30b10c48
+class SameAnswer(ValueError):
+    "A VLM answers alike to both sides of a contrast, so no concept can be learned at that strength"
+
 def check_divergence(
     divergence:float, # Mean answer divergence
     pair:ContrastPair, # For the message
@@ -303,7 +306,7 @@ def check_divergence(
 ) -> float: # The same, if a concept can be learned at this strength
     "Refuse a strength at which eq. (8) has no gradient, or which steering would refuse"
     if not 1e-3 < divergence <= 1.5: # 1.5: the largest strength of steering
-        raise ValueError(
+        raise SameAnswer(
             f"{vlm.name}'s answers to both sides of {pair.name!r} differ by {divergence:.3g}, "
             "which is no strength to learn at. Use strengths='uniform', or distance='hellinger'."
         )
