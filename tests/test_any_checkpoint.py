@@ -14,6 +14,9 @@ from transformers import PreTrainedModel
 from transporter_nb.app import doctor
 from transporter_nb.core import hub
 from transporter_nb.core.hub import SOURCES, HubSource, LoadOptions, cached_folder
+from transporter_nb.explain.budget import kept_bytes
+from transporter_nb.explain.plan import plan
+from transporter_nb.explain.stages import blank_vlm, stage_cost
 from transporter_nb.explain.transporter import Transporter
 from transporter_nb.models.cache import model_digests
 from transporter_nb.models.pairing import COUPLING_PROBES, made_for
@@ -148,6 +151,49 @@ def test_clips_of_a_release_have_a_size_without_being_asked(folders):
         config = load_generator(str(folders[name]), device="cpu").config
         return config.frames, config.height, config.width
     assert size("two") == (61, 720, 720) and size("one") == (61, 480, 480)
+
+
+@pytest.fixture
+def native(copy):
+    """VLMs whose processors keep the shape of frames, up to 16,384 pixels"""
+    limits = {"size": {"shortest_edge": 256, "longest_edge": 16_384}}
+    folders = {name: copy(name) for name in ("qwen25vl", "videollama3")}
+    for folder in folders.values():
+        (folder / "preprocessor_config.json").write_text(json.dumps(limits))
+    return {name: str(folder) for name, folder in folders.items()}
+
+
+def test_fewer_pixels_are_an_option_of_a_run(folders, native):
+    wan, size = str(folders["one"]), "clip_size=9x32x32"
+    whole, fewer = (Transporter.load(native["qwen25vl"], wan, device="cpu", options=size + more)
+                    for more in ("", ", max_pixels=256"))
+    assert (whole.vlm.settings.max_pixels, fewer.vlm.settings.max_pixels) == (16_384, 256)
+    assert whole.vlm.n_tokens == 4 * fewer.vlm.n_tokens  # 32 x 32 px against 16 x 16
+    assert fewer.names["options"] == f"{size}, max_pixels=256"
+    same = Transporter.load(native["qwen25vl"], wan, device="cpu", clip_size=(9, 32, 32),
+                            max_pixels=256)
+    assert same.vlm.n_tokens == fewer.vlm.n_tokens and same.names == fewer.names
+
+
+@pytest.mark.parametrize("name, most", [("gemma3", 50_176), ("qwen25vl", 100)])
+def test_a_limit_of_pixels_is_checked_before_weights_are_read(
+        folders, native, no_weights, name, most):
+    folder = native.get(name, str(folders[name]))
+    with pytest.raises(ValueError, match="max_pixels limits frames that keep their shape, to 16"):
+        Transporter.load(folder, str(folders["one"]), device="cpu", max_pixels=most)
+
+
+def test_a_plan_counts_fewer_pixels(folders, native):
+    vlm, wan = native["videollama3"], str(folders["one"])
+    asked = vlm, "paper", LoadOptions(), "cuda", wan
+    whole, fewer = (stage_cost("answer", *asked, most) for most in (None, 4096))
+    assert fewer.flops < whole.flops and fewer.inputs < whole.inputs
+    kept, less = (kept_bytes(vlm, "paper", wan, None, most) for most in (None, 4096))
+    tokens = blank_vlm(vlm, "paper").n_tokens - blank_vlm(vlm, "paper", max_pixels=4096).n_tokens
+    # two ways, kept twice, in float32
+    assert tokens > 0 and kept["seen"] - less["seen"] == 2 * 2 * 4 * tokens * 32
+    needs = plan("explain", vlm, generator=wan, options="max_pixels=4096")
+    assert needs.stages["answer"][0] == fewer and needs.kept == less
 
 
 def test_names_and_repositories(folders, cache):

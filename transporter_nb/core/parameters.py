@@ -67,6 +67,7 @@ class RunOptions:
     loading:LoadOptions|None=None # Types and places of the weights; None fits them to the device
     clip_size:tuple[int, ...]|None=None # At paper scale: frames, height and width (px) of a clip
     n_frames:int|None=None # At paper scale: frames of a clip that the VLM is shown
+    max_pixels:int|None=None # At paper scale: of a shown frame, where its processor keeps its shape
     steps:int|None=None # Euler steps of a clip
     batch_size:int|None=None # Rows at once in every model; None: as many as free memory holds
     concept_steps:int|None=None # Steps of learning a concept that the bank lacks
@@ -80,7 +81,8 @@ class RunOptions:
             raise ValueError("clip_size is frames, height and width, such as clip_size=17x320x320, "
                              f"got {'x'.join(map(str, size))}.")
 
-_LEAST = {"n_frames": 1, "steps": 1, "batch_size": 1, "concept_steps": 0, "concept_seeds": 2}
+_LEAST = {"n_frames": 1, "max_pixels": 1, "steps": 1, "batch_size": 1, "concept_steps": 0,
+          "concept_seeds": 2}
 
 # %% ../../nbs/0_core/10_parameters.ipynb #665eb6a4
 _LOADING = {field.name: field.type for field in fields(LoadOptions)}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NoChange', 'explanation_stage', 'explanation_cost', 'kept_bytes', 'fitted_options', 'spoken_options',
-           'published_bytes', 'device_options', 'placed_options']
+           'published_bytes', 'device_options', 'check_shown', 'placed_options']
 
 # %% ../../nbs/5_explain/16_budget.ipynb #a6be42b2
 from collections.abc import Mapping, Sequence
@@ -23,6 +23,7 @@ from transporter_nb.explain.stages import (
 from .steering import steer
 from ..models.answers import word_answers
 from ..models.quantizing import check_quantizer, network_bytes
+from ..models.registry import find_model
 from ..models.view import Models
 from ..models.vlms.base import DESCRIBE
 from ..world.contrasts import ContrastPair, parse_contrast
@@ -91,10 +92,11 @@ def kept_bytes(
     scale:str, # "mini" or "paper"
     generator:str="wan", # As for `find_model`
     cache:str|None=None, # Words of a step cache, which keeps outputs of both rows of a clip
+    max_pixels:int|None=None, # Of a shown frame, as in `RunOptions`
 ) -> dict[str, int]: # While it is "generated" and after it is "seen"
     "Bytes that each clip of a sweep keeps between the stages"
     generator = blank_generator(scale, [], "meta", LoadOptions(), generator=generator)
-    model, config = blank_vlm(vlm, scale), generator.config
+    model, config = blank_vlm(vlm, scale, max_pixels=max_pixels), generator.config
     prompt = 4 * config.prompt_tokens * generator.text_dim
     made = 4 * torch.Size(generator.latent_shape(1)).numel() + prompt
     video = 4 * config.frames * 3 * config.height * config.width
@@ -150,6 +152,22 @@ def device_options(
     fitted = fitted_options(weights, free_memory(device) if weights else None)
     places = {name: getattr(fitted, name) for name in ("offload", "vae_tiling", "checkpointing")}
     return replace(asked, **places)
+
+# %% ../../nbs/5_explain/16_budget.ipynb #ede4ffc5
+def check_shown(
+    vlm:str, # As for `find_model`
+    scale:str, # "mini" or "paper"
+    max_pixels:int|None, # Of a shown frame; None: as its processor has it
+):
+    "Refuse a limit of pixels that the VLM cannot keep, before weights are read"
+    if max_pixels is None: return
+    from transporter_nb.models.vlms.hub import with_pixels # here: the miniature needs no hub
+    found = find_model("vlm", vlm, scale)
+    if found.snapshot is not None:
+        with_pixels(found.adapter.read_settings(found.snapshot), max_pixels)
+        return
+    raise ValueError("max_pixels can be chosen for a published VLM only, and the miniature "
+                     f"{vlm!r} shows squares, got max_pixels={max_pixels}. Leave it out.")
 
 # %% ../../nbs/5_explain/16_budget.ipynb #e0a1b2c4
 def placed_options(

@@ -21,7 +21,7 @@ from ..concepts.concept import ConceptConfig
 from ..core.base import check_scale
 from ..core.hub import LINE, SOURCES, LoadOptions, duration
 from ..core.memory import rows_at_once
-from ..core.parameters import read_options
+from ..core.parameters import RunOptions, read_options
 from ..coupling.training import CouplingTraining
 from .budget import fitted_options, kept_bytes, spoken_options
 from .stages import QUANTIZED, STAGES, blank_generator, stage_cost
@@ -342,13 +342,14 @@ def _repr_html_(self:Plan) -> str: # For a notebook
     return f"<b>{self._title()}</b><table>{line(head, 'th')}{body}</table><ul>{notes}</ul>"
 
 # %% ../../nbs/5_explain/12_plan.ipynb #4fdce8d4
-def _both_costs(stage, vlm, scale, options, target, generator):
+def _both_costs(stage, vlm, scale, options, target, generator, max_pixels):
     "Cost of a stage, and with tiling or checkpointing where it has them"
     savers = {"decode": "vae_tiling", "encode": "vae_tiling", "concept": "checkpointing"}
     options = replace(options, cache=None) # counted in `kept`
     if stage not in QUANTIZED: options = replace(options, quantize=None)
     def cost(**saving):
-        return stage_cost(stage, vlm, scale, replace(options, **saving), target, generator)
+        place = target, generator, max_pixels
+        return stage_cost(stage, vlm, scale, replace(options, **saving), *place)
     return cost(), cost(**{savers[stage]: True}) if stage in savers else None
 
 def _networks(stages, vlm, n_experts, what):
@@ -383,24 +384,26 @@ def plan(
     device:str="H100", # One of `DEVICES`, or "cpu"
     dtype:str|None=None, # "bfloat16" or "float32"; None: the first at paper scale, else the second
     generator:str="wan", # A name, a folder or a repository; its sizes suffice
-    options:LoadOptions|str|None=None, # Of these `quantize`, `cache` and the types count
+    # Of these `quantize`, `cache`, the types, and of a run `max_pixels` count
+    options:RunOptions|LoadOptions|str|None=None,
 ) -> Plan: # Prints itself
     "The needs of a figure, before anything is loaded"
     if is_checkpoint("vlm", vlm) or is_checkpoint("generator", generator): scale = "paper"
     machine, scale = device_named(device), check_scale(scale)
     calls = stage_calls(figure, scale, generator)
     usual = LoadOptions(dtype=dtype or ("float32" if scale == "mini" else "bfloat16"))
-    given = read_options(options).loading or usual
+    run = read_options(options)
+    given, shown = run.loading or usual, run.max_pixels
     chosen = replace(usual, quantize=given.quantize, cache=given.cache, vae_dtype=given.vae_dtype,
                      dtype=dtype or given.dtype if scale == "paper" else usual.dtype)
     _check_sizes(vlm, scale)
-    asked = vlm, scale, chosen, "cpu" if device == "cpu" else "cuda", generator
+    asked = vlm, scale, chosen, "cpu" if device == "cpu" else "cuda", generator, shown
     stages = {stage: _both_costs(stage, *asked) for stage in STAGES}
     whole = blank_generator(scale, [], "meta", chosen, generator=generator)
     n = 1 if type(whole.default_guidance) is float else 2 # one for each expert
     parameters, weights = (_networks(stages, vlm, n, what) for what in ("parameters", "weights"))
     download = _to_download([generator, vlm]) if scale == "paper" else {}
-    kept = kept_bytes(vlm, scale, generator, chosen.cache)
+    kept = kept_bytes(vlm, scale, generator, chosen.cache, shown)
     return Plan(figure, vlm, scale, machine, chosen, parameters, download, stages, calls, kept,
                 weights, generator)
 

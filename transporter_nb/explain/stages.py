@@ -53,10 +53,12 @@ def blank_vlm(
     scale:str, # Of a name: "mini" or "paper"
     device:str="meta", # "meta", "cpu" or "cuda"
     options:LoadOptions|None=None, # Its type
+    max_pixels:int|None=None, # Of a shown frame, as in `RunOptions`
 ) -> Any: # A VLM of random or no numbers
     "A VLM by name or place, without its weights"
     adapter, snapshot = sizes_of("vlm", vlm)
     more = {"snapshot": snapshot} if snapshot else {}
+    if max_pixels is not None: more["max_pixels"] = max_pixels
     return adapter.blank(scale=scale, device=device, options=options, **more)
 
 # %% ../../nbs/5_explain/11_stages.ipynb #5f683c50
@@ -139,9 +141,10 @@ def vlm_stage(
     device:str, # "meta", "cpu" or "cuda"
     options:LoadOptions, # Its type
     generator:str="wan", # Whose clips it sees
+    max_pixels:int|None=None, # As for `blank_vlm`
 ) -> Prepared: # One clip
     "A VLM looking at a video, or answering about it"
-    model = blank_vlm(vlm, scale, device, options)
+    model = blank_vlm(vlm, scale, device, options, max_pixels)
     config = blank_generator(scale, [], "meta", options, generator=generator).config
     video = torch.zeros(1, config.frames, 3, config.height, config.width, device=device)
     dtype = next(model.parameters()).dtype
@@ -157,10 +160,11 @@ def blank_coupling(
     scale:str, # "mini" or "paper"
     device:str, # "meta", "cpu" or "cuda"
     generator:str="wan", # Whose latents
+    max_pixels:int|None=None, # As for `blank_vlm`
 ) -> CouplingNetwork: # Of random or no numbers, in float32
     "The coupling at a scale"
     generator = blank_generator(scale, [], "meta", LoadOptions(), generator=generator)
-    model = blank_vlm(vlm, scale)
+    model = blank_vlm(vlm, scale, max_pixels=max_pixels)
     config = getattr(CouplingConfig, scale)(
         latent_shape=generator.latent_shape(1)[1:], text_dim=generator.text_dim,
         prompt_tokens=generator.config.prompt_tokens, vlm_tokens=model.n_tokens,
@@ -175,9 +179,11 @@ def coupling_stage(
     device:str, # "meta", "cpu" or "cuda"
     options:LoadOptions, # Does not apply: the network is kept in float32
     generator:str="wan", # Whose latents
+    max_pixels:int|None=None, # As for `blank_vlm`
 ) -> Prepared: # One clip, or a batch of eight (paper §4)
     "The coupling, or one batch of its training"
-    network, n = blank_coupling(vlm, scale, device, generator), 1 if name == "coupling" else 8
+    network = blank_coupling(vlm, scale, device, generator, max_pixels)
+    n = 1 if name == "coupling" else 8
     generator = blank_generator(scale, [], "meta", options, generator=generator)
     condition = condition_of(generator, n, device, torch.float32)
     latents = torch.zeros(generator.latent_shape(n), device=device)
@@ -246,15 +252,16 @@ def prepare(
     options:LoadOptions|None=None, # None: bfloat16 at paper scale, float32 at mini scale
     target:str|None=None, # Device meant where `device` is "meta"
     generator:str="wan", # As for `find_model`
+    max_pixels:int|None=None, # Of a shown frame, as in `RunOptions`
     **short, # `layers`, `latent_frames`
 ) -> Prepared: # Ready to call
     "Networks, inputs and call of a stage"
     if stage not in STAGES: raise ValueError(f"stage must be one of {list(STAGES)}, got {stage!r}.")
     options = options or LoadOptions(dtype="float32" if scale == "mini" else "bfloat16")
     if stage in ("look", "answer"):
-        return vlm_stage(stage, vlm, scale, device, options, generator)
+        return vlm_stage(stage, vlm, scale, device, options, generator, max_pixels)
     if stage in ("coupling", "coupling_step"):
-        return coupling_stage(stage, vlm, scale, device, options, generator)
+        return coupling_stage(stage, vlm, scale, device, options, generator, max_pixels)
     short["generator"] = generator
     if stage == "concept": return concept_stage(scale, device, options, target or device, **short)
     return generator_stage(stage, scale, device, options, **short)
@@ -354,11 +361,12 @@ def stage_cost(
     options:LoadOptions, # Types, tiling, checkpointing
     target:str="cuda", # "cuda" or "cpu"
     generator:str="wan", # As for `find_model`
+    max_pixels:int|None=None, # As for `prepare`
 ) -> Cost: # Of one call, at full size
     "Cost of a stage, computed on the meta device"
     if options.vae_tiling and stage in ("decode", "encode") and scale == "paper":
         return tiled_cost(stage, scale, options, generator)
-    asked = vlm, scale, "meta", options, target, generator
+    asked = vlm, scale, "meta", options, target, generator, max_pixels
     word = options.quantize if stage in QUANTIZED and scale == "paper" else None
     if scale == "mini" or stage not in LINES:
         return run_on_meta(prepare(stage, *asked), target, word)

@@ -29,7 +29,7 @@ from ..core.memory import check_batch_size
 from ..core.parameters import RunOptions, option_words, read_options
 from ..coupling.network import CouplingNetwork
 from .answer_table import read_answers, way_answers
-from .budget import placed_options
+from .budget import check_shown, placed_options
 from .calibration import (
     BUDGET, Calibration, calibrate, check_evaluations, check_probabilities, target_answer)
 from .changes import pair_between, plain_pair, transforms
@@ -124,10 +124,11 @@ def load(
     coupling:str|Path|None=None, # A file of Phi; None: that of this pair, or no Phi
     clip_size:Sequence[int]|None=None, # In place of the options' own
     n_frames:int|None=None, # Likewise
+    max_pixels:int|None=None, # Likewise: of a shown frame, where the VLM keeps its shape
 ) -> Transporter: # Ready to explain
     "Load all parts by name or place"
     size = None if clip_size is None else tuple(clip_size)
-    usual = read_options(options, clip_size=size, n_frames=n_frames)
+    usual = read_options(options, clip_size=size, n_frames=n_frames, max_pixels=max_pixels)
     device = resolve_device(device)
     named = {"vlm": vlm, "generator": generator}
     if any(is_checkpoint(*item) for item in named.items()): scale = "paper"
@@ -135,13 +136,14 @@ def load(
         if not is_checkpoint(kind, named[kind]): find_adapter(kind, named[kind], table)
     # whatever is wrong is said before weights are read
     found = {kind: find_model(kind, name, scale).snapshot for kind, name in named.items()}
+    check_shown(vlm, scale, usual.max_pixels)
     path = find_coupling(vlm, generator, scale, coupling)
     loading = usual.loading
     if scale == "paper": loading = placed_options(named, found, device, loading)
     given = scale, str(device), loading
     wan = load_generator(generator, *given, usual.clip_size)
     if usual.steps: wan.default_steps = usual.steps
-    models = wan, load_vlm(vlm, *given, usual.n_frames)
+    models = wan, load_vlm(vlm, *given, usual.n_frames, usual.max_pixels)
     phi = None if path is None else CouplingNetwork.from_pretrained(path, device)
     concepts = part_path("concepts", vlm, generator, scale)
     bank = ConceptBank.from_pretrained(concepts) if concepts.exists() else ConceptBank()

@@ -500,10 +500,12 @@ def blank(
     device:str="meta", # Where; "meta" allocates nothing
     options:LoadOptions|None=None, # Its type; None is bfloat16
     snapshot:Snapshot|None=None, # Of another checkpoint of the class: its configuration is read
+    max_pixels:int|None=None, # As for `load_snapshot`
 ) -> HubVLM: # Frozen, of random or no numbers
     "The class in published sizes, or the miniature's, without its weights"
     mini = check_scale(scale) == "mini" and snapshot is None
     settings = cls.mini if mini else cls.read_settings(snapshot) if snapshot else cls.paper
+    settings = with_pixels(settings, max_pixels)
     numbers = range(1, settings.n_frames + 1)
     marks = [f"<|t{k}|>" if mini and cls.marked else cls.hub_mark(k)
              for k in numbers]
