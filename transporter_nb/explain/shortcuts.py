@@ -39,13 +39,20 @@ class CacheEffect(NamedTuple):
         "The largest change of an answer"
         return (self.cached - self.exact).abs().max().item()
 
+    @property
+    def saturated(self) -> bool: # True: the answers say nothing about the cache
+        "Whether all answers are below .1 or above .9, where hardly anything moves them"
+        return not ((self.exact > .1) & (self.exact < .9)).any()
+
     def __repr__(self):
         before, after = self.seconds
         span = self.exact.max() - self.exact.min()
+        fix = (" All answers are below .1 or above .9: take strengths between, as "
+               "explain(target_probability=.5) finds them." if self.saturated else "")
         return (f"{self.cache} saves {self.saved:.0%} of the generation's time "
                 f"({before:.2f} s to {after:.2f} s, {self.computed[1]} of {self.computed[0]} "
                 f"evaluations in full), and moves the VLM's answer by {self.moved:.2g} at most; "
-                f"the strengths move it by {span:.3f}. Videos differ by {self.pixels:.4f}.")
+                f"the strengths move it by {span:.3f}. Videos differ by {self.pixels:.4f}.{fix}")
 
 # %% ../../nbs/5_explain/17_shortcuts.ipynb #7e3ca8db
 def _timed(generator, cache, run):
