@@ -86,8 +86,9 @@ WRONG |= {
     ("train_mini", "step", "3"): r"takes no parameter 'step'. Did you mean 'steps'",
     ("train_mini", "scale", "paper"): r"takes no parameter 'scale'",
     ("fig7", "options", "ofload=parts"): r"Did you mean 'offload'",
-    ("table1", "scale", "paper"): r"runs at scale 'mini' only, got 'paper'",
-    ("table3", "scale", "paper"): r"runs at scale 'mini' only, got 'paper'",
+    ("proxies", "scale", "paper"): r"runs at scale 'mini' only, got 'paper'",
+    ("table1", "scale", "huge"): r"scale must be one of",
+    ("table3", "scale", "huge"): r"scale must be one of",
     ("fig5", "scale", "huge"): r"scale must be one of",
 }
 

@@ -26,6 +26,12 @@ def decided(monkeypatch):
     monkeypatch.setattr(learning, "check_divergence", lambda found, pair, vlm: max(found, .01))
 
 
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    """Where rows of tables are kept: a table finds the rows of the one before"""
+    return tmp_path_factory.mktemp("rows")
+
+
 @pytest.fixture
 def desk(tmp_path, monkeypatch):
     """A working directory, and a repository that holds no results"""

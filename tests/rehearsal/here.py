@@ -30,8 +30,11 @@ class InThisProcess(Engine):
         for k, cell in enumerate(nb_man.nb.cells):
             if cell.cell_type != "code": continue
             space["In"].append(cell.source)
-            run_cell(cell.source, f"cell {k} of the notebook", space)
             cell.execution_count = len(space["In"]) - 1
+            try: run_cell(cell.source, f"cell {k} of the notebook", space)
+            except SystemExit as end: # a notebook may end before its last cell, as papermill allows
+                if end.code: raise
+                break
 
 
 papermill_engines.register("here", InThisProcess)
