@@ -1,10 +1,12 @@
 """Every VLM with every generator at paper scale: load, learn, explain, shape, certify, save"""
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+import here
 from releases import RED, WORDS
 from transporter_nb.concepts.bank import ConceptBank
 from transporter_nb.concepts.concept import ConceptConfig
@@ -12,6 +14,7 @@ from transporter_nb.concepts.directions import mean_text_difference
 from transporter_nb.explain.transporter import Transporter
 from transporter_nb.models.registry import VLMS
 
+NBS = Path(__file__).resolve().parents[2] / "nbs"
 CHANGE = "red -> blue"
 GRID = [(vlm, generator) for vlm in VLMS for generator in ("wan", "wan-1.3b")]
 
@@ -76,6 +79,20 @@ def test_an_explanation_is_saved_with_its_options(explained, desk):
     record = json.loads((desk / "red.json").read_text())
     assert WORDS in json.dumps(record)
     assert "<img" in explained._repr_html_()
+
+
+def test_a_figure_is_drawn(l2v, explained, desk, monkeypatch):
+    """Figure 5 with these models as they are: nothing is loaded or learned again"""
+    monkeypatch.setattr(Transporter, "load", lambda **given: l2v)
+    names = {kind: l2v.names[kind] for kind in ("vlm", "generator")}
+    here.run(NBS / "fig5.ipynb", desk / "out.ipynb", scale="paper", device="cpu", options=WORDS,
+             caption=RED, source="red", target="blue", n_strengths=2, **names)
+    record, = (json.loads(path.read_text()) for path in desk.glob("fig5_*.json"))
+    assert record["parameters"] | names == record["parameters"]
+    assert len(record["sweep"]) == 2 and not record["inverted"]
+    for ending in ("png", "pdf", "gif"):
+        drawn, = desk.glob(f"fig5_*.{ending}")
+        assert drawn.stat().st_size > 1000
 
 
 def test_a_bank_comes_back_and_explains_alike(l2v, explained, tmp_path):
