@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from transporter_nb.app import doctor
 from transporter_nb.core import hub
 from transporter_nb.core.hub import SOURCES, HubSource, LoadOptions, cached_folder
+from transporter_nb.explain import plan as planning
 from transporter_nb.explain.budget import kept_bytes
-from transporter_nb.explain.plan import plan
 from transporter_nb.explain.stages import blank_vlm, stage_cost
 from transporter_nb.explain.transporter import Transporter
 from transporter_nb.models.cache import model_digests
@@ -164,14 +164,14 @@ def native(copy):
 
 
 def test_fewer_pixels_are_an_option_of_a_run(folders, native):
-    wan, size = str(folders["one"]), "clip_size=9x32x32"
+    wan, size = str(folders["one"]), "clip_size=9x32x32, n_frames=4"
     whole, fewer = (Transporter.load(native["qwen25vl"], wan, device="cpu", options=size + more)
                     for more in ("", ", max_pixels=256"))
     assert (whole.vlm.settings.max_pixels, fewer.vlm.settings.max_pixels) == (16_384, 256)
     assert whole.vlm.n_tokens == 4 * fewer.vlm.n_tokens  # 32 x 32 px against 16 x 16
     assert fewer.names["options"] == f"{size}, max_pixels=256"
     same = Transporter.load(native["qwen25vl"], wan, device="cpu", clip_size=(9, 32, 32),
-                            max_pixels=256)
+                            n_frames=4, max_pixels=256)
     assert same.vlm.n_tokens == fewer.vlm.n_tokens and same.names == fewer.names
 
 
@@ -183,7 +183,7 @@ def test_a_limit_of_pixels_is_checked_before_weights_are_read(
         Transporter.load(folder, str(folders["one"]), device="cpu", max_pixels=most)
 
 
-def test_a_plan_counts_fewer_pixels(folders, native):
+def test_a_plan_counts_fewer_pixels(folders, native, monkeypatch):
     vlm, wan = native["videollama3"], str(folders["one"])
     asked = vlm, "paper", LoadOptions(), "cuda", wan
     whole, fewer = (stage_cost("answer", *asked, most) for most in (None, 4096))
@@ -192,8 +192,10 @@ def test_a_plan_counts_fewer_pixels(folders, native):
     tokens = blank_vlm(vlm, "paper").n_tokens - blank_vlm(vlm, "paper", max_pixels=4096).n_tokens
     # two ways, kept twice, in float32
     assert tokens > 0 and kept["seen"] - less["seen"] == 2 * 2 * 4 * tokens * 32
-    needs = plan("explain", vlm, generator=wan, options="max_pixels=4096")
-    assert needs.stages["answer"][0] == fewer and needs.kept == less
+    counted = []  # `plan` passes the option on to every stage
+    monkeypatch.setattr(planning, "stage_cost", lambda *given: counted.append(given[-1]) or fewer)
+    needs = planning.plan("explain", vlm, generator=wan, options="max_pixels=4096")
+    assert set(counted) == {4096} and needs.kept == less
 
 
 def test_names_and_repositories(folders, cache):
