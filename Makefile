@@ -17,6 +17,7 @@ EXPLORER ?= nbs/explorer.ipynb
 KERNELS ?= 4
 DEVICE ?= auto
 WORKERS ?= 2
+ENGINE ?= here
 PYTHON ?= $(shell for p in python3.11 python3 python; do "$$p" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 BIN := .venv/bin
 READY := .venv/.ready
@@ -48,20 +49,17 @@ language: $(READY) ## SmolLM2-135M, the language model of the VLM smollm2, and w
 fig7: $(READY) ## figure 7 with the answers of one VLM, saved here: make fig7 VLM=phi4
 	papermill --no-progress-bar --stdout-file - nbs/fig7.ipynb out.ipynb -p vlm $(VLM)
 
-# One papermill run a notebook and VLM; a failure does not stop the others. `install`: these targets make again what the repository ships.
-define each
-	@log=$$(mktemp -d); failed=; \
-	for notebook in $(1); do for vlm in $(VLMS); do \
-	  if papermill --no-progress-bar nbs/$$notebook.ipynb $$log/$${notebook##*/}-$$vlm.ipynb -p vlm $$vlm -p install True >$$log/log 2>&1; then echo "ok      $$notebook $$vlm  $$SECONDS s"; \
-	  else echo "FAILED  $$notebook $$vlm"; tail -n 20 $$log/log; failed=1; fi; done; done; \
-	rm -rf "$$log"; test -z "$$failed"
-endef
+# One papermill run a notebook and VLM; a failure does not stop the others. `--install`: these targets
+# make again what the repository ships. ENGINE=ray gives the runs to WORKERS processors, or to the
+# cluster that RAY_ADDRESS names.
+each = python -m transporter_nb.evaluate.runs $(1) --vlms $(VLMS) --install --engine $(ENGINE) \
+  $(if $(filter ray,$(ENGINE)),--workers $(WORKERS))
 
-figures: $(READY) ## every figure for every VLM into figures/: make figures, or make figures FIGURES="fig1 fig3" VLMS=gemma3
-	$(call each,$(FIGURES))
+figures: $(READY) ## every figure for every VLM into figures/: make figures, or make figures FIGURES="fig1 fig3" VLMS=gemma3, or ENGINE=ray WORKERS=2
+	@$(call each,$(FIGURES))
 
 tables: $(READY) ## every table for every VLM, row by row: interrupted, it goes on where it was: make tables TABLES=table3
-	$(call each,$(TABLES))
+	@$(call each,$(TABLES))
 
 faithfulness: $(READY) ## every method on planted VLMs, row by row: interrupted, it goes on where it was
 	papermill nbs/studies/faithfulness.ipynb out.ipynb -p install True
