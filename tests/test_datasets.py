@@ -146,8 +146,8 @@ def test_workers_end_with_the_decoder(tmp_path):
 
 def test_workers_give_the_frames_of_this_process(tmp_path):
     records, take = read_clips(clips_in(tmp_path)), TakeClip(4, (24, 32), rate=5., fit="pad")
-    here, there = (list(decode_clips(Ledger(tmp_path / f"{n}.parquet", records, allowed=.5), take, n))
-                   for n in (0, 2))
+    ledgers = [Ledger(tmp_path / f"{n}.parquet", records, allowed=.5) for n in range(2)]
+    here, there = (list(decode_clips(ledger, take, 2 * n)) for n, ledger in enumerate(ledgers))
     assert [clip[:3] for clip in here] == [clip[:3] for clip in there]
     assert all(torch.equal(one.video, two.video) for one, two in zip(here, there))
 
@@ -235,5 +235,5 @@ def test_records_take_little_memory_and_keep_odd_values():
 def test_without_the_libraries_the_error_names_the_extra(monkeypatch):
     def absent(name): raise ImportError(name)
     monkeypatch.setattr(records_module, "import_module", absent)
-    with pytest.raises(ImportError, match=r"pyarrow, which is not installed.*transporter_nb\[data\]"):
-        ClipRecords([])
+    said = r"pyarrow, which is not installed.*transporter_nb\[data\]"
+    with pytest.raises(ImportError, match=said): ClipRecords([])
