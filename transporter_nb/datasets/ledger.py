@@ -39,7 +39,7 @@ class LedgerLine(NamedTuple):
     reason: str # Why it is not used; empty where it is
     content: str # SHA-256 of the file; empty where it was not read
 
-# %% ../../nbs/1_datasets/04_ledger.ipynb #5961ff9c
+# %% ../../nbs/1_datasets/04_ledger.ipynb #0f6296f3
 class Ledger:
     "How each record of a data set ended, in a file that survives an interruption"
     def __init__(self,
@@ -57,12 +57,13 @@ class Ledger:
         self.verdicts = np.full(n, len(VERDICTS), np.uint8) # the last number: not looked at
         self.contents = np.zeros((n, 32), np.uint8)
         self.reasons:dict[int, str] = {}
+        self.n_bad = 0
         stamps = (file_stamp(record.path) or (-1, -1) for record in records)
         self.stamps = np.fromiter(stamps, np.dtype((np.int64, 2)), n)
         self.journal = self.path.with_name(f".{self.path.stem}.journal")
         self._take_up()
 
-# %% ../../nbs/1_datasets/04_ledger.ipynb #ee8c462e
+# %% ../../nbs/1_datasets/04_ledger.ipynb #39950423
 @patch
 def enter(
     self:Ledger,
@@ -81,6 +82,7 @@ def enter(
 
 @patch
 def _set(self:Ledger, index, verdict, reason, content):
+    self.n_bad += (verdict != "used") - (0 < self.verdicts[index] < len(VERDICTS))
     self.verdicts[index] = VERDICTS.index(verdict)
     self.contents[index] = np.frombuffer(bytes.fromhex(content or "00" * 32), np.uint8)
     self.reasons.pop(index, None)
@@ -146,7 +148,7 @@ def _old_rows(self:Ledger):
         content = (row["content"] or b"").hex()
         yield place if holds else None, row["verdict"], row["reason"] or "", content
 
-# %% ../../nbs/1_datasets/04_ledger.ipynb #f046ba27
+# %% ../../nbs/1_datasets/04_ledger.ipynb #6f0d7a34
 @patch
 def _journal_rows(self:Ledger):
     "The same of the journal"
@@ -166,9 +168,10 @@ def _take_up(self:Ledger):
     if not lost: return
     for place in np.flatnonzero(self.verdicts == VERDICTS.index("duplicate")).tolist():
         self.verdicts[place] = len(VERDICTS) # the one that it repeats may be gone
+        self.n_bad -= 1
         self.reasons.pop(place, None)
 
-# %% ../../nbs/1_datasets/04_ledger.ipynb #74c595af
+# %% ../../nbs/1_datasets/04_ledger.ipynb #9298b2fa
 @patch
 def bad(self:Ledger) -> Iterator[LedgerLine]: # In the order of the records
     "The records that cannot be used"
@@ -189,15 +192,14 @@ def __getitem__(
 @patch
 def check(self:Ledger):
     "Refuse to go on where too many records are bad"
-    n_bad = sum(n for verdict, n in self.counts().items() if verdict != "used")
-    if n_bad <= self.allowed * len(self.records): return
+    if self.n_bad <= self.allowed * len(self.records): return
     self.save()
     found = ", ".join(f"{n:,} {verdict}" for verdict, n in self.counts().items())
     examples = "; ".join(
         f"{line.record.id} ({line.record.source}): {line.verdict}"
         + f", {line.reason}" * bool(line.reason) for line in islice(self.bad(), 5))
     raise ValueError(
-        f"at most {self.allowed:.1%} of the records may be bad, and {n_bad:,} of "
+        f"at most {self.allowed:.1%} of the records may be bad, and {self.n_bad:,} of "
         f"{len(self.records):,} are so far ({found}). The first: {examples}. Mend or take out "
         f"these records (all are in {self.path.name}), or allow a larger share.")
 
