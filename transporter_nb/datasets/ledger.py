@@ -63,7 +63,7 @@ class Ledger:
         self.journal = self.path.with_name(f".{self.path.stem}.journal")
         self._take_up()
 
-# %% ../../nbs/1_datasets/04_ledger.ipynb #39950423
+# %% ../../nbs/1_datasets/04_ledger.ipynb #919adc79
 @patch
 def enter(
     self:Ledger,
@@ -82,7 +82,7 @@ def enter(
 
 @patch
 def _set(self:Ledger, index, verdict, reason, content):
-    self.n_bad += (verdict != "used") - (0 < self.verdicts[index] < len(VERDICTS))
+    self.n_bad += (verdict != "used") - (0 < int(self.verdicts[index]) < len(VERDICTS))
     self.verdicts[index] = VERDICTS.index(verdict)
     self.contents[index] = np.frombuffer(bytes.fromhex(content or "00" * 32), np.uint8)
     self.reasons.pop(index, None)
@@ -94,6 +94,7 @@ def _mark(self:Ledger, index):
     text = repr((self.records[index], self.stamps[index].tolist(), self.about))
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
 
+# %% ../../nbs/1_datasets/04_ledger.ipynb #bc704884
 @patch
 def counts(self:Ledger) -> dict[str, int]: # Verdict -> records; verdicts without any are left out
     "How many records ended how"
