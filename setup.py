@@ -17,6 +17,6 @@ setup(
     package_data={cfg["lib_path"]: ["checkpoints/mini/*.safetensors"]}, include_package_data=True,
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg.get("requirements", "").split(),
-    extras_require={extra: cfg.get(f"{extra}_requirements", "").split() for extra in ("cluster", "dev", "docs")},
+    extras_require={extra: cfg.get(f"{extra}_requirements", "").split() for extra in ("cluster", "data", "dev", "docs")},
     zip_safe=False,
 )

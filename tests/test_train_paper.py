@@ -17,17 +17,18 @@ import torch
 
 from transporter_nb.core.base import load_checkpoint
 from transporter_nb.coupling.network import CouplingNetwork
+from transporter_nb.datasets.ledger import Ledger
+from transporter_nb.datasets.tables import read_clips
 from transporter_nb.models.pairing import check_coupling
 from transporter_nb.models.registry import load_generator, load_vlm
 from transporter_nb.models.testing import tiny_generator, tiny_vlm
-from transporter_nb.world.clips import Ledger, read_clips
 from transporter_nb.world.video import demo_video, save_mp4
 
 matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "nbs" / "training" / "train_paper.ipynb"
 SMALL = dict(scale="mini", vlm="phi4", clips=5, steps=6, batch_size=2, projections=3, save_every=2,
-             measured=1, device="cpu")
+             measured=1, device="cpu", workers=1)
 
 
 def run(folder, **changes):
@@ -96,7 +97,7 @@ def test_killed_while_caching_and_while_training_it_ends_with_the_same_weights(w
 
 def test_costs_are_printed_first_and_the_bytes_of_the_cache_are_right(whole):
     lines = whole[1].splitlines()
-    assert lines[0] == "5 records, 5 to decode; survey.jsonl: {}"
+    assert lines[0] == "5 records, 5 to decode; survey.parquet: {}"
     assert lines[1].startswith("cache: ") and "6 steps of 1 x 2" in lines[2]
     assert lines[3].startswith("on cpu, by arithmetic: caching")
     on_disk, planned = (float(word) for word in lines[-2].replace(",", "").split()
@@ -152,6 +153,6 @@ def test_too_many_bad_records_end_the_run_before_a_model_is_loaded(tmp_path):
     assert "at most 5.0% of the records may be bad, and 5 of 8 are so far (2 missing" in error
     assert "0.mp4 (clips.csv, row 1): no caption" in error
     records = read_clips(tmp_path)
-    ledger = Ledger(tmp_path / "runs" / "survey.jsonl", records)
+    ledger = Ledger(tmp_path / "runs" / "survey.parquet", records)
     assert ledger.counts() == {"missing": 2, "no caption": 3}
     assert not (tmp_path / "runs" / "clips").exists()

@@ -17,6 +17,9 @@ from fastcore.basics import patch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..datasets.decoding import take_clip
+from ..datasets.records import file_stamp
+from ..datasets.tables import read_clips
 from .comparison import concept_key, digest_of
 from .metrics.alignment import SIMILARITIES, embedding_similarity
 from .metrics.captions import CaptionScorer
@@ -32,7 +35,6 @@ from .typesetting import save_table
 from ..explain.steering import steer
 from ..explain.transporter import Transporter
 from ..models.generators.base import mix
-from ..world.clips import read_clips, take_clip
 
 # %% ../../nbs/6_evaluate/28_paper_tables.ipynb #6c7f1fc4
 WORLD = "of a network that was trained on the world"
@@ -142,7 +144,7 @@ def real_encodings(
             clip = take_clip(record, config.frames, (config.height, config.width))
             found.append(self.l2v.models.embed(clip.to(device)).float().mean(1).cpu())
         return {"encodings": torch.cat(found)}, {}
-    files = [[str(one.path), one.path.stat().st_size, one.start] for one in records]
+    files = [[str(one.path), (file_stamp(one.path) or [0])[0], one.start] for one in records]
     key = {"models": self.models, "files": files}
     return self.kept("paper real clips", key, make).tensors["encodings"]
 

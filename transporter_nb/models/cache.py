@@ -11,6 +11,7 @@ __all__ = ['FINISHED', 'EARLIEST', 'CacheSettings', 'settings_for', 'clip_bytes'
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -25,10 +26,12 @@ from torch import Tensor, nn
 
 from ..core.base import as_config, seeded_generator, tensor_digest, write_aside
 from ..core.hub import DTYPES
+from ..datasets.decoding import DecodedClip, TakeClip, decode_clips
+from ..datasets.ledger import BadClip, Ledger
+from ..datasets.records import ClipRecord
 from .generators.base import VideoGenerator, mix
 from .vlms.base import VideoLanguageModel
-from ..world.clips import BadClip, ClipRecord, Ledger, content_digest, shuffled
-from ..world.clips import survey, take_clip
+from ..world.clips import shuffled
 from ..world.video import fit_picture
 
 # %% ../../nbs/2_models/25_cache.ipynb #40aeb46f
@@ -240,49 +243,46 @@ def encode_caption(
     return {"embeds": condition.embeds[0][mask].to(dtype), "mask": mask}
 
 # %% ../../nbs/2_models/25_cache.ipynb #f3fd54e2
-def _cache_record(record, cache, generator, vlm, ledger, seen):
-    "Bring one record into the cache; its name there"
-    line = ledger.lines.get(record.id, {})
-    try: content = line.get("content") or content_digest(record.path)
-    except OSError as error: raise BadClip("unreadable", str(error)) from error
-    same = (content, record.start, record.end, record.caption)
-    if same in seen: raise BadClip("duplicate", f"the same content and caption as {seen[same]}")
-    settings, path = cache.settings, cache.clip_path(content, record)
-    text = cache.text_path(record.caption)
-    facts = {"caption": record.caption, "models": cache.digests, "settings": settings}
+def _cache_clip(clip:DecodedClip, cache, generator, vlm):
+    "Bring one clip into the cache; its files there"
+    record, settings = clip.record, cache.settings
+    path, text = cache.clip_path(clip.content, record), cache.text_path(record.caption)
+    facts = {"models": cache.digests, "settings": settings}
     if not is_whole(text):
         try: states = encode_caption(generator, record.caption, DTYPES[settings.dtype])
         except ValueError as error: raise BadClip("no caption", str(error)) from error
-        write_tensors(text, states, facts)
+        write_tensors(text, states, facts | {"caption": record.caption})
     if not is_whole(path):
-        size = (settings.height, settings.width)
-        video = take_clip(record, settings.frames, size, settings.rate, settings.fit)
-        del facts["caption"]
-        facts |= {"content": content, "start": record.start, "end": record.end}
-        write_tensors(path, encode_clip(generator, vlm, video, path.stem, settings), facts)
-    seen[same] = record.id
-    if line.get("verdict") != "used": ledger.enter(record, "used", content=content)
+        facts |= {"content": clip.content, "start": record.start, "end": record.end}
+        kept = encode_clip(generator, vlm, clip.video, path.stem, settings)
+        write_tensors(path, kept, facts)
     return path, text
 
 # %% ../../nbs/2_models/25_cache.ipynb #f3fd54e3
 def cache_clips(
-    records:Sequence[ClipRecord], # All records
-    cache:ClipCache, # Where they go
+    cache:ClipCache, # Where the clips go
     generator:VideoGenerator, # Frozen
     vlm:VideoLanguageModel, # Frozen
-    ledger:Ledger, # Of these records; fails where too many are bad
+    ledger:Ledger, # Of all records; fails where too many are bad
     go_on:Callable[[int], bool]=lambda done: True, # Given how many are done; False stops
+    workers:int=2, # Processes that decode, see `decode_clips`
+    **options, # As for `ClipDecoder`: limit, ahead
 ) -> list[tuple[Path, Path]]|None: # Files of clip and caption of each good record; None: stopped
     "Bring a data set into the cache, or what is missing of it"
-    files, seen = [], {}
-    for done, record in enumerate(survey(records, ledger), 1):
-        line = ledger.lines.get(record.id, {"verdict": "used"})
-        if line["verdict"] in ("used", "duplicate"):
-            try: files.append(_cache_record(record, cache, generator, vlm, ledger, seen))
+    files, settings = [], cache.settings
+    size = settings.height, settings.width
+    take = TakeClip(settings.frames, size, settings.rate, settings.fit)
+    def done(content, record): return is_whole(cache.clip_path(content, record))
+    with closing(decode_clips(ledger, take, workers, done, **options)) as clips:
+        for count, clip in enumerate(clips, 1):
+            try: files.append(_cache_clip(clip, cache, generator, vlm))
             except BadClip as error:
-                ledger.enter(record, error.verdict, str(error))
+                ledger.enter(clip.index, error.verdict, str(error), clip.content)
                 ledger.check()
-        if not go_on(done): return None
+            else: ledger.enter(clip.index, "used", content=clip.content)
+            if not go_on(count):
+                ledger.save()
+                return None
     return files
 
 # %% ../../nbs/2_models/25_cache.ipynb #a65ee750
