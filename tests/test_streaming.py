@@ -9,6 +9,8 @@ from torch.utils.data import DataLoader
 from transporter_nb.datasets.order import SampleOrder
 from transporter_nb.datasets.streaming import ShardedSamples, StreamedBatches, write_shards
 
+# more workers than cores are no fault here
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 ORDER, STOP = SampleOrder(n=23, batch_size=6, seed=2), 12
 
 
@@ -42,6 +44,8 @@ def test_ranks_together_train_on_the_batches_of_one_process(whole):
     assert [sum(batch, []) for batch in zip(*parts)] == whole
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning",
+                            "ignore::ResourceWarning")  # it leaves shards open
 def test_webdataset_reads_our_shards(tmp_path):
     made = [{"__key__": f"{k:03d}", "txt": f"caption {k}".encode(), "x.raw": bytes([k]) * 700}
             for k in range(7)]
