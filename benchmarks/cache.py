@@ -4,9 +4,9 @@
     python benchmarks/cache.py --clips 64       # more clips
     python benchmarks/cache.py --install        # the same, into figures/
 
-Clips of the miniature's world are written as videos. In the first epoch each is decoded, encoded by the
-shipped autoencoder and by the shipped VLM, and written to the cache; in the second each is read. Order
-and reading are those of a training. Both epochs run in this process, on one thread of the CPU."""
+Clips of the miniature's world are written as videos. In the first epoch each is decoded, encoded by
+the shipped autoencoder and by the shipped VLM, and written to the cache; in the second each is read.
+Order and reading are those of a training. Both epochs run in this process, on one thread."""
 import argparse
 import tempfile
 import time
@@ -91,12 +91,13 @@ def main():
         print(f"{row['epoch']:8s} {row['samples a second']:9.1f} samples a second, "
               f"hit rate {row['hit rate']:.1%} of {row['hits'] + row['misses']} reads")
     ratio = rows[1]["samples a second"] / rows[0]["samples a second"]
-    print(f"the second epoch is {ratio:.0f} times as fast; {size / asked.clips / 1024:.1f} KiB a clip")
+    each = size / asked.clips
+    print(f"the second epoch is {ratio:.0f} times as fast; {each / 1024:.1f} KiB a clip")
     given = {"clips": asked.clips, "vlm": asked.vlm}
     stem = figure_stem("latent_cache", given, {"clips": 32, "vlm": "phi4"}, asked.install)
     card = {"what": "cache: second epoch against decoding and encoding again, samples a second",
             "vlm": asked.vlm, "value": ratio, "target": 20., "better": "higher", "n": asked.clips}
-    print(save_record(stem, {"rows": [card], "epochs": rows, "bytes a clip": size / asked.clips}))
+    print(save_record(stem, {"rows": [card], "epochs": rows, "bytes a clip": each}))
 
 
 if __name__ == "__main__": main()

@@ -1,5 +1,5 @@
-"""The cache of latents under what goes wrong: writers killed at any moment, several at once, changed
-bytes, a limit; and its layout, which others read"""
+"""The cache of latents under what goes wrong: writers killed at any moment, several at once,
+changed bytes, a limit; and its layout, which others read"""
 import multiprocessing
 import os
 import random
@@ -56,7 +56,8 @@ def test_a_writer_killed_at_random_points_leaves_no_half_file(tmp_path):
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert verify_cache(tmp_path) == {}
-        now = {file.path.name: file.path.stat().st_mtime_ns for file in LatentCache(tmp_path).files()}
+        now = {file.path.name: file.path.stat().st_mtime_ns
+               for file in LatentCache(tmp_path).files()}
         assert before.items() <= now.items()  # nothing that was there is made again
         before = now
     assert interrupted >= 3 and before

@@ -1,5 +1,5 @@
-"""Batches by the loader of torch: the same sequence for any number of workers, from any step; and tar
-shards that WebDataset reads"""
+"""Batches by the loader of torch: the same sequence for any number of workers, from any step; and
+tar shards that WebDataset reads"""
 import random
 
 import pytest

@@ -369,7 +369,7 @@ def _in_use(folder):
             if not dead: names.update(note.read_text().split())
     return names
 
-# %% ../../nbs/1_datasets/07_latents.ipynb #ed2b2826
+# %% ../../nbs/1_datasets/07_latents.ipynb #7e5bacea
 @patch
 @contextmanager
 def use(
@@ -385,7 +385,7 @@ def use(
         with held(self.folder / ".evicting", wait=True): stack.enter_context(held(note))
         yield keep
 
-# %% ../../nbs/1_datasets/07_latents.ipynb #cfc9f1ef
+# %% ../../nbs/1_datasets/07_latents.ipynb #3c542e43
 @patch
 @contextmanager
 def claim(
@@ -404,7 +404,7 @@ def claim(
         self.misses += absent
         yield bool(absent) if mine else None
 
-# %% ../../nbs/1_datasets/07_latents.ipynb #474d314f
+# %% ../../nbs/1_datasets/07_latents.ipynb #b0591302
 @dataclass(frozen=True)
 class CacheInfo:
     "What a cache holds"
@@ -426,7 +426,7 @@ class CacheInfo:
         if self.days: lines.append("last used {:.1f} to {:.1f} days ago".format(*self.days))
         return "\n".join([*lines, f"{self.in_use:,} in use, {self.parts:,} being written"])
 
-# %% ../../nbs/1_datasets/07_latents.ipynb #689ecf4d
+# %% ../../nbs/1_datasets/07_latents.ipynb #11bdbb75
 def kind_of(
     path:Path, # A file of a cache
 ) -> str: # One of `KINDS`
@@ -446,7 +446,7 @@ def cache_info(
                      len(_in_use(Path(folder))), len(list((Path(folder) / ".parts").glob("*"))),
                      (ages[0], ages[-1]) if ages else None)
 
-# %% ../../nbs/1_datasets/07_latents.ipynb #6d1bf98e
+# %% ../../nbs/1_datasets/07_latents.ipynb #d5c68eb7
 def verify_cache(
     folder:str|Path, # Of a `LatentCache`
 ) -> dict[Path, str]: # Damaged files, with what is wrong
@@ -479,7 +479,7 @@ def main(
 
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main()) # not in a notebook
 
-# %% ../../nbs/1_datasets/07_latents.ipynb #776961cc
+# %% ../../nbs/1_datasets/07_latents.ipynb #8c7f3c4b
 def share_pairs(
     pairs:Iterable[tuple[Path, Path]], # Files of latents and of an encoded caption
     folder:str|Path, # Another folder, the `cache_directory` of a musubi-tuner data set
