@@ -5,7 +5,7 @@
     python benchmarks/cache.py --install        # the same, into figures/
 
 Clips of the miniature's world are written as videos. In the first epoch each is decoded, encoded by
-the shipped autoencoder and by the shipped VLM, and written to the cache; in the second each is read.
+the shipped autoencoder and the shipped VLM, and written to the cache. In the second each is read.
 Order and reading are those of a training. Both epochs run in this process, on one thread."""
 import argparse
 import tempfile
