@@ -8,6 +8,7 @@ __all__ = ['ROUNDING', 'START_LIMIT', 'SPARE', 'check_length', 'take_clip', 'Tak
 
 # %% ../../nbs/1_datasets/05_decoding.ipynb #ca47447a
 import multiprocessing
+import os
 import pickle
 import signal
 import sys
@@ -237,6 +238,18 @@ class _Job:
     tries: int = 0 # In which a worker died
     found: Outcome|None = None
 
+_IMPORTED_IN = os.getpid()
+
+def _context():
+    "How workers start: from a server of forks, but anew where this process was forked itself"
+    methods = multiprocessing.get_all_start_methods()
+    # a fork knows its parent's server, and may not wait for it
+    forked = os.getpid() != _IMPORTED_IN
+    if forked or "forkserver" not in methods: return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([_work.__module__])
+    return context
+
 def _died(process):
     "Words for the end of a process"
     process.join(5)
@@ -258,10 +271,7 @@ class ClipDecoder:
                              f"{workers}, {ahead} and {limit}.")
         _check_called(take, already)
         self.n, self.limit, self.ahead = workers, limit, ahead
-        methods = multiprocessing.get_all_start_methods()
-        self.context = multiprocessing.get_context(
-            "forkserver" if "forkserver" in methods else "spawn")
-        if "forkserver" in methods: self.context.set_forkserver_preload([_work.__module__])
+        self.context = _context()
         self.scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         self.given = take, already, limit, self.scratch.name
         self.workers:list[_Worker] = []
