@@ -31,7 +31,7 @@ from ..datasets.ledger import BadClip, Ledger
 from ..datasets.records import ClipRecord
 from .generators.base import VideoGenerator, mix
 from .vlms.base import VideoLanguageModel
-from ..world.clips import shuffled
+from ..datasets.order import shuffled
 from ..world.video import fit_picture
 
 # %% ../../nbs/2_models/25_cache.ipynb #40aeb46f
