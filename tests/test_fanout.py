@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+from threading import Lock
 
 import pytest
 import torch
@@ -103,6 +104,15 @@ def test_ray_gives_the_same_bits_and_survives_a_killed_worker(tmp_path, two_work
     assert "ZeroDivisionError" in failed[0].error
     assert [told(outcome)[:2] for outcome in runs] == ["ok", "ok"]
     assert {path.name for path in tmp_path.iterdir() if not path.suffix} >= {"phi4", "gemma3"}
+
+
+def test_ray_says_what_it_cannot_do_instead_of_waiting(two_workers):
+    with pytest.raises(ValueError, match="asks for 3 CPU, and Ray has 2 here"):
+        fan_out(abs, [1], "ray", threads=3)
+    with pytest.raises(ValueError, match="asks for 1 GPU"): fan_out(abs, [1], "ray", gpus=1)
+    outcome, = fan_out(lambda _: Lock(), [1], "ray")
+    assert outcome.value is None and outcome.error.startswith("Ray gave no value back")
+    assert "pickle" in outcome.error and "died" not in outcome.error
 
 
 def test_a_grid_has_the_same_bits_on_ray_and_nothing_is_made_twice(tmp_path, two_workers):

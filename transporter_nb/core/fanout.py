@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -119,14 +119,28 @@ def ray_session(
     try: yield ray
     finally: ray.shutdown()
 
-def _lost(problem):
-    "In words: a task that Ray gave up"
-    return f"its worker died in every try ({type(problem).__name__})"
+def _lost(problem, ray):
+    "In words: why Ray has no outcome of an item"
+    died = isinstance(problem, (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError))
+    if died: return f"its worker died in every try ({type(problem).__name__})"
+    last = str(problem).strip().splitlines()[-1:] # before it stands a traceback of Ray's own
+    return f"Ray gave no value back: {''.join(last)}"
 
+def _check_room(ray, threads, gpus):
+    "Refuse tasks that a Ray of this machine alone would keep waiting for ever"
+    if os.environ.get("RAY_ADDRESS"): return # a cluster may grow
+    there = ray.cluster_resources()
+    for name, needed in (("CPU", threads or 1), ("GPU", gpus)):
+        if needed > there.get(name, 0): raise ValueError(
+            f"each task asks for {needed:g} {name}, and Ray has {there.get(name, 0):g} here. "
+            "Give fewer threads or gpus, more workers, or RAY_ADDRESS of a cluster.")
+
+# %% ../../nbs/0_core/11_fanout.ipynb #b7c1d2e4
 def _fan_out_on_ray(function, items, workers, threads, gpus, tries, say):
     "All at once, as workers come free"
     found = {}
     with ray_session(workers) as ray:
+        _check_room(ray, threads, gpus)
         needs = {"num_cpus": threads or 1, "num_gpus": gpus, "max_retries": tries - 1}
         task = ray.remote(**needs)(_run_one)
         place = {task.remote(function, item): k for k, item in enumerate(items)}
@@ -137,7 +151,7 @@ def _fan_out_on_ray(function, items, workers, threads, gpus, tries, say):
                 k = place[reference]
                 try: found[k] = ray.get(reference)
                 except ray.exceptions.RayError as problem:
-                    found[k] = Outcome(items[k], None, _lost(problem), 0.)
+                    found[k] = Outcome(items[k], None, _lost(problem, ray), 0.)
                 if say: say(found[k])
     return [found[k] for k in range(len(items))]
 
@@ -148,7 +162,7 @@ def fan_out(
     engine:str="here", # Or `"ray"`
     workers:int|None=None, # Processors of this machine that Ray may use; None: all
     threads:int|None=None, # Of torch in each task; None: as here, and one on Ray
-    gpus:float=0., # That each task holds on Ray; .5 lets two share one
+    gpus:Real=0, # That each task holds on Ray; .5 lets two share one
     tries:int=3, # Of an item whose worker dies
     say:Callable[[Outcome], Any]|None=None, # Called with each outcome as it comes
 ) -> list[Outcome]: # One an item, in the items' order

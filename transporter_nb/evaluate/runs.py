@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import product
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ def run_notebooks(
     engine:str="here", # Or `"ray"`
     workers:int|None=None, # Processors of this machine that Ray may use; None: all
     threads:int|None=None, # Of torch in each run; None: as here, and one on Ray
-    gpus:float=0., # That each run holds on Ray
+    gpus:Real=0, # That each run holds on Ray
     say:Callable[[Outcome], Any]|None=None, # Called with each outcome as it comes
     root:str|Path|None=None, # Folder of the notebooks; None: `nbs` of the repository
 ) -> list[Outcome]: # Item: the `Run`

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import product
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,7 +114,7 @@ def explain_many(
     engine:str="here", # Or `"ray"`: on workers, see `core.fanout`
     workers:int|None=None, # Processors of this machine that Ray may use; None: all
     threads:int|None=None, # Of torch in each task; None: as here, and one on Ray
-    gpus:float=0., # That each task holds on Ray
+    gpus:Real=0, # That each task holds on Ray
     skip:bool=False, # Leave out the captions that lack a contrast's words
     load:Mapping[str, Any]|None=None, # Further arguments of `Transporter.load`, plain values
     say:Callable[[Outcome], Any]|None=None, # Called with each outcome as it comes
